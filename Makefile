@@ -1,0 +1,57 @@
+# Every target sets the project up first where that is needed: `make test` in a fresh clone is enough.
+PYTHON ?= python3
+# What to hand on to the program that a target runs, e.g. `make test ARGS="-k schedule"`.
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+CODE := setup.py sparse_compile passes kernels tests $(wildcard examples benchmarks)
+
+.PHONY: help setup demo test lint typecheck bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+setup: $(STAMP) ## make .venv with the exact versions of requirements.lock and install the project into it, editable
+
+# torch goes first: nothing else may choose its build.
+$(STAMP): pyproject.toml setup.py requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(STAMP) ## fine-tune a small model dense and sparse, and compare (a few minutes, no download)
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: $(STAMP) ## run the tests, two at a time
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(MAKE) --no-print-directory typecheck
+
+# mypy maps a file to a module by its path and knows no package-dir, so it reads the packages through links laid out
+# as they are imported. Without this it would take sparse_compile.passes for a missing module and check against Any.
+TYPING := build/typing
+typecheck: $(STAMP)
+	@rm -rf $(TYPING) && mkdir -p $(TYPING)/sparse_compile
+	@ln -s $(CURDIR)/sparse_compile/* $(CURDIR)/passes $(CURDIR)/kernels $(TYPING)/sparse_compile
+	@echo mypy --package sparse_compile
+	@cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+		--python-executable $(CURDIR)/$(BIN)/python --package sparse_compile \
+		| sed -E 's#^sparse_compile/(passes|kernels)/#\1/#'
+
+bench: $(STAMP) ## time a training step against eager PEFT and plain Inductor
+	$(BIN)/python benchmarks/cpu.py --quick $(ARGS)
+
+clean: ## remove build products and caches (not .venv)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,21 @@
+"""Channel prediction and selection: low-rank scores, top-k, and means to observe the choice."""
+
+from sparse_compile.kernels.channel_selection.op import (
+    context_mean,
+    degenerate_counts,
+    low_rank_product,
+    predicted_norms,
+    record_channels,
+    spaced_rows,
+    top_channels,
+)
+
+__all__ = [
+    "context_mean",
+    "degenerate_counts",
+    "low_rank_product",
+    "predicted_norms",
+    "record_channels",
+    "spaced_rows",
+    "top_channels",
+]

@@ -1,0 +1,113 @@
+"""Semantic ops of the SVD predictor (SparseLoRA, arXiv 2506.16500, section 3.2) and of the choice of channels.
+
+They are ops of their own, rather than aten nodes, for three reasons: autocast must not touch them (scores are fp32, or
+fp64 for fp64 models), the partitioner must never recompute a choice in the backward pass (a near tie would flip), and
+the choice can be observed (`record_channels`, `degenerate_counts`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.channel_selection import reference
+
+_recorders: list[dict[str, list[Tensor]]] = []
+_degenerate: dict[tuple[str, torch.device], Tensor] = {}
+
+
+@torch.library.custom_op("sparselora::low_rank_product", mutates_args=())
+def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return `(x A) B`; see `reference.low_rank_product`. Shapes (n, in), (in, r), (r, out) to (n, out)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.low_rank_product(x, a, b)
+
+
+@low_rank_product.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[1], dtype=reference.score_dtype(x))
+
+
+@torch.library.custom_op("sparselora::context_mean", mutates_args=())
+def context_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of each sequence's context tokens, (B * S, C) to (B, C); see `reference.context_mean`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.context_mean(x, weights)
+
+
+@context_mean.register_fake
+def _(x: Tensor, weights: Tensor) -> Tensor:
+    return x.new_empty(weights.shape[0], x.shape[1], dtype=reference.score_dtype(x))
+
+
+@torch.library.custom_op("sparselora::predicted_norms", mutates_args=())
+def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the norms over rows of the predicted layer output, a channel each; see `reference.predicted_norms`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.predicted_norms(x, weights, a, b, bias)
+
+
+@predicted_norms.register_fake
+def _(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(b.shape[1], dtype=reference.score_dtype(x))
+
+
+@torch.library.custom_op("sparselora::top_channels", mutates_args=())
+def top_channels(scores: Tensor, k: int, site: str) -> Tensor:
+    """Return the k channels of highest score, ascending; see `reference.top_channels`.
+
+    Args:
+        scores: (n,).
+        k: channels to keep, 1 <= k <= n.
+        site: name of the site, for `record_channels` and `degenerate_counts` only.
+
+    Returns:
+        (k,) int64.
+    """
+    count = _degenerate.setdefault((site, scores.device), torch.zeros((), dtype=torch.int64, device=scores.device))
+    count += ~(scores.isfinite().all() & scores.any())
+    channels = reference.top_channels(scores, k)
+    for recorder in _recorders:
+        recorder.setdefault(site, []).append(channels)
+    return channels
+
+
+@top_channels.register_fake
+def _(scores: Tensor, k: int, site: str) -> Tensor:
+    return scores.new_empty(k, dtype=torch.int64)
+
+
+@torch.library.custom_op("sparselora::spaced_rows", mutates_args=())
+def spaced_rows(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Pick `count` evenly spaced rows of each sequence; see `reference.spaced_rows`."""
+    return reference.spaced_rows(weights, count)
+
+
+@spaced_rows.register_fake
+def _(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    rows = weights.shape[0] * count
+    return weights.new_empty(rows, dtype=torch.int64), weights.new_empty(rows, dtype=torch.bool)
+
+
+@contextmanager
+def record_channels() -> Iterator[dict[str, list[Tensor]]]:
+    """Record every choice of channels made inside the block: site name to the index tensors, in order of execution."""
+    record: dict[str, list[Tensor]] = {}
+    _recorders.append(record)
+    try:
+        yield record
+    finally:
+        # By identity: an equal record of an outer block must stay.
+        _recorders[:] = [other for other in _recorders if other is not record]
+
+
+def degenerate_counts() -> Counter[str]:
+    """Return how often each site's scores were all zero or not finite, so that the lowest channels were kept."""
+    counts: Counter[str] = Counter()
+    for (site, _), count in _degenerate.items():
+        counts[site] += int(count)
+    return +counts

@@ -1,0 +1,95 @@
+"""The specification of channel prediction and selection, in plain PyTorch. Nothing of it is differentiated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype scores are computed in: fp32, or fp64 for fp64 activations."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return `(x A) B` in the score dtype: the prediction of `x W^T` from the SVD factors W^T ~ A B."""
+    dtype = score_dtype(x)
+    return (x.to(dtype) @ a.to(dtype)) @ b.to(dtype)
+
+
+def context_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of each sequence's context tokens; zero for a sequence that has none.
+
+    Args:
+        x: (B * S, C).
+        weights: (B, S) 0/1: the tokens that count.
+
+    Returns:
+        (B, C) in the score dtype.
+    """
+    dtype = score_dtype(x)
+    counting = weights.to(dtype)
+    total = torch.bmm(counting.unsqueeze(1), x.reshape(*weights.shape, -1).to(dtype)).squeeze(1)
+    return total / counting.sum(1, keepdim=True).clamp_min(1)
+
+
+def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Return, for each output channel, the L2 norm over the rows of the predicted `x W^T + bias`.
+
+    The (N, out) prediction is never formed. With u = diag(weights) x A, G = u^T u (r x r), s = u^T weights (r):
+    ||u b_c + weights * bias_c||^2 = b_c^T G b_c + 2 bias_c s^T b_c + bias_c^2 ||weights||^2.
+
+    Args:
+        x: (N, in).
+        weights: (N,) 0/1: the rows that count.
+        a: (in, r).
+        b: (r, out).
+        bias: (out,) or None.
+
+    Returns:
+        (out,) in the score dtype.
+    """
+    dtype = score_dtype(x)
+    weights, b = weights.to(dtype), b.to(dtype)
+    u = (x.to(dtype) @ a.to(dtype)) * weights.unsqueeze(1)
+    squared = (b * (u.T @ u @ b)).sum(0)
+    if bias is not None:
+        bias = bias.to(dtype)
+        squared = squared + 2 * bias * (weights @ u @ b) + bias.square() * weights.square().sum()
+    return squared.clamp_min(0).sqrt()
+
+
+def top_channels(scores: Tensor, k: int) -> Tensor:
+    """Return the indices of the k highest scores, ascending; the lowest index wins a tie.
+
+    A vector that is all zero or not finite says nothing about any channel: the lowest k indices are kept.
+    """
+    informative = scores.isfinite().all() & scores.any()
+    ranked = scores.nan_to_num().sort(descending=True, stable=True).indices[:k].sort().values
+    return torch.where(informative, ranked, torch.arange(k, device=scores.device))
+
+
+def spaced_rows(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Pick `count` evenly spaced rows of each sequence among those that count.
+
+    Row i of the c counting rows of a sequence is picked for i = floor(j * c / count), j = 0 .. count-1 (all of them,
+    some repeated, where c < count; a repeated row counts once).
+
+    Args:
+        weights: (B, S) 0/1.
+        count: rows per sequence.
+
+    Returns:
+        `(rows, valid)`: (B * count,) int64 flattened positions, and (B * count,) bool that marks those to use.
+    """
+    batch, length = weights.shape
+    counting = weights.bool()
+    available = counting.sum(1, keepdim=True)
+    wanted = torch.arange(count, device=weights.device) * available // count
+    # A stable sort puts the counting positions of a row first, in their order.
+    order = counting.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices
+    rows = order.gather(1, wanted.clamp_max(length - 1))
+    repeated = torch.cat([wanted.new_zeros(batch, 1, dtype=torch.bool), wanted[:, 1:] == wanted[:, :-1]], dim=1)
+    valid = (available > 0) & ~repeated
+    offsets = torch.arange(batch, device=weights.device).unsqueeze(1) * length
+    return (rows + offsets).reshape(-1), valid.reshape(-1)

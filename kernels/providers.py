@@ -1,0 +1,82 @@
+"""Choose, for each semantic op, the implementation that runs it.
+
+An op's schema, fake and autograd formula are written once (`<op>/op.py`); what computes it is a *provider*. Each call
+carries the provider's name as an argument, so the choice that `lower_sparse_ops` makes per node is visible in every
+dump, survives the autograd formula (the backward op is called with the same name) and is part of every compile cache key.
+`reference` is the plain PyTorch body: it is the specification, always supported, and the fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """What a provider may look at to decide whether it supports a call.
+
+    Attributes:
+        device: device type, such as `"cpu"`.
+        dtype: dtype of the activations.
+    """
+
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one semantic op.
+
+    Attributes:
+        name: the value of the op's `provider` argument.
+        run: same signature as the reference body.
+        declines: returns the reason why a call is not supported, or None where it is.
+    """
+
+    name: str
+    run: Callable[..., object]
+    declines: Callable[[OpCall], str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The provider chosen for a call, and why each better one was passed over."""
+
+    provider: str
+    declined: tuple[tuple[str, str], ...]
+
+
+class ProviderTable:
+    """The providers of one op, best first; the reference body comes last."""
+
+    def __init__(self, op: str, reference: Callable[..., object], *others: Provider) -> None:
+        self.op = op
+        self._providers = (*others, Provider(REFERENCE, reference, lambda call: None))
+        self._run = {provider.name: provider.run for provider in self._providers}
+
+    def __getitem__(self, name: str) -> Callable[..., object]:
+        """Return the implementation called `name`; raise `ValueError` for an unknown one."""
+        if name not in self._run:
+            raise ValueError(f"sparselora::{self.op} has no provider {name!r}; it has {', '.join(self._run)}")
+        return self._run[name]
+
+    def choose(self, call: OpCall) -> Choice:
+        """Return the first provider that supports `call`."""
+        declined: list[tuple[str, str]] = []
+        for provider in self._providers:
+            reason = provider.declines(call)
+            if reason is None:
+                return Choice(provider.name, tuple(declined))
+            declined.append((provider.name, reason))
+        raise AssertionError("the reference provider declines nothing")
+
+
+def cpu_only(call: OpCall) -> str | None:
+    """Decline every device but the CPU."""
+    return None if call.device == "cpu" else f"runs on cpu, not on {call.device}"

@@ -1,0 +1,12 @@
+"""Token split and merge: `split_tokens`, `take_rows`, `put_rows`, and the channel map of grouped-query heads."""
+
+from sparse_compile.kernels.token_rows.op import (
+    PUT_ROWS,
+    TAKE_ROWS,
+    expand_kv_channels,
+    put_rows,
+    split_tokens,
+    take_rows,
+)
+
+__all__ = ["PUT_ROWS", "TAKE_ROWS", "expand_kv_channels", "put_rows", "split_tokens", "take_rows"]

@@ -1,0 +1,140 @@
+"""Semantic ops that split the N tokens of a batch by role, and merge them again.
+
+`split_tokens` runs once a graph: one data-dependent size for the whole training step. `take_rows` and `put_rows` are
+each other's adjoint, so that neither direction needs atomics or an accumulating scatter:
+
+    output, context = take_rows(x, rows..., columns)      d x      = put_rows(d output, d context, rows..., columns)
+    y = put_rows(output, context, rows..., columns)       d output, d context = take_rows(d y, rows..., columns)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only
+from sparse_compile.kernels.token_rows import cpu, reference
+from sparse_compile.torch_private import new_unbacked_size
+
+TAKE_ROWS = ProviderTable("take_rows", reference.take_rows, Provider("cpu_index", cpu.take_rows, cpu_only))
+PUT_ROWS = ProviderTable("put_rows", reference.put_rows, Provider("cpu_index", cpu.put_rows, cpu_only))
+
+
+@torch.library.custom_op("sparselora::split_tokens", mutates_args=())
+def split_tokens(output_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the indices of the output tokens and of the context tokens, each ascending (int64).
+
+    Args:
+        output_mask: bool, any shape with N elements; a flattened position is an index.
+
+    Returns:
+        `(output_rows, context_rows)` of sizes n and N - n; n is known at run time only.
+    """
+    return reference.split_tokens(output_mask)
+
+
+@split_tokens.register_fake
+def _(output_mask: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = output_mask.numel()
+    outputs = new_unbacked_size(max_size=tokens)
+    return (
+        output_mask.new_empty(outputs, dtype=torch.int64),
+        output_mask.new_empty(tokens - outputs, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("sparselora::take_rows", mutates_args=())
+def take_rows(
+    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None = None, provider: str = REFERENCE
+) -> tuple[Tensor, Tensor]:
+    """Split the tokens of `x` by role.
+
+    Args:
+        x: (N, C).
+        output_rows: (n,) int64; together with `context_rows` a partition of 0..N-1.
+        context_rows: (N - n,) int64.
+        columns: (k,) int64, distinct, or None: the channels taken of the context tokens.
+        provider: a name of `TAKE_ROWS`.
+
+    Returns:
+        `(output, context)` of shapes (n, C) and (N - n, k or C).
+    """
+    return TAKE_ROWS[provider](x, output_rows, context_rows, columns)  # type: ignore[return-value]
+
+
+@take_rows.register_fake
+def _(
+    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None = None, provider: str = REFERENCE
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[1] if columns is None else columns.shape[0]
+    return x.new_empty(output_rows.shape[0], x.shape[1]), x.new_empty(context_rows.shape[0], width)
+
+
+@torch.library.custom_op("sparselora::put_rows", mutates_args=())
+def put_rows(
+    output: Tensor,
+    context: Tensor,
+    output_rows: Tensor,
+    context_rows: Tensor,
+    columns: Tensor | None = None,
+    provider: str = REFERENCE,
+) -> Tensor:
+    """Merge what `take_rows` split; context channels outside `columns` are zero.
+
+    Args:
+        output: (n, C).
+        context: (N - n, k or C), of the dtype of `output`.
+        output_rows: (n,) int64.
+        context_rows: (N - n,) int64.
+        columns: (k,) int64, distinct, or None.
+        provider: a name of `PUT_ROWS`.
+
+    Returns:
+        (N, C).
+    """
+    return PUT_ROWS[provider](output, context, output_rows, context_rows, columns)  # type: ignore[return-value]
+
+
+@put_rows.register_fake
+def _(
+    output: Tensor,
+    context: Tensor,
+    output_rows: Tensor,
+    context_rows: Tensor,
+    columns: Tensor | None = None,
+    provider: str = REFERENCE,
+) -> Tensor:
+    assert output.dtype == context.dtype, f"put_rows: output is {output.dtype}, context is {context.dtype}"
+    return output.new_empty(output_rows.shape[0] + context_rows.shape[0], output.shape[1])
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *_, output_rows, context_rows, columns, provider = inputs
+    ctx.save_for_backward(output_rows, context_rows, columns)
+    ctx.provider = provider
+
+
+def _take_rows_backward(ctx: Any, d_output: Tensor, d_context: Tensor) -> tuple[Tensor | None, ...]:
+    return put_rows(d_output, d_context, *ctx.saved_tensors, ctx.provider), None, None, None, None
+
+
+def _put_rows_backward(ctx: Any, d_merged: Tensor) -> tuple[Tensor | None, ...]:
+    d_output, d_context = take_rows(d_merged, *ctx.saved_tensors, ctx.provider)
+    return d_output, d_context, None, None, None, None
+
+
+take_rows.register_autograd(_take_rows_backward, setup_context=_save_rows)
+put_rows.register_autograd(_put_rows_backward, setup_context=_save_rows)
+
+
+@torch.library.custom_op("sparselora::expand_kv_channels", mutates_args=())
+def expand_kv_channels(channels: Tensor, head_dim: int, groups: int) -> Tensor:
+    """Map kept key/value channels to the query channels that read them; see `reference.expand_kv_channels`."""
+    return reference.expand_kv_channels(channels, head_dim, groups)
+
+
+@expand_kv_channels.register_fake
+def _(channels: Tensor, head_dim: int, groups: int) -> Tensor:
+    return channels.new_empty(channels.shape[0] * groups)

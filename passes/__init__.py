@@ -1,0 +1,18 @@
+"""The passes, one file each; `README.md` states the invariants that they keep, `sparse_compile/pipeline.py` their order."""
+
+PASS_NAMES: tuple[str, ...] = (
+    "inline_checkpoint_bodies",
+    "canonicalize_linears",
+    "find_projections",
+    "find_ffn",
+    "find_attention",
+    "trace_roles",
+    "plan_sparsity",
+    "insert_predictors",
+    "sparsify_ffn",
+    "sparsify_attention",
+    "lower_sparse_ops",
+)
+"""The names that `disable=` takes, in the order of `pipeline.passes()`; a test holds the two together."""
+
+__all__ = ["PASS_NAMES"]

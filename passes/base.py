@@ -1,0 +1,130 @@
+"""The protocol of a pass and the context it works in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from torch import fx
+
+from sparse_compile.ir import (
+    AttentionSite,
+    FFNSite,
+    Parameter,
+    Projection,
+    Rejection,
+    Site,
+    SparsityPlan,
+    TokenRoles,
+)
+
+if TYPE_CHECKING:
+    from sparse_compile.config import SparseLoRAConfig
+    from sparse_compile.factors import LowRankFactors
+
+
+class Numerics(Enum):
+    """What a pass may do to the result: nothing beyond rounding, or approximate it."""
+
+    EXACT = "exact"
+    APPROXIMATE = "approximate"
+
+
+@dataclass(frozen=True)
+class PassOutcome:
+    """What a pass did.
+
+    Attributes:
+        changed: whether the graph was rewritten.
+        stats: counts for the manifest.
+        rejections: the places where the pass looked and did not apply.
+    """
+
+    changed: bool
+    stats: Mapping[str, int] = field(default_factory=dict)
+    rejections: tuple[Rejection, ...] = ()
+
+
+@dataclass
+class PassContext:
+    """What passes share: the user's wishes and the facts found so far.
+
+    Analyses assign the facts; transforms read them. Facts refer to nodes by name (see `ir.py`).
+
+    Attributes:
+        config: the user's options.
+        parameters: by placeholder name, every parameter and buffer of the graph.
+        roles_given: whether `token_roles(...)` is open at this compilation.
+        autocast: device types for which autocast was already on where the graph begins, with its dtype.
+        projections: by name of the base node.
+        ffn_sites: in graph order.
+        attention_sites: in graph order.
+        roles: where token roles come from, None where nothing tells.
+        plan: the decisions.
+        factors: by projection name, the predictor's factors of the sites in the plan.
+        selections: by site name, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
+            `(query/key channels, value/output channels)` of an attention site.
+        rows: the nodes that hold the output and the context rows, once they were inserted.
+        context_weights: the node that marks the context tokens that take part in scores, (B, S).
+        providers: by site name, the providers that `lower_sparse_ops` chose.
+    """
+
+    config: SparseLoRAConfig
+    parameters: Mapping[str, Parameter]
+    roles_given: bool = False
+    autocast: Mapping[str, object] = field(default_factory=dict)
+    projections: dict[str, Projection] = field(default_factory=dict)
+    ffn_sites: tuple[FFNSite, ...] = ()
+    attention_sites: tuple[AttentionSite, ...] = ()
+    roles: TokenRoles | None = None
+    plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
+    factors: dict[str, LowRankFactors] = field(default_factory=dict)
+    selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: tuple[str, str] | None = None
+    context_weights: str | None = None
+    providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every matched site: FFN sites, then attention sites."""
+        return (*self.ffn_sites, *self.attention_sites)
+
+
+class Pass(Protocol):
+    """One step of the pipeline: a frozen dataclass with these attributes and `run`.
+
+    `requires` and `ensures` are stages of the graph and its facts (`verify.STAGES`). An analysis assigns facts in the
+    context and leaves the graph alone; a transform rewrites the graph it is given, which is a copy that the pipeline swaps
+    in when the pass and the verifier agree. Not matching is data: `PassOutcome.rejections`.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in the table of passes, in `disable=` and in dumps."""
+        ...
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Stages that must have been reached."""
+        ...
+
+    @property
+    def ensures(self) -> tuple[str, ...]:
+        """Stages reached afterwards."""
+        ...
+
+    @property
+    def numerics(self) -> Numerics:
+        """Whether the pass is exact."""
+        ...
+
+    @property
+    def analysis(self) -> bool:
+        """Whether the pass only finds facts."""
+        ...
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Run the pass."""
+        ...

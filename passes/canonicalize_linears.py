@@ -1,0 +1,144 @@
+"""Bring every spelling of a linear layer to one form, and drop what does nothing.
+
+Cases handled, each with the graph before and after:
+
+    matmul(x, W.t()), x @ W.T, x.matmul(W.t()), mm(x, W.t())    ->  linear(x, W, None)
+    matmul(x, V), x @ V       (V a parameter (in, out))         ->  linear(x, V.t(), None)
+    addmm(b, x, W.t()), addmm(b, x, V)  (Conv1D)                ->  linear(x, W, b), linear(x, V.t(), b)
+    x.to(dtype) where x already has it                          ->  x
+    dropout(x, p, training=False), dropout(x, 0.0)              ->  x
+
+Legal because: each pair computes the same function; only the rounding of a fused bias addition may differ.
+Declines when: the second operand is no parameter, or alpha/beta are not 1. A captured graph that no later pass rewrites
+is compiled as it was captured: the canonical copy is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparse_compile.graph import LINEAR, Rewriter, argument, calls_torch, forward_to, op_name, take_over, tensor_value
+from sparse_compile.ir import Rejection
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+
+_MATMULS = {"matmul", "mm", "__matmul__"}
+_TRANSPOSES = {"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"}
+_CASTS = {"to", "type", "float", "double", "half", "bfloat16", "type_as"}
+
+
+@dataclass(frozen=True)
+class CanonicalizeLinears:
+    """Rewrite every spelling of a linear layer with a parameter to `linear(x, W, b)`."""
+
+    name: str = "canonicalize_linears"
+    requires: tuple[str, ...] = ("captured",)
+    ensures: tuple[str, ...] = ("canonical",)
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        rewriter = Rewriter(gm, self.name)
+        stats = {"linears": 0, "casts": 0, "dropouts": 0}
+        rejections: list[Rejection] = []
+        for node in list(gm.graph.nodes):
+            if not calls_torch(node):
+                continue
+            if op_name(node) in _CASTS and _is_noop_cast(node):
+                forward_to(node, node.args[0])
+                stats["casts"] += 1
+            elif op_name(node) == "dropout" and _is_dead_dropout(node):
+                forward_to(node, node.args[0])
+                stats["dropouts"] += 1
+            else:
+                outcome = _as_linear(node, ctx, rewriter)
+                if isinstance(outcome, Rejection):
+                    rejections.append(outcome)
+                else:
+                    stats["linears"] += outcome
+        return PassOutcome(any(stats.values()), stats, tuple(rejections))
+
+
+def _is_noop_cast(node: fx.Node) -> bool:
+    before, after = tensor_value(node.args[0]), tensor_value(node)
+    if before is None or after is None or node.kwargs.get("copy") or node.kwargs.get("memory_format") is not None:
+        return False
+    # `to(dtype)` of the same dtype returns its input; a fifth positional argument would be `copy`.
+    return before.dtype == after.dtype and before.device == after.device and len(node.args) <= 3
+
+
+def _is_dead_dropout(node: fx.Node) -> bool:
+    # torch.dropout(x, p, train) and F.dropout(x, p, training, inplace) name their flags differently.
+    training = argument(node, 2, "training", node.kwargs.get("train", True))
+    return training is False or argument(node, 1, "p", 0.5) == 0.0
+
+
+def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rejection:
+    """Rewrite `node` where it is a product with a parameter; return how many were rewritten, or why not."""
+    if op_name(node) in _MATMULS:
+        x, weight, bias = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2")), None
+    elif op_name(node) == "addmm":
+        bias, x, weight = (argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
+    else:
+        return 0
+    x_value, weight_value = tensor_value(x), tensor_value(weight)
+    if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() < 2:
+        return 0
+    parameter, transposes = _strip_transposes(weight)
+    if parameter.name not in ctx.parameters:
+        return 0
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return Rejection("canonicalize_linears", node.name, "addmm with alpha or beta other than 1")
+    bias_value = tensor_value(bias)
+    if bias is not None and (bias_value is None or bias_value.dim() != 1):
+        return Rejection("canonicalize_linears", node.name, "addmm with an input that is not a bias vector")
+    with rewriter.before(node):
+        # `weight` is (in, out); `linear` wants (out, in).
+        operand = parameter if transposes % 2 else rewriter.method("t", parameter)
+        if operand is not parameter:
+            operand.meta["example_value"] = _transposed(weight_value)
+        linear = rewriter.call(LINEAR, x, operand, bias)
+    take_over(node, linear)
+    return 1
+
+
+def _transposed(value: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return value.t()
+
+
+def _strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
+    """Follow transposes of a matrix back to what they transpose; return it and their number."""
+    count = 0
+    while True:
+        is_transpose = (calls_torch(node) and op_name(node) in _TRANSPOSES) or (
+            node.target is getattr and node.args[1] in ("T", "mT")
+        )
+        value = tensor_value(node)
+        if not is_transpose or value is None or value.dim() != 2:
+            return node, count
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        source_value = tensor_value(source)
+        if source_value is None or source_value.dim() != 2:
+            return node, count
+        # `permute(0, 1)` and `transpose(0, 0)` move nothing.
+        count += _swaps(node)
+        node = source
+
+
+def _swaps(node: fx.Node) -> int:
+    dims: Any = node.args[1:] if op_name(node) != "getattr" else ()
+    if len(dims) == 1 and isinstance(dims[0], tuple | list):
+        dims = tuple(dims[0])
+    if op_name(node) == "permute":
+        return int(tuple(dim % 2 for dim in dims) == (1, 0))
+    if op_name(node) in ("transpose", "swapaxes", "swapdims"):
+        return int(dims[0] % 2 != dims[1] % 2)
+    return 1
+
+

@@ -1,0 +1,210 @@
+"""Insert, for every site of the plan, the nodes that choose its channels for this batch.
+
+At the top of the graph, once:
+
+    %roles   = sparselora.output_mask(%labels, ignore_index, shift)      (B, S), or given_output_mask(%tokens)
+    %rows    = sparselora.split_tokens(%roles)                           output rows, context rows
+    %weights = ~%roles & %attention_mask                                 the tokens that take part in scores
+
+Before an FFN site (x: its input, act and *: its own elementwise region):
+
+    %mean = sparselora.context_mean(detach(%x), %weights)                a row for each sequence
+    %gate, %up = sparselora.low_rank_product(%mean, A, B) (+ bias)       W' ~ A B, rank 8
+    %score = || act(%gate) * %up ||                                      a number for each channel
+    %kept = sparselora.top_channels(%score, k)
+
+Before an attention site: the norms of q, k and v over context tokens; score of a key/value channel for V and O: ||v||; for
+Q and K: ||k|| times the mean of ||q|| over the query heads that read it.
+
+Approximate by intent (SparseLoRA, arXiv 2506.16500, sections 3.1 and 3.2). Nothing inserted here is differentiated; the choice is
+marked MUST_SAVE, so that no recomputation ever makes another one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sparse_compile.config import kept_count
+from sparse_compile.graph import Rewriter, hinted_shape, nodes_by_name, op_name, tensor_value
+from sparse_compile.ir import AttentionSite, FFNSite, Projection, SitePlan
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+
+_OPS = torch.ops.sparselora
+
+
+@dataclass(frozen=True)
+class InsertPredictors:
+    """Insert token roles and channel predictors for the sites of the plan."""
+
+    name: str = "insert_predictors"
+    requires: tuple[str, ...] = ("plan",)
+    ensures: tuple[str, ...] = ("predictors",)
+    numerics: Numerics = Numerics.APPROXIMATE
+    analysis: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        ctx.selections = {}
+        if not ctx.plan.sparse_sites:
+            return PassOutcome(False)
+        rewriter = Rewriter(gm, self.name)
+        _insert_roles(rewriter, ctx)
+        builder = _PredictorBuilder(rewriter, ctx)
+        for plan in ctx.plan.sparse_sites:
+            ctx.selections[plan.site.name] = builder.build(plan)
+        return PassOutcome(True, {"predictors": len(ctx.selections), "inserted": rewriter.inserted})
+
+
+def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> None:
+    """Insert the roles before the first node that is no input of the graph."""
+    roles = ctx.roles
+    assert roles is not None
+    nodes = nodes_by_name(rewriter.graph)
+    top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
+    with rewriter.before(top):
+        if roles.origin == "given":
+            mask = rewriter.call(_OPS.given_output_mask.default, _token_placeholder(rewriter.graph, ctx, nodes))
+        else:
+            masks = [
+                rewriter.call(_OPS.output_mask.default, _hoisted(rewriter, nodes[name], {}), roles.ignore_index, shift)
+                for name, shift in roles.labels
+            ]
+            mask = masks[0]
+            for other in masks[1:]:
+                mask = rewriter.call(torch.logical_or, mask, other)
+        attended = nodes[roles.padding] if roles.padding else None
+        if attended is not None:
+            attended = rewriter.method("to", attended, torch.bool)
+        if ctx.config.token_selection == "all_sparse":
+            mask = rewriter.call(torch.zeros_like, mask)
+        elif ctx.config.token_selection == "random_dense":
+            eligible = attended if attended is not None else rewriter.call(torch.ones_like, mask)
+            mask = rewriter.call(_OPS.shuffled_mask.default, mask, eligible)
+        rows = rewriter.items(rewriter.call(_OPS.split_tokens.default, mask), 2)
+        weights = rewriter.call(torch.logical_not, mask)
+        if attended is not None:
+            weights = rewriter.call(torch.logical_and, weights, attended)
+    ctx.rows = (rows[0].name, rows[1].name)
+    ctx.context_weights = weights.name
+
+
+def _hoisted(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Return `node`, or a copy of it and of what it is computed from, at the place of insertion."""
+    if node.op == "placeholder":
+        return node
+    if node not in copies:
+        for operand in node.all_input_nodes:
+            _hoisted(rewriter, operand, copies)
+        copies[node] = rewriter.copy(node, lambda operand: copies.get(operand, operand))
+    return copies[node]
+
+
+def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:
+    """Return an input of the graph whose first dimensions are those of the tokens."""
+    tokens = hinted_shape(nodes[ctx.plan.sparse_sites[0].site.source])[:2]
+    for node in graph.nodes:
+        value = tensor_value(node)
+        is_input = node.op == "placeholder" and node.name not in ctx.parameters
+        if is_input and value is not None and value.dim() >= 2 and hinted_shape(node)[:2] == tokens:
+            return node
+    raise ValueError("no input of the graph has the shape of the tokens, to check the given roles against")
+
+
+class _PredictorBuilder:
+    def __init__(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        self.rewriter = rewriter
+        self.ctx = ctx
+        self.nodes = nodes_by_name(rewriter.graph)
+        assert ctx.context_weights is not None
+        self.weights = self.nodes[ctx.context_weights]
+
+    def build(self, plan: SitePlan) -> tuple[str, ...]:
+        """Insert the predictor of one site; return the names of the nodes that hold its channels."""
+        site = plan.site
+        bases = {projection.base for projection in site.projections}
+        first = next(node for node in self.rewriter.graph.nodes if node.name in bases)
+        with self.rewriter.before(first, site.name):
+            if isinstance(site, FFNSite):
+                return (self._ffn(site, plan.kept).name,)
+            return tuple(node.name for node in self._attention(site, plan))
+
+    def _ffn(self, site: FFNSite, kept: int) -> fx.Node:
+        call = self.rewriter.call
+        if self.ctx.config.channel_selection == "random":
+            return self._top(self._random(site.channels, site.source), kept, site.name)
+        rows, valid = self._scored_rows(self._flat(site.source), self.ctx.config.predictor_tokens)
+        values = {self.nodes[projection.output]: self._predicted(rows, projection) for projection in site.inputs}
+        for name in site.vectors:
+            values[self.nodes[name]] = self.rewriter.method("detach", self.nodes[name])
+        hidden = None
+        for name in site.region:
+            node = self.nodes[name]
+            if op_name(node) == "dropout":
+                values[node] = values[node.args[0]]  # type: ignore[index]
+            else:
+                values[node] = self.rewriter.copy(node, lambda operand: values.get(operand, operand))
+            hidden = values[node]
+        assert hidden is not None
+        hidden = call(torch.where, self.rewriter.method("unsqueeze", valid, 1), hidden, 0.0)
+        return self._top(call(torch.linalg.vector_norm, hidden, dim=0), kept, site.name)
+
+    def _attention(self, site: AttentionSite, plan: SitePlan) -> tuple[fx.Node, fx.Node]:
+        kept_vo = kept_count(site.value.out_features, plan.sparsity)
+        if self.ctx.config.channel_selection == "random":
+            qk, vo = (self._random(p.out_features, site.source) for p in (site.key, site.value))
+        else:
+            rows, valid = self._flat(site.source), self.rewriter.method("reshape", self.weights, -1)
+            if isinstance(self.ctx.config.predictor_tokens, int):
+                rows, valid = self._scored_rows(rows, self.ctx.config.predictor_tokens)
+            query, key, vo = (self._norms(rows, valid, p) for p in (site.query, site.key, site.value))
+            # (kv heads, groups, channels): the mean over the query heads that read a key/value head.
+            query = self.rewriter.method("reshape", query, site.kv_heads, site.groups, site.head_dim)
+            query = self.rewriter.method("reshape", self.rewriter.method("mean", query, 1), -1)
+            qk = self.rewriter.call(torch.mul, query, key)
+        return self._top(qk, plan.kept, f"{site.name}:qk"), self._top(vo, kept_vo, f"{site.name}:vo")
+
+    def _flat(self, source: str) -> fx.Node:
+        node = self.nodes[source]
+        return self.rewriter.method("reshape", self.rewriter.method("detach", node), -1, hinted_shape(node)[-1])
+
+    def _scored_rows(self, x: fx.Node, tokens: Any) -> tuple[fx.Node, fx.Node]:
+        """Return the rows that the score reads, (m, in), and which of them count, (m,) bool."""
+        if tokens == "mean":
+            has_context = self.rewriter.method("any", self.weights, 1)
+            return self.rewriter.call(_OPS.context_mean.default, x, self.weights), has_context
+        if tokens == "all":
+            return x, self.rewriter.method("reshape", self.weights, -1)
+        picked, valid = self.rewriter.items(self.rewriter.call(_OPS.spaced_rows.default, self.weights, tokens), 2)
+        return self.rewriter.call(torch.index_select, x, 0, picked), valid
+
+    def _factors(self, projection: Projection) -> tuple[fx.Node, fx.Node]:
+        factors = self.ctx.factors[projection.name]
+        stem = "sparselora_" + projection.name.replace(".", "_")
+        return self.rewriter.buffer(f"{stem}_a", factors.a), self.rewriter.buffer(f"{stem}_b", factors.b)
+
+    def _bias(self, projection: Projection) -> fx.Node | None:
+        return self.rewriter.method("detach", self.nodes[projection.bias]) if projection.bias else None
+
+    def _predicted(self, rows: fx.Node, projection: Projection) -> fx.Node:
+        predicted = self.rewriter.call(_OPS.low_rank_product.default, rows, *self._factors(projection))
+        bias = self._bias(projection)
+        return predicted if bias is None else self.rewriter.call(torch.add, predicted, bias)
+
+    def _norms(self, rows: fx.Node, valid: fx.Node, projection: Projection) -> fx.Node:
+        factors = self._factors(projection)
+        return self.rewriter.call(_OPS.predicted_norms.default, rows, valid, *factors, self._bias(projection))
+
+    def _random(self, channels: int, source: str) -> fx.Node:
+        value = tensor_value(self.nodes[source])
+        assert value is not None
+        return self.rewriter.call(torch.rand, channels, device=value.device)
+
+    def _top(self, scores: fx.Node, kept: int, site: str) -> fx.Node:
+        node = self.rewriter.call(_OPS.top_channels.default, self.rewriter.method("detach", scores), kept, site)
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return node

@@ -1,0 +1,69 @@
+"""Choose the provider that runs each sparse op.
+
+    %y = sparselora.gathered_linear(%x, %w, %kept, 'reference')  ->  %y = sparselora.gathered_linear(%x, %w, %kept, 'cpu_gemm')
+
+Legal because: every provider of an op computes its reference body, up to rounding. The choice is per node, for its
+device and dtype; what was passed over is recorded with its reason in the manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparse_compile.graph import TAG
+from sparse_compile.ir import Rejection
+from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
+from sparse_compile.kernels.providers import OpCall, ProviderTable
+from sparse_compile.kernels.token_rows import PUT_ROWS, TAKE_ROWS
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+
+_OPS = torch.ops.sparselora
+_TABLES: dict[object, ProviderTable] = {
+    _OPS.take_rows.default: TAKE_ROWS,
+    _OPS.put_rows.default: PUT_ROWS,
+    _OPS.gathered_linear.default: GATHERED_LINEAR,
+    _OPS.gathered_input_linear.default: GATHERED_INPUT_LINEAR,
+}
+
+
+@dataclass(frozen=True)
+class LowerSparseOps:
+    """Record in each sparse op the provider that runs it."""
+
+    name: str = "lower_sparse_ops"
+    requires: tuple[str, ...] = ("predictors",)
+    ensures: tuple[str, ...] = ("lowered",)
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        stats: dict[str, int] = {}
+        rejections: dict[Rejection, None] = {}
+        used: dict[str, dict[str, None]] = {}
+        calls = _calls_by_site(ctx)
+        for node in gm.graph.nodes:
+            table = _TABLES.get(node.target)
+            if table is None:
+                continue
+            site = node.meta[TAG]["site"]
+            choice = table.choose(calls[site])
+            node.kwargs = {**node.kwargs, "provider": choice.provider}
+            stats[choice.provider] = stats.get(choice.provider, 0) + 1
+            used.setdefault(site, {})[choice.provider] = None
+            rejections |= {Rejection(self.name, table.op, f"{name}: {reason}"): None for name, reason in choice.declined}
+        ctx.providers = {site: tuple(names) for site, names in used.items()}
+        return PassOutcome(bool(stats), stats, tuple(rejections))
+
+
+def _calls_by_site(ctx: PassContext) -> dict[str, OpCall]:
+    """Return, by site, the device and dtype of its frozen weights."""
+    calls = {}
+    for plan in ctx.plan.sparse_sites:
+        value = ctx.parameters[plan.site.output.weight].value
+        assert value is not None, "a site without its weights at hand stays dense"
+        calls[plan.site.name] = OpCall(value.device.type, value.dtype)
+    return calls

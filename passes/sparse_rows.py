@@ -1,0 +1,96 @@
+"""What the two sparsify passes share: splitting tokens by role, and the products of context tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from sparse_compile.graph import Rewriter, hinted_shape, nodes_by_name, tensor_value
+from sparse_compile.ir import Projection
+from sparse_compile.passes.autocast import autocast_dtypes
+from sparse_compile.passes.base import PassContext
+
+_OPS = torch.ops.sparselora
+
+
+class SparseRows:
+    """Inserts the nodes that compute output tokens and context tokens apart.
+
+    Args:
+        rewriter: where to insert.
+        ctx: holds the rows of each role.
+    """
+
+    def __init__(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        self.rewriter = rewriter
+        self.nodes = nodes_by_name(rewriter.graph)
+        assert ctx.rows is not None
+        self.rows = tuple(self.nodes[name] for name in ctx.rows)
+        devices = {parameter.value.device.type for parameter in ctx.parameters.values() if parameter.value is not None}
+        self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.autocast, device) for device in devices}
+
+    def split(self, x: fx.Node, columns: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
+        """Flatten the tokens of `x` (..., C) and split them: (n, C) and (N - n, k or C)."""
+        flat = self.rewriter.method("reshape", x, -1, hinted_shape(x)[-1])
+        output, context = self.rewriter.items(
+            self.rewriter.call(_OPS.take_rows.default, flat, *self.rows, columns), 2
+        )
+        return output, context
+
+    def merge(self, output: fx.Node, context: fx.Node, like: fx.Node, columns: fx.Node | None = None) -> fx.Node:
+        """Merge the tokens again, to the shape of the node `like`."""
+        merged = self.rewriter.call(_OPS.put_rows.default, output, context, *self.rows, columns)
+        leading = self._leading_sizes(like)
+        return self.rewriter.method("reshape", merged, *leading, hinted_shape(like)[-1])
+
+    def gathered(self, x: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
+        """Insert the base product of some output channels, bias included."""
+        base = self.nodes[projection.base]
+        y = self.rewriter.call(_OPS.gathered_linear.default, self.cast(x, base), self._weight(projection), channels)
+        return self._with_bias(y, projection, base, channels)
+
+    def gathered_input(self, h: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
+        """Insert the base product of some input channels, bias included."""
+        base = self.nodes[projection.base]
+        y = self.rewriter.call(
+            _OPS.gathered_input_linear.default, self.cast(h, base), self._weight(projection), channels
+        )
+        return self._with_bias(y, projection, base, None)
+
+    def cast(self, x: fx.Node, at: fx.Node) -> fx.Node:
+        """Cast an operand as autocast would at the node `at`: custom ops ignore it."""
+        dtype = self._autocast_dtype(at)
+        return x if dtype is None else self.rewriter.method("to", x, dtype)
+
+    def dense(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Insert a copy of `node` that reads `values` in place of its operands."""
+        return self.rewriter.copy(node, lambda operand: values.get(operand, operand))
+
+    def _autocast_dtype(self, at: fx.Node) -> torch.dtype | None:
+        value = tensor_value(at)
+        assert value is not None
+        # fp64 operands are left alone by autocast.
+        dtype = self._autocast.get(value.device.type, {}).get(at.name)
+        return None if value.dtype == torch.float64 else dtype
+
+    def _weight(self, projection: Projection) -> fx.Node:
+        weight = self.nodes[projection.weight]
+        return self.rewriter.method("t", weight) if projection.transposed else weight
+
+    def _with_bias(self, y: fx.Node, projection: Projection, base: fx.Node, channels: fx.Node | None) -> fx.Node:
+        if projection.bias is None:
+            return y
+        bias = self.nodes[projection.bias]
+        if channels is not None:
+            bias = self.rewriter.call(torch.index_select, bias, 0, channels)
+        return self.rewriter.call(torch.add, y, self.cast(bias, base))
+
+    def _leading_sizes(self, like: fx.Node) -> Sequence[fx.Node | int]:
+        value = tensor_value(like)
+        assert value is not None
+        return [
+            size if isinstance(size, int) else self.rewriter.method("size", like, dim)
+            for dim, size in enumerate(value.shape[:-1])
+        ]

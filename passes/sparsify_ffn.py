@@ -1,0 +1,156 @@
+"""Compute the feed-forward blocks of the plan for output tokens densely, for context tokens in the kept channels alone.
+
+    %h = act(gate(%x)) * up(%x)          %x_o, %x_c = take_rows(%x, %output_rows, %context_rows)
+    %y = down(%h)                 ->     %y_o = down(act(gate(%x_o)) * up(%x_o))
+                                         %y_c = down[:, kept](act(gate[kept](%x_c)) * up[kept](%x_c))
+                                         %y   = put_rows(%y_o, %y_c, %output_rows, %context_rows)
+
+Adapters belong to the layer: on gate and up the rows of B that are kept are used, on down the columns of A. The thin
+product with A of an in-projection runs on all tokens before the split, so that a dropout before it stays as drawn. The
+elementwise region is copied for each role; a per-channel vector in it is gathered.
+
+Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): the intermediate channels that are not kept count as zero for
+context tokens; the gradients are the exact gradients of that function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparse_compile.graph import LINEAR, Rewriter, argument, hinted_shape, take_over
+from sparse_compile.ir import FFNSite, Projection
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.sparse_rows import SparseRows
+
+
+@dataclass(frozen=True)
+class SparsifyFFN:
+    """Rewrite the FFN sites of the plan."""
+
+    name: str = "sparsify_ffn"
+    requires: tuple[str, ...] = ("predictors",)
+    ensures: tuple[str, ...] = ("sparse",)
+    numerics: Numerics = Numerics.APPROXIMATE
+    analysis: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        sites = [plan.site for plan in ctx.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+        if not sites:
+            return PassOutcome(False)
+        rewriter = Rewriter(gm, self.name)
+        erased = 0
+        for site in sites:
+            erased += _rewrite(site, rewriter, ctx)
+        return PassOutcome(True, {"sites": len(sites), "inserted": rewriter.inserted, "erased": erased})
+
+
+def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
+    rows = SparseRows(rewriter, ctx)
+    nodes = rows.nodes
+    end = nodes[site.output.output]
+    kept = nodes[ctx.selections[site.name][0]]
+    with rewriter.before(end, site.name):
+        output, context = _Segment(rows, site), _Segment(rows, site, kept)
+        source = nodes[site.source]
+        output.values[source], context.values[source] = rows.split(source)
+        for projection in site.inputs:
+            for branch in projection.branches:
+                thin = nodes[branch.a]
+                output.values[thin], context.values[thin] = rows.split(thin)
+        merged = rows.merge(output.run(), context.run(), like=end)
+    return take_over(end, merged)
+
+
+class _Segment:
+    """Copies a site's nodes for the tokens of one role.
+
+    Args:
+        rows: what inserts nodes.
+        site: the site.
+        kept: node that holds the kept channels; None computes all of them (output tokens).
+    """
+
+    def __init__(self, rows: SparseRows, site: FFNSite, kept: fx.Node | None = None) -> None:
+        self.rows = rows
+        self.site = site
+        self.kept = kept
+        self.values: dict[fx.Node, fx.Node] = {}
+        self._order = {node: position for position, node in enumerate(rows.rewriter.graph.nodes)}
+
+    def run(self) -> fx.Node:
+        """Insert the segment; return the node that holds its result, (tokens, out)."""
+        nodes = self.rows.nodes
+        for projection in self.site.inputs:
+            source = self.values[nodes[self.site.source]]
+            if self.kept is None:
+                self._copy(nodes[projection.base])
+            else:
+                self.values[nodes[projection.base]] = self.rows.gathered(source, projection, self.kept)
+            self._copy_branches(projection, self.kept, gather_outputs=True)
+        for name in self.site.vectors:
+            self._gather_vector(nodes[name])
+        for name in self.site.region:
+            self._copy(nodes[name])
+        last = self.site.output
+        hidden = self.values[nodes[last.source]]
+        if self.kept is None:
+            self._copy(nodes[last.base])
+        else:
+            self.values[nodes[last.base]] = self.rows.gathered_input(hidden, last, self.kept)
+        self._copy_branches(last, self.kept, gather_outputs=False)
+        return self.values[nodes[last.output]]
+
+    def _copy(self, node: fx.Node) -> None:
+        if node not in self.values:
+            self.values[node] = self.rows.dense(node, self.values)
+
+    def _copy_branches(self, projection: Projection, kept: fx.Node | None, *, gather_outputs: bool) -> None:
+        """Copy what lies between a base product and the projection's output: branches, scales, casts, additions."""
+        nodes = self.rows.nodes
+        gathered = {nodes[branch.b if gather_outputs else branch.a] for branch in projection.branches}
+        for node in self._between(projection):
+            if node in gathered and kept is not None:
+                self.values[node] = self._gathered_adapter(node, kept, dim=0 if gather_outputs else 1)
+            else:
+                self._copy(node)
+
+    def _between(self, projection: Projection) -> list[fx.Node]:
+        """Return the nodes on the way from the segment's values to the projection's output, in graph order.
+
+        What depends on no token (a weight that is cast before its product) is not among them: both segments read it.
+        """
+        on_the_way: dict[fx.Node, bool] = {}
+
+        def visit(node: fx.Node) -> bool:
+            if node in self.values:
+                return True
+            if node not in on_the_way:
+                on_the_way[node] = any([visit(operand) for operand in node.all_input_nodes])
+            return on_the_way[node]
+
+        visit(self.rows.nodes[projection.output])
+        return sorted((node for node, found in on_the_way.items() if found), key=self._order.__getitem__)
+
+    def _gathered_adapter(self, node: fx.Node, kept: fx.Node, dim: int) -> fx.Node:
+        """Insert an adapter's product with the kept rows (dim 0) or columns (dim 1) of its factor."""
+        assert node.target is LINEAR
+        call = self.rows.rewriter.call
+        x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        weight = call(torch.index_select, weight, dim, kept)
+        if bias is not None and dim == 0:
+            bias = call(torch.index_select, bias, 0, kept)
+        return call(LINEAR, self.values[x], weight, bias)
+
+    def _gather_vector(self, node: fx.Node) -> None:
+        shape = hinted_shape(node)
+        if self.kept is not None and shape and shape[-1] == self.site.channels:
+            self.values[node] = self.rows.rewriter.call(torch.index_select, node, len(shape) - 1, self.kept)
+        # For flattened tokens a vector's leading dimensions of size 1 must go, or the result would gain dimensions.
+        if len(shape) > 2:
+            self.values[node] = self.rows.rewriter.method("reshape", self.values.get(node, node), -1)
+
+

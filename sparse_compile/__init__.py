@@ -1,0 +1,24 @@
+"""Faster LoRA fine-tuning for models compiled with `model.compile(backend="sparselora")`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.explain import explain
+from sparse_compile.roles import token_roles
+from sparse_compile.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sparse_compile.callback import SparseLoRACallback
+
+__all__ = ["Schedule", "SparseLoRACallback", "SparseLoRAConfig", "explain", "token_roles"]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is optional, and slow to import.
+    if name == "SparseLoRACallback":
+        from sparse_compile.callback import SparseLoRACallback
+
+        return SparseLoRACallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,55 @@
+"""Tell the schedule where a `transformers.Trainer` run stands.
+
+This module imports transformers; `sparse_compile` itself does not, and loads the class on first use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .session import Session, session_for
+
+__all__ = ["SparseLoRACallback"]
+
+
+class SparseLoRACallback(TrainerCallback):
+    """Supply the length of the run and the position in it, so that fractional starts and ends work.
+
+        model.compile(backend="sparselora", options={"start_step": 0.1, "end_step": 0.9})
+        Trainer(model, args, train_dataset=data, callbacks=[SparseLoRACallback()]).train()
+
+    The trainer's own `global_step` overrides the counted steps before each optimizer step, so that a run which resumes
+    from a checkpoint resumes its phase too. The model may be compiled before or after the trainer is made, and may be
+    wrapped by accelerate: what ties them together is its trained parameters.
+    """
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find the session of the model, or make it, and give it the run's length and position."""
+        trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Nothing is trained: no graph of this model can be sparse, and there is nothing to tie a session to.
+        self._session = session_for(trained) if trained else None
+        self._give_position(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the position before the first forward of an optimizer step."""
+        self._give_position(state)
+
+    def _give_position(self, state: TrainerState) -> None:
+        if self._session is not None:
+            # A trainer asked for no epoch at all gives 0 as the length of the run.
+            self._session.set_position(state.global_step, state.max_steps if state.max_steps > 0 else None)

@@ -1,0 +1,86 @@
+"""Read a captured graph's surroundings: its parameters, autocast, roles and number of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparse_compile import roles
+from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.cost import ASSUMED_CONTEXT_SHARE
+from sparse_compile.graph import hinted_shape, nodes_by_name, tensor_value
+from sparse_compile.ir import Parameter
+from sparse_compile.kernels.roles.reference import output_mask
+from sparse_compile.passes.base import PassContext
+from sparse_compile.torch_private import is_fake, module_path
+
+
+def capture_context(gm: fx.GraphModule, example_inputs: Sequence[object], config: SparseLoRAConfig) -> PassContext:
+    """Return a fresh context for the passes over a captured graph.
+
+    Args:
+        gm: the graph, as Dynamo hands it over.
+        example_inputs: its inputs; parameters come as they are, other tensors may be stand-ins.
+        config: the user's options.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    parameters = {}
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        path = ".".join(module_path(getattr(node, "_dynamo_source", None)))
+        stand_in = tensor_value(node)
+        if isinstance(value, nn.Parameter) or isinstance(stand_in, nn.Parameter):
+            trained = bool(getattr(value, "requires_grad", False))
+            live = value if isinstance(value, Tensor) and not is_fake(value) else None
+            parameters[node.name] = Parameter(node.name, path or node.name, trained, live)
+    autocast = {
+        device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    }
+    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast)
+
+
+def trained_parameters(gm: fx.GraphModule, example_inputs: Sequence[object], ctx: PassContext) -> list[Tensor]:
+    """Return the live parameters of the graph that are trained."""
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    trained = {name for name, parameter in ctx.parameters.items() if parameter.trained}
+    inputs = zip(names, example_inputs, strict=True)
+    return [value for name, value in inputs if name in trained and isinstance(value, Tensor) and not is_fake(value)]
+
+
+def is_whole_step(gm: fx.GraphModule, ctx: PassContext) -> bool:
+    """Tell whether a graph holds a model from its inputs to its loss, so that no other graph can hold more sites.
+
+    No activation enters it (floating-point tensors that are no parameters, of rank 3 or more), and the loss is in it.
+    """
+    for node in gm.graph.nodes:
+        value = tensor_value(node)
+        is_input = node.op == "placeholder" and node.name not in ctx.parameters
+        if is_input and value is not None and value.is_floating_point() and value.dim() >= 3:
+            return False
+    return any("cross_entropy" in str(node.target) for node in gm.graph.nodes)
+
+
+def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext) -> tuple[int, int]:
+    """Return the numbers of context and output tokens of a batch.
+
+    Where the labels are no input of the graph, or only a stand-in is at hand, the share that the cost model assumes is
+    taken of the tokens seen at tracing.
+    """
+    mask = roles.current_roles() if ctx.roles and ctx.roles.origin == "given" else None
+    if ctx.roles is not None and ctx.roles.labels:
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        values = dict(zip(names, inputs, strict=True))
+        name, shift = ctx.roles.labels[0]
+        labels = values.get(name)
+        if isinstance(labels, Tensor) and not is_fake(labels):
+            mask = output_mask(labels, ctx.roles.ignore_index, shift)
+    if mask is not None:
+        output = int(mask.sum())
+        return mask.numel() - output, output
+    if not ctx.sites:
+        return 0, 0
+    total = math.prod(hinted_shape(nodes_by_name(gm.graph)[ctx.sites[0].source])[:-1])
+    context = round(ASSUMED_CONTEXT_SHARE * total)
+    return context, total - context

@@ -1,0 +1,389 @@
+"""Hold what the user may choose, check it at once, and read the files of the reference implementation.
+
+Everything here is pure: a configuration is an immutable, hashable and picklable value, and the helpers at the end
+(:func:`preset_sparsity`, :func:`match_site`, :func:`kept_count`) are functions of their arguments in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from . import upstream
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .schedule import Schedule
+
+PRESETS = ("none", "exact", "o1", "o2")
+TOKEN_SELECTIONS = ("roles", "all_sparse", "random_dense")
+CHANNEL_SELECTIONS = ("svd", "random")
+
+DEFAULT_START_FRACTION = 0.05
+"""Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
+
+_V = TypeVar("_V")
+
+
+class FrozenMapping(Mapping[str, _V], Generic[_V]):
+    """Keep a mapping that compares like a dict, cannot change, and can be hashed (where its values can) and pickled."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, _V] | Iterable[tuple[str, _V]] = ()) -> None:
+        self._items: dict[str, _V] = dict(items)
+
+    def __getitem__(self, key: str) -> _V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __reduce__(self) -> tuple[type[FrozenMapping[_V]], tuple[dict[str, _V]]]:
+        return type(self), (self._items,)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True)
+class SparseLoRAConfig:
+    """Choose what the ``sparselora`` backend does to a model.
+
+    Attributes:
+        preset: ``"none"`` (analyses and canonicalisation only), ``"exact"`` (nothing approximate), ``"o1"`` (default,
+            conservative) or ``"o2"`` (aggressive). The sparsities behind a preset are those of
+            :func:`preset_sparsity`; source: the ``o1`` and ``o2`` modes of the SparseLoRA release, by depth.
+        layer_sparsity: Site name (or a suffix of whole dotted parts, see :func:`match_site`) to the fraction of its
+            channels that context tokens skip, in [0, 1). Where given it replaces the preset's schedule: a site that it
+            does not name is dense. Default ``None``: the preset decides.
+        predictor_rank: Rank of the SVD factors computed here, in singular values, at least 1. Default 8 (the paper's
+            SVD sparsity estimator). Factors read from ``predictor_path`` have the rank they were stored with.
+        predictor_path: Upstream ``model.safetensors`` (or the folder that holds it) with ready factors. Default
+            ``None``: factors are computed from the frozen weights.
+        predictor_tokens: Context tokens that an FFN score reads: ``"mean"`` (default; the mean of each sequence, as
+            upstream), ``"all"`` (the paper's formula), or that many evenly spaced tokens per sequence, at least 1.
+            Attention scores read all context tokens unless a number is given.
+        start_step: First sparse step: a ``float`` in [0, 1] is a fraction of the run, an ``int`` a number of optimizer
+            steps. Default ``None``: 0.05 where the length of the run is known (the paper keeps the first 5-10% dense),
+            else 0.
+        end_step: First dense step after the sparse phase, in the same units. Default ``None``: never.
+        schedule: Handle that knows the length of the run (``total_steps``, in optimizer steps), which fractions need.
+            Default ``None``: :class:`SparseLoRACallback` may still supply it.
+        keep_logits: Compute every row of the logits in training, those that the loss ignores too. Default ``False``:
+            such rows are filled with NaN.
+        disable: Names of passes that do not run. Default: none.
+        strict: Raise where an approximate pass fails or a name matches no site, instead of warning. Default ``False``.
+        dump_dir: Folder for the graphs before and after each pass. Default ``None``: the environment variable
+            ``SPARSELORA_DUMP`` decides.
+        seed: Seed of the randomised SVD and of the random selections below, in [0, 2**63). Default 0.
+        ignore_index: Label of a token that carries no loss. Default -100 (``torch.nn.functional.cross_entropy``).
+        token_selection: Which tokens are computed densely: ``"roles"`` (default; the output tokens), or one of the two
+            ablations of the paper's Table 8: ``"all_sparse"`` (none) and ``"random_dense"`` (as many tokens as there
+            are output tokens, at random).
+        channel_selection: How channels are chosen: ``"svd"`` (default; the predictor) or ``"random"`` (ablation).
+        inductor: Inductor's own options, handed on as they are (``torch._inductor.list_options()``). Default: none.
+
+    Raises:
+        ValueError: An unknown option, or a value outside what is said above; the message names it.
+    """
+
+    preset: str = "o1"
+    layer_sparsity: Mapping[str, float] | None = None
+    predictor_rank: int = 8
+    predictor_path: str | None = None
+    predictor_tokens: str | int = "mean"
+    start_step: float | int | None = None
+    end_step: float | int | None = None
+    # Two equal configurations have equal hashes whatever the handle hashes to, so it need not be hashable.
+    schedule: Schedule | None = field(default=None, hash=False)
+    keep_logits: bool = False
+    disable: frozenset[str] = frozenset()
+    strict: bool = False
+    dump_dir: str | None = None
+    seed: int = 0
+    ignore_index: int = -100
+    token_selection: str = "roles"
+    channel_selection: str = "svd"
+    # Inductor takes lists among its values.
+    inductor: Mapping[str, Any] = field(default=FrozenMapping(), hash=False)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Reject unknown options as the ``ValueError`` that every other mistake is, not as a ``TypeError``."""
+        _reject_unknown(kwargs, [f.name for f in fields(cls)], "option")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        normalised = {
+            "preset": _choice("preset", self.preset, PRESETS),
+            "layer_sparsity": _layer_sparsity(self.layer_sparsity),
+            "predictor_rank": _integer("predictor_rank", self.predictor_rank, minimum=1),
+            "predictor_path": _path("predictor_path", self.predictor_path),
+            "predictor_tokens": _predictor_tokens(self.predictor_tokens),
+            "start_step": _step("start_step", self.start_step),
+            "end_step": _step("end_step", self.end_step),
+            "keep_logits": _boolean("keep_logits", self.keep_logits),
+            "disable": _pass_names(self.disable),
+            "strict": _boolean("strict", self.strict),
+            "dump_dir": _path("dump_dir", self.dump_dir),
+            "seed": _integer("seed", self.seed, minimum=0, limit=2**63),
+            "ignore_index": _integer("ignore_index", self.ignore_index),
+            "token_selection": _choice("token_selection", self.token_selection, TOKEN_SELECTIONS),
+            "channel_selection": _choice("channel_selection", self.channel_selection, CHANNEL_SELECTIONS),
+            "inductor": _inductor(self.inductor),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
+        if self.schedule is not None and not hasattr(self.schedule, "total_steps"):
+            raise ValueError(f"schedule must be a Schedule (it has total_steps), got {self.schedule!r}")
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Reject an end before the start, where the two can be compared without knowing the length of the run."""
+        start, end = self.start_step, self.end_step
+        if end is None:
+            return
+        if start is None:
+            # A fraction as the end needs the length of the run; where that is known the default is a fraction too.
+            start = DEFAULT_START_FRACTION if isinstance(end, float) else 0
+        comparable = type(start) is type(end) or 0 in (start, end)
+        if comparable and end < start:
+            default = " (the default)" if self.start_step is None else ""
+            raise ValueError(f"end_step {end} lies before start_step {start}{default}")
+
+    def to_options(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, as plain values for ``torch.compile(options=...)``."""
+        default = type(self)()
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(default, f.name)
+        }
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Self:
+        """Build a configuration from the plain dict that torch hands to a backend (``None``: all defaults).
+
+        Raises:
+            ValueError: Not a mapping, an unknown key (named, with what exists), or an invalid value.
+        """
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise ValueError(f"options must be a dict, got {type(options).__name__}; use SparseLoRAConfig.to_options()")
+        _reject_unknown(options, [f.name for f in fields(cls)], "option")
+        return cls(**options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], mode: str = "o1", **overrides: Any) -> Self:
+        """Read a SparseLoRA release: ``config.json`` for the schedule, ``model.safetensors`` for the factors.
+
+        Args:
+            path: A local folder, or the id of a repository on the Hugging Face hub, which is downloaded.
+            mode: One of the ``modes`` of the file. ``"o1"`` and ``"o2"`` also become the preset.
+            **overrides: Fields of this class that win over what the file says. ``predictor_path=None`` computes the
+                factors from the weights instead of reading them.
+
+        Raises:
+            ValueError: No such folder, file or mode, or a file that is not of this kind.
+            ImportError: ``path`` is a hub id and ``huggingface_hub`` is not installed.
+        """
+        values = upstream.read_release(path, mode, factors="predictor_path" not in overrides)
+        if mode in PRESETS:
+            values["preset"] = mode
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
+        """Read a YAML file of the reference implementation.
+
+        Its keys are ``sparsity`` (site name suffix to sparsity), ``mode`` (``svd_<rank>`` or ``dense``),
+        ``start_step``, ``end_step`` and a few more, all listed by :func:`sparse_compile.upstream.read_yaml`. A key that
+        is absent leaves this class's default.
+
+        Args:
+            path: The file.
+            **overrides: Fields of this class that win over what the file says.
+
+        Raises:
+            ValueError: The file is absent or not of this kind, a key is unknown, or a value is invalid.
+        """
+        return cls(**{**upstream.read_yaml(path), **overrides})
+
+
+def preset_sparsity(preset: str, kind: Literal["ffn", "attention"], index: int, count: int) -> float:
+    """Return the sparsity that a preset gives to one site of a model that nobody tuned.
+
+    Blocks are chosen by depth, [lo, hi) on ``index / count``; the first and the last block are always dense. ``o1``:
+    FFN 0.97 and attention 0.2 on [0.53, 0.97). ``o2``: FFN 0.99 on [0.09, 0.97), attention 0.75 on [0.43, 0.97).
+    Source: the published schedules of LLaMA3-8B (32 blocks) for CSR170K and Math10K.
+
+    Args:
+        preset: One of :data:`PRESETS`.
+        kind: The kind of the site.
+        index: Order of the block in its stack, from 0.
+        count: Number of blocks in the stack.
+    """
+    assert preset in PRESETS, preset
+    assert 0 <= index < count, (index, count)
+    if preset in ("none", "exact") or index in (0, count - 1):
+        return 0.0
+    low, high, sparsity = _PRESET_DEPTHS[preset, kind]
+    # Fractions, because a border such as 0.97 is no binary number and 97/100 must lie outside of it.
+    return sparsity if low <= Fraction(index, count) < high else 0.0
+
+
+_PRESET_DEPTHS = {
+    ("o1", "ffn"): (Fraction(53, 100), Fraction(97, 100), 0.97),
+    ("o1", "attention"): (Fraction(53, 100), Fraction(97, 100), 0.2),
+    ("o2", "ffn"): (Fraction(9, 100), Fraction(97, 100), 0.99),
+    ("o2", "attention"): (Fraction(43, 100), Fraction(97, 100), 0.75),
+}
+
+
+def match_site(pattern: str, name: str) -> bool:
+    """Say whether ``pattern`` is ``name`` or a suffix of it in whole dotted parts (``1.mlp`` is not ``11.mlp``)."""
+    return bool(pattern) and (name == pattern or name.endswith(f".{pattern}"))
+
+
+def kept_count(n: int, sparsity: float) -> int:
+    """Return how many of ``n`` channels stay at a sparsity in [0, 1): ``max(1, n - floor(n * sparsity))``.
+
+    The product is exact in the decimal number that the user wrote: 0.29 of 1000 is 290, not 289.
+    """
+    assert n >= 1, n
+    assert 0 <= sparsity < 1, sparsity
+    return max(1, n - math.floor(n * Fraction(repr(float(sparsity)))))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"
+
+
+def _reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown {what} {name!r}{hint}. Known: {_listed(known)}")
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _integer(name: str, value: object, minimum: int | None = None, limit: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    number = int(value)
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if limit is not None and number >= limit:
+        raise ValueError(f"{name} must be below {limit}, got {number}")
+    return number
+
+
+def _path(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or not text:
+        raise ValueError(f"{name} must be a path, got {value!r}")
+    return text
+
+
+def _predictor_tokens(value: object) -> str | int:
+    if value in ("mean", "all"):
+        return str(value)
+    if isinstance(value, str):
+        raise ValueError(f"predictor_tokens must be 'mean', 'all' or a number of tokens, got {value!r}")
+    return _integer("predictor_tokens", value, minimum=1)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _step(name: str, value: object) -> float | int | None:
+    if value is None:
+        return None
+    if not isinstance(value, bool) and isinstance(value, Integral):
+        return _integer(name, value, minimum=0)
+    fraction = _number(name, value)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{name} as a float is a fraction in [0, 1] (steps are an int), got {value!r}")
+    return fraction
+
+
+def _layer_sparsity(value: object) -> FrozenMapping[float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"layer_sparsity must map site names to sparsities, got {value!r}")
+    checked: dict[str, float] = {}
+    for site, given in value.items():
+        if not isinstance(site, str) or not all(site.split(".")):
+            raise ValueError(f"layer_sparsity: {site!r} is not a dotted site name")
+        sparsity = _number(f"layer_sparsity[{site!r}]", given)
+        # NaN fails this comparison too.
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"layer_sparsity[{site!r}] must lie in [0, 1), got {given!r}")
+        checked[site] = sparsity
+    return FrozenMapping(checked)
+
+
+def _pass_names(value: object) -> frozenset[str]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"disable must be a collection of pass names, got {value!r}")
+    names = frozenset(value)
+    if names:
+        # Imported here: passes are configured, and know this module.
+        from sparse_compile.passes import PASS_NAMES
+
+        _reject_unknown(names, PASS_NAMES, "pass")
+    return names
+
+
+def _inductor(value: object) -> FrozenMapping[Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"inductor must be a dict of Inductor options, got {value!r}")
+    if value:
+        from torch._inductor import config
+
+        known = config.get_config_copy()
+        # Inductor reads dashes as underscores.
+        unknown = [key for key in value if str(key).replace("-", "_") not in known]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), known, n=3)
+            hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+            raise ValueError(f"unknown inductor option {unknown[0]!r}{hint}: see torch._inductor.list_options()")
+    return FrozenMapping(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, FrozenMapping):
+        return dict(value)
+    return sorted(value) if isinstance(value, frozenset) else value

@@ -1,0 +1,145 @@
+"""What a training step costs: FLOPs of matrix products, and bytes moved by the gathers that sparsity needs.
+
+A product of (n, a) with (a, b) counts 2nab FLOPs. Of a frozen layer the forward and the gradient of its input are counted
+(there is no weight gradient); of an adapter both gradients. Causal attention is counted as executed: all S x S scores.
+All figures are per token and linear in the number of context and output tokens, so that one expression serves any batch;
+`sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of tokens) are what reports hold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import sympy
+from torch import Tensor, fx
+
+from sparse_compile.graph import LINEAR, argument, hinted_shape, op_name, tensor_value
+from sparse_compile.ir import AttentionSite, Projection, Site, SitePlan, SparsityPlan
+
+CONTEXT, OUTPUT = sympy.symbols("context output", nonnegative=True)
+"""Numbers of context and output tokens in a batch."""
+
+FLOPS_PER_BYTE = {"cpu": 20.0, "cuda": 200.0}
+"""FLOPs a device could have done in the time it moves one byte: 200 GFLOP/s over 10 GB/s for two CPU cores, 780 TFLOP/s
+over 4 TB/s for an H200 in bf16. Only the order of magnitude matters."""
+
+ASSUMED_CONTEXT_SHARE = 0.75
+"""Share of context tokens assumed where a preset is planned: the paper's Math10K has 384 of 512."""
+
+
+def projection_flops(projection: Projection, kept_share: float = 1.0) -> float:
+    """Return the FLOPs of the frozen product for one token, forward and gradient of the input.
+
+    Args:
+        projection: the layer.
+        kept_share: fraction of the channels that are computed.
+    """
+    return 4.0 * projection.in_features * projection.out_features * kept_share
+
+
+def site_flops(plan: SitePlan) -> sympy.Expr:
+    """Return the FLOPs of the site's frozen products in a training step, over `CONTEXT` and `OUTPUT` tokens."""
+    dense = sum(projection_flops(projection) for projection in plan.site.projections)
+    return dense * OUTPUT + dense * plan.kept / plan.total * CONTEXT
+
+
+def dense_site_flops(site: Site) -> sympy.Expr:
+    """Return the FLOPs of the same site without sparsity."""
+    return sum(projection_flops(projection) for projection in site.projections) * (OUTPUT + CONTEXT)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What sparsity saves and costs at one site, per token of the batch, in FLOPs (bytes converted by the device).
+
+    Attributes:
+        saved: FLOPs of products not computed.
+        spent: FLOPs of the predictor, and of the time that splitting and merging tokens takes.
+    """
+
+    saved: float
+    spent: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the site is worth it."""
+        return self.saved > self.spent
+
+
+def gain(site: Site, kept: int, rank: int, itemsize: int, device: str) -> Gain:
+    """Estimate what sparsity at a site saves and costs, per token.
+
+    Bytes: forward and backward each read and write the rows of every tensor that is split or merged.
+
+    Args:
+        site: the site.
+        kept: channels kept.
+        rank: rank of the predictor's factors.
+        itemsize: bytes of an activation's element.
+        device: `"cpu"` or `"cuda"`.
+    """
+    share = kept / site.channels
+    dense = sum(projection_flops(projection) for projection in site.projections)
+    saved = ASSUMED_CONTEXT_SHARE * (1 - share) * dense
+    width, out_width = site.output.in_features, site.output.out_features
+    elements = site.projections[0].in_features + out_width
+    if isinstance(site, AttentionSite):
+        # Queries, keys and values are merged to full width, the attention's result is split again.
+        elements += site.query.out_features + site.key.out_features + site.value.out_features + width
+        predictor = 2.0 * rank * 3 * site.projections[0].in_features
+    else:
+        predictor = 2.0 * site.projections[0].in_features
+    moved = 2 * 2 * elements * itemsize
+    return Gain(saved, moved * FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"]) + predictor)
+
+
+def step_flops(graph: fx.Graph) -> float:
+    """Return the FLOPs of the matrix products of one training step, at the sizes seen at tracing.
+
+    Counts every `linear` and `matmul` (gradients only where they are needed) and softmax attention with half of its
+    scores (causal), five products backward for two forward, as fused attention kernels execute it.
+    """
+    return sum(_node_flops(node) for node in graph.nodes)
+
+
+def _node_flops(node: fx.Node) -> float:
+    value = tensor_value(node)
+    if value is None:
+        return 0.0
+    if op_name(node) == "scaled_dot_product_attention":
+        query, key = (hinted_shape(argument(node, i, name)) for i, name in enumerate(("query", "key")))
+        forward = 4.0 * math.prod(query) * key[-2] / (2 if query[-2] == key[-2] else 1)
+        return forward * (3.5 if value.requires_grad else 1.0)
+    if node.target is not LINEAR and op_name(node) not in ("matmul", "__matmul__", "bmm", "mm", "addmm"):
+        return 0.0
+    operands = [operand for operand in node.all_input_nodes if len(hinted_shape(operand)) > 1]
+    if len(operands) < 2:
+        return 0.0
+    forward = 2.0 * math.prod(hinted_shape(node)) * hinted_shape(operands[0])[-1]
+    gradients = sum(bool(_value(operand).requires_grad) for operand in operands) if value.requires_grad else 0
+    return forward * (1 + gradients)
+
+
+def _value(node: fx.Node) -> Tensor:
+    value = tensor_value(node)
+    assert value is not None
+    return value
+
+
+def saved_flops(plan: SparsityPlan, kind: str) -> sympy.Expr:
+    """Return the FLOPs that the plan's sites of one kind save in a training step, over `CONTEXT` tokens."""
+    plans = [each for each in plan.sparse_sites if each.site.kind == kind]
+    return sum((dense_site_flops(each.site) - site_flops(each) for each in plans), sympy.Integer(0))
+
+
+def predictor_flops(plan: SparsityPlan, rank: int) -> sympy.Expr:
+    """Return the FLOPs of the predictors in a training step (nothing of them runs backward)."""
+    total = sympy.Integer(0)
+    for each in plan.sparse_sites:
+        width = each.site.projections[0].in_features
+        if isinstance(each.site, AttentionSite):
+            total += 2.0 * 3 * rank * (width + rank) * (CONTEXT + OUTPUT)
+        else:
+            total += 2.0 * width * (CONTEXT + OUTPUT)
+    return total

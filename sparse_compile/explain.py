@@ -1,0 +1,91 @@
+"""Say what the backend would do to a model, without running or training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
+from sparse_compile.capture import capture_context, count_tokens, trained_parameters
+from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.graph import hinted_shape, tensor_value
+from sparse_compile.pipeline import run_pipeline
+from sparse_compile.report import GraphReport, Report, graph_report
+from sparse_compile.torch_private import compile_id
+
+
+def explain(
+    model: nn.Module | Callable[..., Any],
+    *args: Any,
+    config: SparseLoRAConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Trace one training step and report every site, what was declined, and the FLOPs before and after each pass.
+
+    Nothing is computed and nothing is trained: each captured graph is answered by zeros of the right shapes. A model
+    that was compiled before stays as it was.
+
+    Args:
+        model: the model, or a function.
+        *args: what a training step passes to it.
+        config: the options; None for the defaults. The schedule plays no part: the sparse phase is reported.
+        **kwargs: what a training step passes to it, `labels` among them.
+
+    Returns:
+        The report, one entry for each graph that TorchDynamo captured.
+
+    Raises:
+        ValueError: an invalid option.
+    """
+    options = config if isinstance(config, SparseLoRAConfig) else SparseLoRAConfig.from_options(config)
+    graphs: list[GraphReport] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        ctx = capture_context(gm, example_inputs, options)
+        trains = torch.is_grad_enabled() and bool(trained_parameters(gm, example_inputs, ctx))
+        result = run_pipeline(gm, ctx) if trains else None
+        seen = False
+
+        def stand_in(*inputs: Any) -> list[Any]:
+            nonlocal seen
+            if result is not None and not seen:
+                seen = True
+                graphs.append(graph_report(result, ctx, compile_id(gm), "sparse", count_tokens(gm, inputs, ctx)))
+            return [_zeros(node) for node in _outputs(gm)]
+
+        return stand_in
+
+    with _uncompiled(model), torch.enable_grad():
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    return Report(tuple(graphs))
+
+
+def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    values = output.args[0]
+    return values if isinstance(values, tuple | list) else (values,)
+
+
+def _zeros(node: Any) -> Any:
+    value = tensor_value(node)
+    if value is None:
+        return node if not isinstance(node, fx.Node) else int(getattr(node.meta["example_value"], "node", None).hint)  # type: ignore[union-attr]
+    return torch.zeros(hinted_shape(node), dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)
+
+
+@contextmanager
+def _uncompiled(model: object) -> Iterator[None]:
+    """Have a module that was compiled in place run its own code."""
+    compiled = getattr(model, "_compiled_call_impl", None)
+    if compiled is None:
+        yield
+        return
+    model._compiled_call_impl = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled  # type: ignore[attr-defined]

@@ -1,0 +1,192 @@
+"""Small helpers for reading and rewriting the FX graphs that Dynamo hands over."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Argument
+
+from sparse_compile.torch_private import copy_dynamo_attributes, size_hint
+
+TAG = "sparselora"
+"""Key of `node.meta` under which a rewrite records its pass and site."""
+
+LINEAR = torch._C._nn.linear
+
+
+def value_of(node: fx.Node) -> Any:
+    """Return the example value Dynamo recorded for `node` (a FakeTensor for a tensor), or None."""
+    return node.meta.get("example_value")
+
+
+def tensor_value(node: Any) -> Tensor | None:
+    """Return the example tensor of `node`, or None where it is not a node that holds a tensor."""
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def hinted_shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of the tensor `node`, symbolic sizes replaced by their hints, without adding a guard."""
+    value = tensor_value(node)
+    assert value is not None, f"{node} holds no tensor"
+    return tuple(size_hint(size) for size in value.shape)
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the bare name of what `node` calls: `"view"`, `"silu"`, `"add"`; empty for anything but a call."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return str(getattr(node.target, "__name__", node.target))
+
+
+_TENSOR_NAMESPACES = ("torch", "_operator", "operator")
+
+
+def calls_torch(node: fx.Node) -> bool:
+    """Tell whether `node` is a method of a tensor or a function of PyTorch, whose name then says what it does."""
+    if node.op == "call_method":
+        return tensor_value(node.args[0]) is not None if node.args else False
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return True
+    module = getattr(node.target, "__module__", None) or ""
+    # Builtins of torch (torch.matmul, torch._C._nn.gelu) report no module or a private one.
+    return module.split(".")[0] in _TENSOR_NAMESPACES or torch.overrides.is_tensor_method_or_property(node.target)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a GraphModule so that the copy's graph can be rewritten: same node names, same metadata, shared attributes."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copied = graph.node_copy(node, mapping.__getitem__)
+        copied.meta = dict(node.meta)
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+        mapping[node] = copied
+    assert [node.name for node in graph.nodes] == [node.name for node in gm.graph.nodes], "a copy keeps node names"
+    copied_module = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copy_dynamo_attributes(gm, copied_module)
+    return copied_module
+
+
+def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return the nodes of `graph` by name; names are how the facts of `ir.py` refer to nodes."""
+    return {node.name: node for node in graph.nodes}
+
+
+class Rewriter:
+    """Inserts nodes into a graph, tagged with the pass and site they come from.
+
+    Args:
+        gm: the module whose graph is rewritten.
+        pass_name: recorded in `node.meta["sparselora"]`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, pass_name: str) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.pass_name = pass_name
+        self.inserted = 0
+        self._site = ""
+        self._anchor: fx.Node | None = None
+
+    @contextmanager
+    def before(self, anchor: fx.Node, site: str = "") -> Iterator[None]:
+        """Insert before `anchor`; new nodes take over its stack trace, module stack and checkpoint tags."""
+        previous = self._anchor, self._site
+        self._anchor, self._site = anchor, site or self._site
+        try:
+            with self.graph.inserting_before(anchor):
+                yield
+        finally:
+            self._anchor, self._site = previous
+
+    def call(self, target: Callable[..., Any], *args: Argument, **kwargs: Argument) -> fx.Node:
+        """Insert a function call."""
+        return self._tagged(self.graph.call_function(target, args, kwargs))  # type: ignore[arg-type]
+
+    def method(self, name: str, *args: Argument, **kwargs: Argument) -> fx.Node:
+        """Insert a tensor-method call."""
+        return self._tagged(self.graph.call_method(name, args, kwargs))  # type: ignore[arg-type]
+
+    def items(self, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
+        """Insert the `getitem` nodes of a call that returns a tuple."""
+        return tuple(self.call(operator.getitem, node, index) for index in range(count))
+
+    def buffer(self, name: str, value: Tensor) -> fx.Node:
+        """Insert a read of a tensor constant of the graph; the tensor is registered under `name` on the first use."""
+        from sparse_compile.torch_private import register_graph_buffer
+
+        if not hasattr(self.gm, name):
+            register_graph_buffer(self.gm, name, value)
+        return self._tagged(self.graph.get_attr(name))
+
+    def copy(self, node: fx.Node, arg_map: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Insert a copy of `node` with its node arguments replaced."""
+        copied = self.graph.node_copy(node, arg_map)
+        copied.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
+        return self._tagged(copied)
+
+    def _tagged(self, node: fx.Node) -> fx.Node:
+        self.inserted += 1
+        if self._anchor is not None:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
+                if key in self._anchor.meta and key not in node.meta:
+                    node.meta[key] = self._anchor.meta[key]
+        node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
+        return node
+
+
+def forward_to(old: fx.Node, existing: fx.Node) -> None:
+    """Give the users of `old` the node `existing`, which holds the same value, and erase `old`."""
+    old.replace_all_uses_with(existing)
+    old.graph.erase_node(old)
+
+
+def take_over(old: fx.Node, new: fx.Node) -> int:
+    """Put the inserted node `new` in the place of `old`; erase what only `old` used; return how many nodes that were.
+
+    `new` takes over the name as well: facts refer to nodes by name, and diffs between dumps stay small.
+    """
+    new.meta["example_value"] = value_of(old)
+    old.replace_all_uses_with(new)
+    name = old.name
+    erased = _erase_unused(old)
+    new.name = name
+    return erased
+
+
+def _erase_unused(root: fx.Node) -> int:
+    """Erase `root` and the calls that only it used.
+
+    Only what is reached from `root` is erased: a call without users elsewhere may have an effect.
+    """
+    erased = 0
+    frontier = [root]
+    while frontier:
+        node = frontier.pop()
+        if node.op not in ("call_function", "call_method") or node.users or node._erased:
+            continue
+        operands = node.all_input_nodes
+        node.graph.erase_node(node)
+        erased += 1
+        frontier += operands
+    return erased

@@ -1,0 +1,228 @@
+"""The facts that analyses find and transforms act on: frozen, printable, and free of graph objects.
+
+A field of type `NodeName` is the name of a node of the captured graph. Names, unlike nodes, survive a copy of the graph,
+so a transform may work on a copy that is thrown away when it fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+NodeName = str
+SiteKind = Literal["ffn", "attention"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer that enters the graph as an input.
+
+    Attributes:
+        node: its placeholder.
+        path: dotted name in the user's model, such as `"layers.0.mlp.up_proj.weight"`.
+        trained: whether it requires a gradient.
+        value: the live tensor, or None where the graph was handed over with stand-ins only.
+    """
+
+    node: NodeName
+    path: str
+    trained: bool
+    value: Tensor | None
+
+
+@dataclass(frozen=True)
+class LoRABranch:
+    """A trained low-rank branch s (x A') B' beside a frozen product.
+
+    Attributes:
+        a: the product with A', (..., in) to (..., r).
+        b: the product with B', (..., r) to (..., out).
+        output: the last node of the branch (scaled, cast), which is added to the base product.
+        dropout: the dropout between x and A', or None.
+    """
+
+    a: NodeName
+    b: NodeName
+    output: NodeName
+    dropout: NodeName | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer y = x W' + b with its LoRA branches.
+
+    Attributes:
+        name: module path, adapter wrappers left out: `"layers.0.mlp.up_proj"`.
+        base: the canonical `linear(x, W, b)` node.
+        source: its input x.
+        weight: placeholder of the weight.
+        transposed: whether the placeholder holds W' (in, out), as Conv1D layers do.
+        bias: the node added as bias, or None.
+        branches: the LoRA branches added to it, in order.
+        output: the node that carries base and branches.
+        in_features: width of x.
+        out_features: width of y.
+    """
+
+    name: str
+    base: NodeName
+    source: NodeName
+    weight: NodeName
+    transposed: bool
+    bias: NodeName | None
+    branches: tuple[LoRABranch, ...]
+    output: NodeName
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class FFNSite:
+    """In-projections that share one input, an elementwise region, one out-projection.
+
+    Attributes:
+        name: site name, the common module path of its projections.
+        index: order of the site among the graph's FFN sites.
+        source: the shared input x.
+        inputs: the in-projections (gate and up, or one).
+        output: the out-projection.
+        region: the elementwise nodes between them, in graph order; the last one feeds the out-projection.
+        vectors: nodes outside the region that it reads and that have one value a channel.
+    """
+
+    name: str
+    index: int
+    source: NodeName
+    inputs: tuple[Projection, ...]
+    output: Projection
+    region: tuple[NodeName, ...]
+    vectors: tuple[NodeName, ...]
+    kind: SiteKind = "ffn"
+
+    @property
+    def channels(self) -> int:
+        """Width of the intermediate."""
+        return self.output.in_features
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections of the site."""
+        return (*self.inputs, self.output)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Query, key and value projections of one input, softmax attention, one output projection.
+
+    Attributes:
+        name: site name, the common module path of its projections.
+        index: order of the site among the graph's attention sites.
+        source: the shared input x.
+        query, key, value, output: the projections.
+        kv_heads: number of key/value heads.
+        groups: query heads per key/value head; query head h reads key/value head h // groups.
+        head_dim: channels of a query or key head.
+        value_head_dim: channels of a value head.
+        mask: the attention mask operand, or None.
+    """
+
+    name: str
+    index: int
+    source: NodeName
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    kv_heads: int
+    groups: int
+    head_dim: int
+    value_head_dim: int
+    mask: NodeName | None
+    kind: SiteKind = "attention"
+
+    @property
+    def channels(self) -> int:
+        """Width of the key projection: the number of (kv head, channel) pairs to choose from."""
+        return self.key.out_features
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections of the site."""
+        return (self.query, self.key, self.value, self.output)
+
+
+Site = FFNSite | AttentionSite
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """Where the roles of the tokens come from.
+
+    Attributes:
+        origin: `"cross_entropy"` (the loss is in the graph), `"labels"` (labels that the graph compares with
+            `ignore_index`), `"given"` (`token_roles(...)`).
+        labels: for the first two, pairs of a node that holds (B, S) labels and the shift: 1 where position t predicts
+            `labels[:, t + 1]`, else 0.
+        ignore_index: the label that the loss ignores.
+        padding: placeholder of the (B, S) attention mask whose zeros mark padding, or None.
+        loss: the cross-entropy nodes the labels were traced from.
+    """
+
+    origin: Literal["cross_entropy", "labels", "given"]
+    labels: tuple[tuple[NodeName, int], ...]
+    ignore_index: int
+    padding: NodeName | None
+    loss: tuple[NodeName, ...] = ()
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What is to be done with one site.
+
+    Attributes:
+        site: the site.
+        sparsity: fraction of channels not computed for context tokens; 0 where the site stays dense.
+        kept: channels kept.
+        total: channels to choose from.
+        reason: why the site stays dense, or a note; empty otherwise.
+    """
+
+    site: Site
+    sparsity: float
+    kept: int
+    total: int
+    reason: str = ""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the site is rewritten."""
+        return self.kept < self.total
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """The decisions for every matched site, in graph order."""
+
+    sites: tuple[SitePlan, ...]
+
+    @property
+    def sparse_sites(self) -> tuple[SitePlan, ...]:
+        """The sites to rewrite."""
+        return tuple(plan for plan in self.sites if plan.sparse)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A place where a rule looked and did not apply.
+
+    Attributes:
+        rule: the pass, with the rule's name where it has several: `"find_ffn"`.
+        node: the node the rule started from, or the site's name.
+        reason: what is in the way, in words a user can act on.
+    """
+
+    rule: str
+    node: str
+    reason: str

@@ -1,0 +1,198 @@
+"""The ordered list of passes, and what runs it.
+
+Data flows one way: captured graph -> one flat graph -> canonical linears -> sites -> roles -> plan -> predictors ->
+sparse products -> providers. A transform works on a copy that is swapped in when the verifier agrees, so a pass that
+raises leaves nothing half-done.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from sparse_compile.graph import copy_graph_module
+from sparse_compile.ir import Rejection, SparsityPlan
+from sparse_compile.passes.base import Numerics, Pass, PassContext, PassOutcome
+from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
+from sparse_compile.passes.find_attention import FindAttention
+from sparse_compile.passes.find_ffn import FindFFN
+from sparse_compile.passes.find_projections import FindProjections
+from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
+from sparse_compile.passes.insert_predictors import InsertPredictors
+from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
+from sparse_compile.passes.plan_sparsity import PlanSparsity
+from sparse_compile.passes.sparsify_attention import SparsifyAttention
+from sparse_compile.passes.sparsify_ffn import SparsifyFFN
+from sparse_compile.passes.trace_roles import TraceRoles
+from sparse_compile.verify import VerificationError, verify
+
+if TYPE_CHECKING:
+    from sparse_compile.dump import GraphDump
+
+
+def passes() -> tuple[Pass, ...]:
+    """Return the passes in the order in which they run."""
+    return (
+        InlineCheckpointBodies(),  # first: every other pass sees one flat graph
+        CanonicalizeLinears(),  # one spelling of a linear layer for all analyses
+        FindProjections(),  # frozen layers and their adapters: what sites are made of
+        FindFFN(),
+        FindAttention(),
+        TraceRoles(),  # independent of the sites: from the loss back to the labels
+        PlanSparsity(),  # needs all facts; computes the predictor's factors
+        InsertPredictors(),  # before the rewrites: scores read the inputs of sites, which the rewrites keep
+        SparsifyFFN(),
+        SparsifyAttention(),
+        LowerSparseOps(),  # last: a choice for each op that is left
+    )
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one graph.
+
+    Attributes:
+        name: the pass.
+        numerics: whether it is exact.
+        changed: whether the graph was rewritten.
+        milliseconds: time it took, verification included.
+        nodes_before, nodes_after: size of the graph.
+        stats: counts of the pass's own.
+        skipped: why it did not run; empty where it ran.
+    """
+
+    name: str
+    numerics: str
+    changed: bool
+    milliseconds: float
+    nodes_before: int
+    nodes_after: int
+    stats: dict[str, int] = field(default_factory=dict)
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The outcome of the pipeline.
+
+    Attributes:
+        gm: the rewritten graph, or None where the captured graph is to be compiled as it is.
+        canonical: the graph before the first approximate pass.
+        records: one per pass.
+        rejections: every place where a pass looked and did not apply.
+    """
+
+    gm: fx.GraphModule | None
+    canonical: fx.GraphModule
+    records: tuple[PassRecord, ...]
+    rejections: tuple[Rejection, ...]
+
+
+def run_pipeline(
+    captured: fx.GraphModule, ctx: PassContext, dump: GraphDump | None = None, order: Sequence[Pass] | None = None
+) -> PipelineResult:
+    """Run the passes over a captured graph.
+
+    Where an approximate pass raises, all approximate passes are undone and the graph goes on without them, with one
+    warning; `strict=True` raises instead. A pass named in `disable`, or one that requires a stage that was not
+    reached, is skipped with the reason in its record.
+
+    Args:
+        captured: the graph; it is not changed.
+        ctx: the context, whose facts are filled in.
+        dump: where to write the graph after each pass.
+        order: the passes; None for `passes()`.
+
+    Raises:
+        VerificationError: in strict mode, if a pass leaves an illegal graph.
+    """
+    runner = _Runner(captured, ctx, dump)
+    if dump is not None:
+        dump.graph("captured", captured.graph, ctx.parameters)
+    for each in passes() if order is None else order:
+        runner.step(each)
+    return runner.result()
+
+
+class _Runner:
+    def __init__(self, captured: fx.GraphModule, ctx: PassContext, dump: GraphDump | None) -> None:
+        self.captured = captured
+        self.ctx = ctx
+        self.dump = dump
+        self.current = captured
+        self.exact = captured
+        self.stages = {"captured"}
+        self.records: list[PassRecord] = []
+        self.rejections: list[Rejection] = []
+        self.failed = False
+
+    def step(self, each: Pass) -> None:
+        """Run one pass, or record why it is skipped."""
+        before = len(self.current.graph.nodes)
+        reason = self._reason_to_skip(each)
+        if reason:
+            self.records.append(PassRecord(each.name, each.numerics.value, False, 0.0, before, before, {}, reason))
+            return
+        start = time.perf_counter()
+        try:
+            outcome = self._run(each)
+        except Exception as error:
+            if self.ctx.config.strict:
+                raise
+            outcome = self._undo(each, error)
+        elapsed = 1e3 * (time.perf_counter() - start)
+        after = len(self.current.graph.nodes)
+        self.records.append(
+            PassRecord(each.name, each.numerics.value, outcome.changed, elapsed, before, after, dict(outcome.stats))
+        )
+        self.rejections += outcome.rejections
+        if self.dump is not None:
+            self.dump.graph(each.name, self.current.graph, self.ctx.parameters)
+
+    def result(self) -> PipelineResult:
+        """Return the outcome; a graph that no approximate pass changed is compiled as it was captured."""
+        rewritten = self.current is not self.exact and bool(self.ctx.plan.sparse_sites)
+        return PipelineResult(
+            self.current if rewritten else None, self.exact, tuple(self.records), tuple(self.rejections)
+        )
+
+    def _reason_to_skip(self, each: Pass) -> str:
+        if each.name in self.ctx.config.disable:
+            return "disabled"
+        if self.failed and each.numerics is Numerics.APPROXIMATE:
+            return "an approximate pass failed"
+        missing = [stage for stage in each.requires if stage not in self.stages]
+        return f"needs {', '.join(missing)}" if missing else ""
+
+    def _run(self, each: Pass) -> PassOutcome:
+        work = self.current if each.analysis else copy_graph_module(self.current)
+        outcome = each.run(work, self.ctx)
+        if outcome.changed:
+            verify(work, self.captured, self.stages | set(each.ensures), self.ctx.parameters)
+            work.recompile()
+            self.current = work
+            if each.numerics is Numerics.EXACT and not self.ctx.selections:
+                self.exact = work
+        self.stages |= set(each.ensures)
+        return outcome
+
+    def _undo(self, each: Pass, error: Exception) -> PassOutcome:
+        """Go on without a pass that raised: the graph before it, or before all approximate passes."""
+        kind = "internal error" if isinstance(error, VerificationError) else type(error).__name__
+        reason = f"{kind}: {error}"
+        if each.numerics is Numerics.APPROXIMATE or self.ctx.selections:
+            self.failed = True
+            self.current = self.exact
+            self.ctx.plan = SparsityPlan(())
+            self.ctx.selections = {}
+            self.stages -= {"predictors", "sparse", "lowered"}
+            consequence = "this graph runs dense"
+        else:
+            consequence = "the pass is left out"
+        warnings.warn(f"sparselora: {each.name} failed, {consequence}. {reason}", stacklevel=2)
+        return PassOutcome(False, {}, (Rejection(each.name, "graph", reason),))

@@ -1,0 +1,252 @@
+"""What was found in one compiled graph, and what was done about it, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+from sparse_compile.cost import CONTEXT, OUTPUT, predictor_flops, saved_flops, step_flops
+from sparse_compile.ir import Rejection, SparsityPlan
+from sparse_compile.passes.base import PassContext
+from sparse_compile.pipeline import PassRecord, PipelineResult
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One matched site, dense or sparse.
+
+    Attributes:
+        name: site name, as `layer_sparsity` takes it.
+        kind: `"ffn"` or `"attention"`.
+        sparsity: fraction of channels not computed for context tokens; 0 where dense.
+        kept: channels kept.
+        total: channels to choose from.
+        provider: what runs its products, `"dense"` where nothing was rewritten.
+        reason: why it stays dense although it was asked for, or a note.
+        adapters: number of LoRA branches at the site.
+    """
+
+    name: str
+    kind: str
+    sparsity: float
+    kept: int
+    total: int
+    provider: str
+    reason: str
+    adapters: int
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass: what it did (`record`) and the FLOPs of a training step before and after it."""
+
+    record: PassRecord
+    flops_before: float
+    flops_after: float
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph.
+
+    Attributes:
+        compile_id: Dynamo's name of the compilation.
+        phase: `"dense"` or `"sparse"`, the phase of the schedule it was compiled in.
+        roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
+        tokens: number of context and of output tokens that FLOPs are given for.
+        sites: every matched site.
+        passes: every pass.
+        rejections: every place where a pass looked and did not apply.
+        flops_before, flops_after: FLOPs of the matrix products of a training step.
+    """
+
+    compile_id: str
+    phase: str
+    roles: str | None
+    tokens: tuple[int, int]
+    sites: tuple[SiteReport, ...]
+    passes: tuple[PassReport, ...]
+    rejections: tuple[Rejection, ...]
+    flops_before: float
+    flops_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self)
+
+
+def graph_report(
+    result: PipelineResult, ctx: PassContext, compile_id: str, phase: str, tokens: tuple[int, int]
+) -> GraphReport:
+    """Summarise a run of the pipeline.
+
+    Args:
+        result: its outcome.
+        ctx: its facts.
+        compile_id: Dynamo's name of the compilation.
+        phase: the phase of the schedule.
+        tokens: context and output tokens to give FLOPs for.
+    """
+    dense = step_flops(result.canonical.graph)
+    counts = dict(zip((CONTEXT, OUTPUT), tokens, strict=True))
+    passes, current = [], dense
+    for record in result.records:
+        change = _flops_change(record.name, ctx) if record.changed else sympy.Integer(0)
+        after = current + float(change.subs(counts))
+        passes.append(PassReport(record, current, after))
+        current = after
+    return GraphReport(
+        compile_id=compile_id,
+        phase=phase,
+        roles=ctx.roles.origin if ctx.roles else None,
+        tokens=tokens,
+        sites=_sites(ctx),
+        passes=tuple(passes),
+        rejections=result.rejections,
+        flops_before=dense,
+        flops_after=current,
+    )
+
+
+def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
+    if name == "insert_predictors":
+        return predictor_flops(ctx.plan, ctx.config.predictor_rank)
+    kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
+    return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
+
+
+def _sites(ctx: PassContext) -> tuple[SiteReport, ...]:
+    return tuple(
+        SiteReport(
+            name=plan.site.name,
+            kind=plan.site.kind,
+            sparsity=plan.sparsity,
+            kept=plan.kept,
+            total=plan.total,
+            provider="+".join(ctx.providers.get(plan.site.name, ())) or "dense",
+            reason=plan.reason,
+            adapters=sum(len(projection.branches) for projection in plan.site.projections),
+        )
+        for plan in ctx.plan.sites
+    )
+
+
+def plan_data(plan: SparsityPlan) -> dict[str, Any]:
+    """Return a plan as plain data for JSON, with its cost over symbolic numbers of tokens."""
+    return {
+        "sites": [asdict(each) for each in plan.sites],
+        "saved_flops": {kind: str(saved_flops(plan, kind)) for kind in ("ffn", "attention")},
+    }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found: one training step of a model, which may arrive in several graphs.
+
+    Attributes:
+        graphs: one report per graph.
+    """
+
+    graphs: tuple[GraphReport, ...]
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """Every matched site of every graph."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """Every place where a pass looked and did not apply."""
+        return tuple(rejection for graph in self.graphs for rejection in graph.rejections)
+
+    @property
+    def flops_before(self) -> float:
+        """FLOPs of the matrix products of the training step as captured."""
+        return sum(graph.flops_before for graph in self.graphs)
+
+    @property
+    def flops_after(self) -> float:
+        """FLOPs of the training step as it will run."""
+        return sum(graph.flops_after for graph in self.graphs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return {
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "graphs": [graph.to_dict() for graph in self.graphs],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report: `.json` as data, `.txt` as the table.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        target = Path(path)
+        if target.suffix == ".json":
+            target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        elif target.suffix == ".txt":
+            target.write_text(str(self) + "\n", encoding="utf-8")
+        else:
+            raise ValueError(f"a report is saved as .json or .txt, not as {target.suffix or 'a file without suffix'!r}")
+
+    def __str__(self) -> str:
+        return "\n\n".join(_graph_text(graph) for graph in self.graphs) or "no graph was captured"
+
+
+def _graph_text(graph: GraphReport) -> str:
+    context, output = graph.tokens
+    lines = [
+        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {context} context and {output} output tokens",
+        "",
+        table(
+            ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),
+            [
+                (s.name, s.kind, f"{s.sparsity:g}", f"{s.kept}/{s.total}", str(s.adapters), s.provider, s.reason)
+                for s in graph.sites
+            ],
+        ),
+        "",
+        table(
+            ("pass", "changed", "nodes", "ms", "GFLOPs a step"),
+            [
+                (
+                    each.record.name,
+                    each.record.skipped or ("yes" if each.record.changed else "no"),
+                    f"{each.record.nodes_before} -> {each.record.nodes_after}",
+                    f"{each.record.milliseconds:.0f}",
+                    f"{each.flops_before / 1e9:.3f} -> {each.flops_after / 1e9:.3f}",
+                )
+                for each in graph.passes
+            ],
+        ),
+    ]
+    if graph.rejections:
+        lines += ["", "declined:", *summary_of(graph.rejections)]
+    return "\n".join(lines)
+
+
+def summary_of(rejections: tuple[Rejection, ...], most: int = 12) -> list[str]:
+    """Return a line for each reason, with how often it was met and the first place."""
+    counts = Counter((rejection.rule, rejection.reason) for rejection in rejections)
+    first: Mapping[tuple[str, str], str] = {(r.rule, r.reason): r.node for r in reversed(rejections)}
+    lines = [
+        f"  {rule}: {reason} ({first[rule, reason]}" + (f" and {count - 1} more)" if count > 1 else ")")
+        for (rule, reason), count in counts.most_common(most)
+    ]
+    left = len(counts) - most
+    return lines if left <= 0 else [*lines, f"  and {left} more reasons"]
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return aligned columns of text."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows))

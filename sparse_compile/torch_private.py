@@ -1,0 +1,206 @@
+"""Every private PyTorch name that this package uses, each behind a function that says what it is for.
+
+When a PyTorch release moves one of them, this is the only file to mend; `tests/test_torch_private.py` names the culprit.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
+    """Return a fresh data-dependent size in [0, max_size], to be called in the fake of a custom op.
+
+    The public `torch.library.get_ctx().new_dynamic_size()` refuses while `capture_dynamic_output_shape_ops` is off. That
+    setting guards a user's program against surprises; our sizes are bounded, created by us and never branched on.
+    """
+    from torch._library.fake_impl import allocate_size
+
+    shape_env = torch.library.get_ctx()._shape_env  # type: ignore[attr-defined]
+    assert shape_env is not None, "a data-dependent size needs a ShapeEnv"
+    size = allocate_size(shape_env)
+    torch._check(size <= max_size)
+    return size  # type: ignore[no-any-return]
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """Return the size seen at tracing, without adding a guard."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint)
+
+
+def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Carry over what Dynamo and AOTAutograd hang on a GraphModule beside its graph.
+
+    `meta` holds `dynamo_compile_id` (AOTAutograd's sign that sources and guards apply); `_param_name_to_source` and the
+    like are plain attributes.
+    """
+    target.meta = dict(source.meta)
+    for name, value in source.__dict__.items():
+        if name not in target.__dict__ and name not in ("_graph", "_code"):
+            target.__dict__[name] = value
+    if "_param_name_to_source" in source.__dict__:
+        target.__dict__["_param_name_to_source"] = dict(source.__dict__["_param_name_to_source"])
+
+
+def register_graph_buffer(gm: fx.GraphModule, name: str, value: Tensor) -> None:
+    """Add a tensor constant to a graph captured by Dynamo.
+
+    AOTAutograd refuses a parameter or buffer without an entry in `_param_name_to_source`.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    gm.register_buffer(name, value, persistent=False)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = ConstantSource(source_name=name)
+
+
+def module_path(source: Any) -> tuple[str, ...]:
+    """Return the names by which a Dynamo source walks from a root object to a parameter: `("layers", "0", "weight")`.
+
+    A source is a chain of attribute and item look-ups. Modules are reached through `_modules[name]` (or plain
+    attributes), parameters and buffers through `_parameters[name]` and `_buffers[name]`.
+    """
+    from torch._dynamo import source as sources
+
+    names: list[str] = []
+    while isinstance(source, sources.ChainedSource):
+        if isinstance(source, sources.DictGetItemSource | sources.GetItemSource):
+            names.append(str(source.index))
+        elif isinstance(source, sources.AttrSource):
+            names.append(source.member)
+        source = source.base
+    containers = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", "__closure__", "cell_contents"}
+    return tuple(name for name in reversed(names) if name not in containers)
+
+
+def install_value_guard(module: str, attribute: str, key: int | None = None) -> None:
+    """Make Dynamo recompile the frame being compiled when a module-level plain value changes.
+
+    Args:
+        module: dotted module name of one that is imported, such as `"sparse_compile.session"`.
+        attribute: name of the variable in that module.
+        key: where given, the variable is a dict and its item `key` is guarded.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import AttrSource, DictGetItemSource, ImportSource
+    from torch._guards import Source, TracingContext
+
+    # `__import__("a.b")`, which an ImportSource evaluates, returns the top package.
+    package, *rest = module.split(".")
+    source: Source = ImportSource(package)
+    for name in (*rest, attribute):
+        source = AttrSource(source, name)
+    if key is not None:
+        source = DictGetItemSource(source, key)
+    TracingContext.get().guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def is_fake(value: object) -> bool:
+    """Tell whether `value` is a FakeTensor: a tensor with a shape but no data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def next_checkpoint_id() -> int:
+    """Return a fresh number for the nodes of one activation checkpoint, from PyTorch's own counter."""
+    from torch._higher_order_ops.wrap import uid
+
+    return next(uid)
+
+
+def fake_outputs(gm: fx.GraphModule) -> dict[str, Tensor] | None:
+    """Run a captured graph on the stand-ins it was captured with; return the value of every output node by name.
+
+    Returns None for a graph without stand-ins. Symbols made on the way are dropped: AOTAutograd traces the graph again and
+    makes its own.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = [node.meta.get("example_value") for node in placeholders]
+    # Dynamo captured with a mode of its own; the one in force now is AOTAutograd's, with the same ShapeEnv.
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    if not modes:
+        return None
+    mode = modes[0]
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    wanted = set(output.all_input_nodes)
+    found: dict[str, Tensor] = {}
+
+    class _Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n in wanted:
+                found[n.name] = result
+            return result
+
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            value = super().get_attr(target, args, kwargs)
+            return mode.from_tensor(value) if isinstance(value, Tensor) and not is_fake(value) else value
+
+    ignore = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env is not None else nullcontext()
+    with mode, ignore:
+        _Recorder(gm).run(*values)
+    return found
+
+
+def compile_id(gm: fx.GraphModule) -> str:
+    """Return Dynamo's name of the compilation a graph belongs to, such as `"0/1"`."""
+    return str(gm.meta.get("dynamo_compile_id", "0/0"))
+
+
+def frame_key(gm: fx.GraphModule) -> int:
+    """Return Dynamo's number of the frame a graph was captured from, equal for all its recompilations."""
+    found = gm.meta.get("dynamo_compile_id")
+    return int(getattr(found, "frame_id", None) or 0)
+
+
+def is_control_flow_exception(error: Exception) -> bool:
+    """Tell whether an exception is how Dynamo restarts or skips an analysis, which a backend must let through."""
+    from torch._dynamo import exc
+
+    return isinstance(error, exc.RestartAnalysis | exc.SkipFrame)
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any], mode: str | None
+) -> Callable[..., Any]:
+    """Compile a graph by AOTAutograd and Inductor.
+
+    AOTAutograd's cache keys a custom op by its name alone: after a change of its backward formula another process would
+    go on with the old gradient. A hash of this package's sources is therefore part of every key.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+    tag = f"{torch.compiler.config.cache_key_tag}sparselora-{source_hash()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def source_hash() -> str:
+    """Return a hash of the sources of this package and of the passes and kernels beneath it."""
+    import sparse_compile.kernels
+    import sparse_compile.passes
+
+    digest = hashlib.sha256()
+    for package in (sparse_compile, sparse_compile.passes, sparse_compile.kernels):
+        root = Path(package.__path__[0])
+        for file in sorted(root.rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

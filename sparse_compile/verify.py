@@ -1,0 +1,123 @@
+"""The legal graph after each stage, checked at the borders between passes.
+
+Light checks run after every pass. `SPARSELORA_VERIFY=1` adds a run of the whole graph on stand-ins (shapes and dtypes
+without data), which must give outputs of the shapes and dtypes that were captured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sparse_compile.graph import TAG, calls_torch, op_name, tensor_value
+from sparse_compile.torch_private import fake_outputs, size_hint
+
+STAGES = (
+    "captured", "canonical", "projections", "ffn", "attention", "roles", "plan", "predictors", "sparse", "lowered",
+)  # fmt: skip
+"""What the graph and its facts have gone through, in the order in which a full run reaches it."""
+
+_OPS = torch.ops.sparselora
+
+
+class VerificationError(AssertionError):
+    """A pass left an illegal graph: a bug of ours, never the user's."""
+
+
+def verify(gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], parameters: Iterable[str]) -> None:
+    """Check the graph after a pass.
+
+    Args:
+        gm: the graph to check.
+        captured: the graph as it was captured.
+        stages: the stages reached.
+        parameters: placeholders that hold parameters.
+
+    Raises:
+        VerificationError: naming the node and the invariant.
+    """
+    reached = set(stages)
+    unknown = reached - set(STAGES)
+    if unknown:
+        raise VerificationError(f"unknown stage {sorted(unknown)}")
+    try:
+        gm.graph.lint()
+    except Exception as error:  # fx raises RuntimeError, AssertionError and KeyError alike
+        raise VerificationError(f"the graph is malformed: {error}") from error
+    _check_interface(gm, captured)
+    known = {node.name for node in captured.graph.nodes}
+    for node in gm.graph.nodes:
+        _check_tag(node, known, inlined="ac_graph_id" in node.meta)
+    if "canonical" in reached:
+        _check_canonical(gm, set(parameters))
+    _check_sparse_ops(gm, lowered="lowered" in reached)
+    if os.environ.get("SPARSELORA_VERIFY", "0") not in ("", "0"):
+        _check_outputs(gm, captured)
+
+
+def _check_interface(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
+    before, after = (
+        [node.name for node in module.graph.nodes if node.op == "placeholder"] for module in (captured, gm)
+    )
+    if before != after:
+        raise VerificationError(f"the inputs changed: {set(before) ^ set(after) or 'their order'}")
+    counts = [len(_output(module).all_input_nodes) for module in (captured, gm)]
+    if (_output(gm).args == ((),)) != (_output(captured).args == ((),)) or counts[0] > 0 and counts[1] == 0:
+        raise VerificationError("the outputs were lost")
+
+
+def _output(gm: fx.GraphModule) -> fx.Node:
+    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+
+
+def _check_tag(node: fx.Node, known: set[str], *, inlined: bool) -> None:
+    if node.name not in known and not inlined and TAG not in node.meta:
+        raise VerificationError(f"{node.name} was inserted without a tag: use Rewriter")
+
+
+def _check_canonical(gm: fx.GraphModule, parameters: set[str]) -> None:
+    for node in gm.graph.nodes:
+        if not calls_torch(node) or op_name(node) not in ("matmul", "mm", "__matmul__") or len(node.args) < 2:
+            continue
+        weight = node.args[1]
+        value = tensor_value(weight)
+        if isinstance(weight, fx.Node) and weight.name in parameters and value is not None and value.dim() == 2:
+            raise VerificationError(f"{node.name} multiplies with the parameter {weight.name} and is no linear")
+
+
+def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
+    splits = [node for node in gm.graph.nodes if node.target is _OPS.split_tokens.default]
+    if len(splits) > 1:
+        raise VerificationError("tokens are split by role more than once: each split is a host synchronisation")
+    rows = {user for split in splits for user in split.users}
+    for node in gm.graph.nodes:
+        first = {_OPS.take_rows.default: 1, _OPS.put_rows.default: 2}.get(node.target)
+        if first is not None:
+            if not set(node.args[first : first + 2]) <= rows:
+                raise VerificationError(f"{node.name} does not use the rows of the one split")
+            if lowered and "provider" not in node.kwargs:
+                raise VerificationError(f"{node.name} has no provider")
+        if (
+            node.target is _OPS.top_channels.default
+            and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE
+        ):
+            raise VerificationError(f"{node.name} could be recomputed: a near tie would choose other channels")
+
+
+def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
+    expected = [tensor_value(node) for node in _output(captured).all_input_nodes]
+    found = fake_outputs(gm)
+    if found is None:
+        return
+    actual = [found.get(node.name) for node in _output(gm).all_input_nodes]
+    for before, after in zip(expected, actual, strict=False):
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            shapes = [tuple(size_hint(size) for size in value.shape) for value in (before, after)]
+            if shapes[0] != shapes[1] or before.dtype != after.dtype:
+                raise VerificationError(
+                    f"an output of {before.dtype} {shapes[0]} became {after.dtype} {shapes[1]}"
+                )

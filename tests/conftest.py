@@ -1,0 +1,82 @@
+"""Fixtures and settings of the whole suite: offline, deterministic, with caches of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITE_CACHE = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment that this process, the xdist workers and the programs that tests start all share."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["MPLBACKEND"] = "Agg"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers are the parallelism: more threads, or pools of compile processes, would only fight over the cores.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        torch.set_num_threads(1)
+    else:
+        # One compile cache for a run of the suite, never one from an earlier run: tests reuse each other's kernels,
+        # and no result can come from code that is gone. Workers inherit it.
+        cache = Path(tempfile.mkdtemp(prefix="sparse_compile_tests_"))
+        config.stash[SUITE_CACHE] = cache
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
+        os.environ["TRITON_CACHE_DIR"] = str(cache / "triton")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the compile cache of this run."""
+    cache = config.stash.get(SUITE_CACHE, None)
+    if cache is not None:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test the same seeds, an empty predictor cache and a Dynamo without memory of other tests."""
+    monkeypatch.setenv("SPARSELORA_CACHE_DIR", str(tmp_path / "sparselora_cache"))
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global generator
+    torch.manual_seed(0)
+    yield
+    # Importing Dynamo takes seconds, so a test that did not compile does not pay for it.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """Return the root folder of the source tree."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Return the folder of real data and models, or skip where it is absent.
+
+    It is `$SPARSE_COMPILE_SHARED`, or else `shared` beside the source tree.
+    """
+    folder = Path(os.environ.get("SPARSE_COMPILE_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real data and models at {folder}; set SPARSE_COMPILE_SHARED to have this test run")
+    return folder
