@@ -2,8 +2,8 @@
 
 An op's schema, fake and autograd formula are written once (`<op>/op.py`); what computes it is a *provider*. Each call
 carries the provider's name as an argument, so the choice that `lower_sparse_ops` makes per node is visible in every
-dump, survives the autograd formula (the backward op is called with the same name) and is part of every compile cache key.
-`reference` is the plain PyTorch body: it is the specification, always supported, and the fallback.
+dump, survives the autograd formula (the backward op is called with the same name) and is part of every compile cache
+key. `reference` is the plain PyTorch body: it is the specification, always supported, and the fallback.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from sparse_compile.graph import op_name
+from sparse_compile.graph import argument, op_name
 
 
 def autocast_dtypes(graph: fx.Graph, ambient: Mapping[str, object], device: str) -> dict[str, torch.dtype | None]:
@@ -30,9 +30,10 @@ def autocast_dtypes(graph: fx.Graph, ambient: Mapping[str, object], device: str)
     for node in graph.nodes:
         if op_name(node) == "_enter_autocast":
             stack.append(current)
-            kind, dtype, enabled, *_ = (*node.args, True)
-            if kind == device:
+            dtype = argument(node, 1, "dtype")
+            if argument(node, 0, "device_type") == device:
                 default = torch.get_autocast_dtype(device)
+                enabled = argument(node, 2, "enabled", True)
                 current = (dtype if isinstance(dtype, torch.dtype) else default) if enabled else None
         elif op_name(node) == "_exit_autocast":
             current = stack.pop() if stack else None

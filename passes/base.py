@@ -96,8 +96,8 @@ class Pass(Protocol):
     """One step of the pipeline: a frozen dataclass with these attributes and `run`.
 
     `requires` and `ensures` are stages of the graph and its facts (`verify.STAGES`). An analysis assigns facts in the
-    context and leaves the graph alone; a transform rewrites the graph it is given, which is a copy that the pipeline swaps
-    in when the pass and the verifier agree. Not matching is data: `PassOutcome.rejections`.
+    context and leaves the graph alone; a transform rewrites the graph it is given, which is a copy that the pipeline
+    swaps in when the pass and the verifier agree. Not matching is data: `PassOutcome.rejections`.
     """
 
     @property

@@ -140,5 +140,3 @@ def _swaps(node: fx.Node) -> int:
     if op_name(node) in ("transpose", "swapaxes", "swapdims"):
         return int(dims[0] % 2 != dims[1] % 2)
     return 1
-
-

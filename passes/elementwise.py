@@ -7,9 +7,10 @@ from torch import fx
 from sparse_compile.graph import calls_torch, op_name, tensor_value
 
 _UNARY = {
-    "abs", "celu", "clamp", "clip", "cos", "elu", "erf", "erfc", "exp", "expm1", "gelu", "hardsigmoid", "hardswish",
-    "hardtanh", "leaky_relu", "log", "log1p", "logsigmoid", "mish", "neg", "negative", "pow", "reciprocal", "relu", "relu6",
-    "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign", "sqrt", "square", "tanh", "clamp_min", "clamp_max",
+    "abs", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "elu", "erf", "erfc", "exp", "expm1", "gelu",
+    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "logsigmoid", "mish", "neg", "negative",
+    "pow", "reciprocal", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign", "sqrt",
+    "square", "tanh",
 }  # fmt: skip
 _BINARY = {"add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "maximum", "minimum"}
 _IDENTITY = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "dropout"}
@@ -17,15 +18,13 @@ _NAMES = _UNARY | _BINARY | _IDENTITY
 
 
 def is_elementwise(node: fx.Node) -> bool:
-    """Tell whether `node` maps each element of its tensor operands on its own (dropout counts: it draws per element)."""
+    """Tell whether `node` maps each element of its tensor operands on its own (dropout draws per element: it does)."""
     if not calls_torch(node) or tensor_value(node) is None:
         return False
     name = op_name(node)
     # `relu_`, `__mul__`, `imul`, `rsub` are spellings of the same functions.
-    for candidate in (name, name.rstrip("_"), name.strip("_"), name.strip("_")[1:]):
-        if candidate in _NAMES:
-            return True
-    return False
+    spellings = (name, name.rstrip("_"), name.strip("_"), name.strip("_")[1:])
+    return any(spelling in _NAMES for spelling in spellings)
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:

@@ -5,8 +5,8 @@
     %h    = mul(%act, %up)                        %y  = <projection>(%h)
     %y    = <projection>(%h)
 
-Found from the out-projection backwards: every path from its input leads through elementwise ops to projections that read
-one tensor. The names of modules play no part, nor does the activation. What must hold:
+Found from the out-projection backwards: every path from its input leads through elementwise ops to projections that
+read one tensor. The names of modules play no part, nor does the activation. What must hold:
 
 * the in-projections are as wide as the out-projection's input, and read the same x;
 * the region is closed: nothing outside reads an in-projection's output or an intermediate;
@@ -17,7 +17,6 @@ Declines when: one of these does not hold, with the node that is in the way.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from torch import fx
@@ -59,7 +58,10 @@ def site_name(projections: tuple[Projection, ...]) -> str:
     """Return the module path that the projections share, or the first one's own path where they share none."""
     paths = [projection.name.split(".") for projection in projections]
     # A module that is its own projection (one linear alone) is named by its parent, so leave the last part out.
-    common = os.path.commonprefix([path[:-1] for path in paths])
+    common = list(paths[0][:-1])
+    for path in paths[1:]:
+        agreeing = [a == b for a, b in zip(common, path[:-1], strict=False)]
+        common = common[: agreeing.index(False) if False in agreeing else len(agreeing)]
     return ".".join(common) or projections[0].name
 
 
@@ -120,7 +122,9 @@ def _match(
 def _is_vector(node: fx.Node, channels: int) -> bool:
     """Tell whether `node` holds one value, or one a channel in its last dimension."""
     shape = hinted_shape(node)
-    return shape == () or (node.op in ("placeholder", "get_attr") and set(shape[:-1]) <= {1} and shape[-1] in (1, channels))
+    return shape == () or (
+        node.op in ("placeholder", "get_attr") and set(shape[:-1]) <= {1} and shape[-1] in (1, channels)
+    )
 
 
 def _reason(

@@ -6,10 +6,11 @@
     %scaled = mul(%b, s)
     %output = add(%base, %scaled)
 
-A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on the
-attention alone. Anything else that is added to the base product is left to the analyses that read the output.
+A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on
+the attention alone. Anything else that is added to the base product is left to the analyses that read the output.
 
-Declines when: the weight is trained, is no 2-D parameter of the graph, or is not at hand (the graph was given stand-ins).
+Declines when: the weight is trained, is no 2-D parameter of the graph, or is not at hand (the graph was given
+stand-ins).
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def _module_name(path: str) -> str:
 
 def _branches(base: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, tuple[LoRABranch, ...]]:
     """Follow the additions behind a base product for as long as LoRA branches of the same input are added."""
-    output, branches = base, []
+    output = base
+    branches: list[LoRABranch] = []
     while True:
         # PEFT casts the sum back to the base dtype between two adapters.
         step = output

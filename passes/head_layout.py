@@ -1,8 +1,9 @@
 """Follow where the channels of a tensor go through views, transposes and elementwise ops.
 
 A layout gives, for each dimension of a tensor, the atomic axes it is made of, outermost first. A view that splits a
-dimension makes two axes of one (`c` becomes `c.0`, `c.1`); a view that merges dimensions joins their axes. Followed from
-a projection's output to the attention, it says which head and which channel each output feature is, for any spelling:
+dimension makes two axes of one (`c` becomes `c.0`, `c.1`); a view that merges dimensions joins their axes. Followed
+from a projection's output to the attention, it says which head and which channel each output feature is, for any
+spelling:
 
     (B, S, C)  --view(B, S, H, D)-->  (B)(S)(c.0)(c.1)  --transpose(1, 2)-->  (B)(c.0)(S)(c.1)
 
@@ -163,11 +164,10 @@ def _repeated(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
     """Handle ops that add dimensions of size 1, or repeat along one dimension."""
     name = op_name(node)
     if name == "unsqueeze":
-        dim = int(argument(node, 1, "dim"))
-        dim = dim + len(shape) if dim < 0 else dim
-        return (*before[:dim], (), *before[dim:])
+        position = int(argument(node, 1, "dim")) % len(shape)
+        return (*before[:position], (), *before[position:])
     padded: Layout = ((),) * (len(shape) - len(before)) + before
-    after = []
+    after: list[tuple[Axis, ...]] = []
     for dim, size in zip(padded, shape, strict=True):
         present = math.prod(axis.size for axis in dim)
         if present == size:
@@ -254,5 +254,3 @@ def _mixed(dim: tuple[Axis, ...], size: int) -> tuple[Axis, ...]:
     # The label keeps the head's channel axis recognisable through slicing and joining of its halves.
     label = origin(dim[-1]) if dim else "c"
     return (Axis(label + MIXED, size),)
-
-

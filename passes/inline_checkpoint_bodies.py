@@ -1,7 +1,8 @@
 """Inline the bodies of activation checkpoints, so that every later pass sees one flat graph.
 
     %y = tag_activation_checkpoint(%wrap_body_0, %x, %w)     ->     %y = ...body of wrap_body_0...
-                                                                    (each node: recompute=PREFER_RECOMPUTE, ac_graph_id=i)
+                                                                    (each node: recompute=PREFER_RECOMPUTE,
+                                                                    ac_graph_id=i)
 
 Legal because: it is what the operator itself does while AOTAutograd traces it: it runs the body node by node and marks
 each for recomputation; the partitioner reads the marks alone. Nodes that later passes insert take over the marks of the
@@ -37,7 +38,8 @@ class InlineCheckpointBodies:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         checkpoint = torch.ops.higher_order.tag_activation_checkpoint
-        inlined, rejections = 0, []
+        inlined = 0
+        rejections: list[Rejection] = []
         # A body may hold checkpoints of its own: they appear in the graph as it is inlined.
         while calls := [
             node

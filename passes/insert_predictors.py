@@ -13,11 +13,11 @@ Before an FFN site (x: its input, act and *: its own elementwise region):
     %score = || act(%gate) * %up ||                                      a number for each channel
     %kept = sparselora.top_channels(%score, k)
 
-Before an attention site: the norms of q, k and v over context tokens; score of a key/value channel for V and O: ||v||; for
-Q and K: ||k|| times the mean of ||q|| over the query heads that read it.
+Before an attention site: the norms of q, k and v over context tokens; score of a key/value channel for V and O: ||v||;
+for Q and K: ||k|| times the mean of ||q|| over the query heads that read it.
 
-Approximate by intent (SparseLoRA, arXiv 2506.16500, sections 3.1 and 3.2). Nothing inserted here is differentiated; the choice is
-marked MUST_SAVE, so that no recomputation ever makes another one.
+Approximate by intent (SparseLoRA, arXiv 2506.16500, sections 3.1 and 3.2). Nothing inserted here is differentiated; the
+choice is marked MUST_SAVE, so that no recomputation ever makes another one.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def _hoisted(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) 
 def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:
     """Return an input of the graph whose first dimensions are those of the tokens."""
     tokens = hinted_shape(nodes[ctx.plan.sparse_sites[0].site.source])[:2]
+    node: fx.Node
     for node in graph.nodes:
         value = tensor_value(node)
         is_input = node.op == "placeholder" and node.name not in ctx.parameters

@@ -1,6 +1,7 @@
 """Choose the provider that runs each sparse op.
 
-    %y = sparselora.gathered_linear(%x, %w, %kept, 'reference')  ->  %y = sparselora.gathered_linear(%x, %w, %kept, 'cpu_gemm')
+    %y = sparselora.gathered_linear(%x, %w, %kept, 'reference')  ->  %y = sparselora.gathered_linear(%x, %w, %kept,
+    'cpu_gemm')
 
 Legal because: every provider of an op computes its reference body, up to rounding. The choice is per node, for its
 device and dtype; what was passed over is recorded with its reason in the manifest.
@@ -54,7 +55,9 @@ class LowerSparseOps:
             node.kwargs = {**node.kwargs, "provider": choice.provider}
             stats[choice.provider] = stats.get(choice.provider, 0) + 1
             used.setdefault(site, {})[choice.provider] = None
-            rejections |= {Rejection(self.name, table.op, f"{name}: {reason}"): None for name, reason in choice.declined}
+            rejections |= {
+                Rejection(self.name, table.op, f"{name}: {reason}"): None for name, reason in choice.declined
+            }
         ctx.providers = {site: tuple(names) for site, names in used.items()}
         return PassOutcome(bool(stats), stats, tuple(rejections))
 

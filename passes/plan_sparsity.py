@@ -6,8 +6,8 @@ A site named in `layer_sparsity` is never declined for cost; a preset's site is,
 tokens cost more than the products they save. The predictor's factors are computed here, so that a weight that has none
 (NaN, infinite) leaves its site dense with its name in the reason.
 
-Declines a site when: nothing tells the roles of its tokens, its tokens are not those of the labels, one of its weights is
-trained or not finite, or (presets) it does not pay.
+Declines a site when: nothing tells the roles of its tokens, its tokens are not those of the labels, one of its weights
+is trained or not finite, or (presets) it does not pay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import fx
 
 from sparse_compile.config import kept_count, match_site, preset_sparsity
 from sparse_compile.cost import gain
-from sparse_compile.factors import FactorStore, load_upstream_factors
+from sparse_compile.factors import FactorStore, LowRankFactors, load_upstream_factors
 from sparse_compile.graph import hinted_shape, nodes_by_name
 from sparse_compile.ir import AttentionSite, Projection, Rejection, Site, SitePlan, SparsityPlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
@@ -81,12 +81,12 @@ def _token_shape(nodes: dict[str, fx.Node], ctx: PassContext) -> tuple[int, ...]
     return hinted_shape(nodes[ctx.roles.labels[0][0]])
 
 
-def _factor_store(ctx: PassContext) -> Callable[[Projection], object]:
+def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
     config = ctx.config
     upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
     store = FactorStore(None, config.predictor_rank, config.seed, upstream)
 
-    def get(projection: Projection) -> object:
+    def get(projection: Projection) -> LowRankFactors:
         weight = ctx.parameters[projection.weight].value
         assert weight is not None
         with torch.no_grad():
@@ -97,12 +97,12 @@ def _factor_store(ctx: PassContext) -> Callable[[Projection], object]:
 
 class _Planner:
     def __init__(
-        self, ctx: PassContext, token_shape: tuple[int, ...] | None, factors_of: Callable[[Projection], object]
+        self, ctx: PassContext, token_shape: tuple[int, ...] | None, factors_of: Callable[[Projection], LowRankFactors]
     ) -> None:
         self.ctx = ctx
         self.token_shape = token_shape
         self.factors_of = factors_of
-        self.factors: dict[str, object] = {}
+        self.factors: dict[str, LowRankFactors] = {}
 
     def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
         """Return what is to be done with `site`."""

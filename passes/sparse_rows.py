@@ -34,16 +34,18 @@ class SparseRows:
     def split(self, x: fx.Node, columns: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """Flatten the tokens of `x` (..., C) and split them: (n, C) and (N - n, k or C)."""
         flat = self.rewriter.method("reshape", x, -1, hinted_shape(x)[-1])
-        output, context = self.rewriter.items(
-            self.rewriter.call(_OPS.take_rows.default, flat, *self.rows, columns), 2
-        )
+        output, context = self.rewriter.items(self.rewriter.call(_OPS.take_rows.default, flat, *self.rows, columns), 2)
         return output, context
 
-    def merge(self, output: fx.Node, context: fx.Node, like: fx.Node, columns: fx.Node | None = None) -> fx.Node:
-        """Merge the tokens again, to the shape of the node `like`."""
+    def merge(
+        self, output: fx.Node, context: fx.Node, source: fx.Node, width: int, columns: fx.Node | None = None
+    ) -> fx.Node:
+        """Merge the tokens again, to (..., width) with the leading sizes of the tensor that was split.
+
+        They are read from `source` and not from the node that is replaced, whose uses all move to what is inserted here.
+        """
         merged = self.rewriter.call(_OPS.put_rows.default, output, context, *self.rows, columns)
-        leading = self._leading_sizes(like)
-        return self.rewriter.method("reshape", merged, *leading, hinted_shape(like)[-1])
+        return self.rewriter.method("reshape", merged, *self._leading_sizes(source), width)
 
     def gathered(self, x: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
         """Insert the base product of some output channels, bias included."""

@@ -9,8 +9,8 @@ The base outputs of q, k and v are zero outside the kept channels; the base outp
 channels that are not kept zeroed. LoRA branches stay dense and untouched: only base products are replaced. A kept
 channel d of key/value head j keeps channel d of the query heads that read head j.
 
-Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3); the gradients are the exact gradients of the sparse function (the
-authors' code passes none through the base path).
+Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3); the gradients are the exact gradients of the sparse
+function (the authors' code passes none through the base path).
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def _rewrite(site: AttentionSite, rewriter: Rewriter, ctx: PassContext) -> None:
     for projection, kept in zip(inputs, (kept_q, kept_qk, kept_vo), strict=True):
         base = rows.nodes[projection.base]
         with rewriter.before(base, site.name):
-            dense = rows.dense(base, {rows.nodes[site.source]: output})
-            merged = rows.merge(dense, rows.gathered(context, projection, kept), like=base, columns=kept)
+            source = rows.nodes[site.source]
+            dense = rows.dense(base, {source: output})
+            merged = rows.merge(dense, rows.gathered(context, projection, kept), source, projection.out_features, kept)
         take_over(base, merged)
     _rewrite_output(site.output, kept_o, rows, site.name)
 
@@ -72,5 +73,5 @@ def _rewrite_output(projection: Projection, kept: fx.Node, rows: SparseRows, sit
     with rows.rewriter.before(base, site):
         output, context = rows.split(source, kept)
         dense = rows.dense(base, {source: output})
-        merged = rows.merge(dense, rows.gathered_input(context, projection, kept), like=base)
+        merged = rows.merge(dense, rows.gathered_input(context, projection, kept), source, projection.out_features)
     take_over(base, merged)

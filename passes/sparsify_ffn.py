@@ -9,8 +9,8 @@ Adapters belong to the layer: on gate and up the rows of B that are kept are use
 product with A of an in-projection runs on all tokens before the split, so that a dropout before it stays as drawn. The
 elementwise region is copied for each role; a per-channel vector in it is gathered.
 
-Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): the intermediate channels that are not kept count as zero for
-context tokens; the gradients are the exact gradients of that function.
+Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): the intermediate channels that are not kept count as
+zero for context tokens; the gradients are the exact gradients of that function.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
             for branch in projection.branches:
                 thin = nodes[branch.a]
                 output.values[thin], context.values[thin] = rows.split(thin)
-        merged = rows.merge(output.run(), context.run(), like=end)
+        merged = rows.merge(output.run(), context.run(), source, site.output.out_features)
     return take_over(end, merged)
 
 
@@ -129,7 +129,7 @@ class _Segment:
             if node in self.values:
                 return True
             if node not in on_the_way:
-                on_the_way[node] = any([visit(operand) for operand in node.all_input_nodes])
+                on_the_way[node] = max([visit(operand) for operand in node.all_input_nodes], default=False)
             return on_the_way[node]
 
         visit(self.rows.nodes[projection.output])
@@ -152,5 +152,3 @@ class _Segment:
         # For flattened tokens a vector's leading dimensions of size 1 must go, or the result would gain dimensions.
         if len(shape) > 2:
             self.values[node] = self.rows.rewriter.method("reshape", self.values.get(node, node), -1)
-
-

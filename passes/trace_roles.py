@@ -7,8 +7,8 @@ token predicts it. One of two answers is understood, whatever the spelling:
     row of token t reads labels[:, t + 1]      shift 1: the usual causal loss
     row of token t reads labels[:, t]          shift 0: labels shifted beforehand
 
-Without a loss in the graph (TRL's chunked loss, a loss outside), labels that the graph compares with `ignore_index` serve
-as well, or the roles that `token_roles(...)` holds. A name alone decides nothing.
+Without a loss in the graph (TRL's chunked loss, a loss outside), labels that the graph compares with `ignore_index`
+serve as well, or the roles that `token_roles(...)` holds. A name alone decides nothing.
 
 Declines when: the target is computed from something that is not at hand before the first block, or positions cannot be
 followed, or the labels are not (B, S).
@@ -17,6 +17,7 @@ followed, or the labels are not (B, S).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -53,8 +54,8 @@ class TraceRoles:
                 Rejection(
                     self.name,
                     "graph",
-                    "neither a cross-entropy nor labels compared with ignore_index are in the graph; pass `labels` to the "
-                    "model, or open `token_roles(labels=...)` around the forward",
+                    "neither a cross-entropy nor labels compared with ignore_index are in the graph; pass `labels` to "
+                    "the model, or open `token_roles(labels=...)` around the forward",
                 )
             )
         return PassOutcome(False, {"losses": len(ctx.roles.loss) if ctx.roles else 0}, tuple(rejections))
@@ -117,7 +118,9 @@ def _labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
     if not _is_labels(root):
         raise _UntraceableError(f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
     if not _available_early(root):
-        raise _UntraceableError(f"the target {root.name} is computed from activations: it is not known before the blocks")
+        raise _UntraceableError(
+            f"the target {root.name} is computed from activations: it is not known before the blocks"
+        )
     labels = _replay(chain, torch.arange(tensor_numel(root)).view(hinted_shape(root)), drop_last=False).reshape(-1)
     tokens = _token_of_each_row(logits, hinted_shape(root)).reshape(-1)
     if labels.shape != tokens.shape:
@@ -162,7 +165,7 @@ def _available_early(node: fx.Node) -> bool:
 
 
 def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
-    """Return, for each row of the logits that the loss reads, the flattened position of the token it was computed for."""
+    """Return, for each row of logits that the loss reads, the flattened position of the token it was computed for."""
     chain: list[fx.Node] = []
     node = logits
     batch, length = shape
@@ -206,7 +209,7 @@ def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tens
 
 def _sliced(positions: Tensor, node: fx.Node, *, drop_last: bool) -> Tensor:
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    parts = []
+    parts: list[Any] = []
     for part in index:
         if isinstance(part, slice):
             bounds = [_as_int(bound) for bound in (part.start, part.stop, part.step)]
@@ -247,7 +250,8 @@ def tensor_numel(node: fx.Node) -> int:
 def _padding_mask(graph: fx.Graph) -> str | None:
     """Return the placeholder (B, S) whose zeros mark padding: an integer or bool input that the graph reads as a mask.
 
-    Position ids and token type ids are integers (B, S) as well; only a mask is turned into bool, or compared with 0 or 1.
+    Position ids and token type ids are integers (B, S) as well; only a mask is turned into bool, or compared with 0 or
+    1.
     """
     found = []
     for node in graph.nodes:

@@ -19,8 +19,8 @@ from sparse_compile.pipeline import PipelineResult, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
 from sparse_compile.torch_private import (
-    compile_with_inductor,
     compile_id,
+    compile_with_inductor,
     frame_key,
     install_value_guard,
     is_control_flow_exception,
@@ -101,11 +101,11 @@ def _compile_sparse(
         return None
 
 
-def _counted(compiled: CompiledGraph, session: Session, key: object) -> CompiledGraph:
+def _counted(compiled: CompiledGraph, session: Session, key: int) -> CompiledGraph:
     """Tell the session of every run of a compiled training graph."""
 
     def run(*args: Any) -> Any:
-        session.note_training_forward(key)  # type: ignore[arg-type]
+        session.note_training_forward(key)
         return compiled(*args)
 
     return run
@@ -144,16 +144,14 @@ def _nothing_matched(ctx: PassContext, report: GraphReport) -> str:
     reasons = summary_of(report.rejections, most=6)
     if ctx.sites and not reasons:
         reasons = [f"  {wanted} asks for no sparsity at any of the {len(ctx.sites)} sites of so shallow a model"]
-    return "\n".join(
-        [
-            f"sparselora: {wanted} asks for sparsity and no site became sparse, so training runs dense.",
-            "Looked for: feed-forward and attention blocks of frozen linear layers, and the labels that tell output "
-            "tokens from context.",
-            f"Found: {found}.",
-            "Declined:",
-            *(reasons or ["  nothing: there was nothing to match"]),
-        ]
-    )
+    lines = [
+        f"sparselora: {wanted} asks for sparsity and no site became sparse, so training runs dense.",
+        "Looked for: feed-forward and attention blocks of frozen linear layers, and labels that mark output tokens.",
+        f"Found: {found}.",
+        "Declined:",
+        *(reasons or ["  nothing: there was nothing to match"]),
+    ]
+    return "\n".join(lines)
 
 
 def _tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -61,7 +61,9 @@ def calls_torch(node: fx.Node) -> bool:
         return True
     module = getattr(node.target, "__module__", None) or ""
     # Builtins of torch (torch.matmul, torch._C._nn.gelu) report no module or a private one.
-    return module.split(".")[0] in _TENSOR_NAMESPACES or torch.overrides.is_tensor_method_or_property(node.target)
+    return module.split(".")[0] in _TENSOR_NAMESPACES or torch.overrides.is_tensor_method_or_property(
+        cast("Callable[..., Any]", node.target)
+    )
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -72,14 +74,14 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy a GraphModule so that the copy's graph can be rewritten: same node names, same metadata, shared attributes."""
+    """Copy a GraphModule so that the copy's graph can be rewritten: same node names and metadata, shared attributes."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         copied = graph.node_copy(node, mapping.__getitem__)
         copied.meta = dict(node.meta)
         if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = node._dynamo_source
         mapping[node] = copied
     assert [node.name for node in graph.nodes] == [node.name for node in gm.graph.nodes], "a copy keeps node names"
     copied_module = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
@@ -121,11 +123,11 @@ class Rewriter:
 
     def call(self, target: Callable[..., Any], *args: Argument, **kwargs: Argument) -> fx.Node:
         """Insert a function call."""
-        return self._tagged(self.graph.call_function(target, args, kwargs))  # type: ignore[arg-type]
+        return self._tagged(self.graph.call_function(target, args, kwargs))
 
     def method(self, name: str, *args: Argument, **kwargs: Argument) -> fx.Node:
         """Insert a tensor-method call."""
-        return self._tagged(self.graph.call_method(name, args, kwargs))  # type: ignore[arg-type]
+        return self._tagged(self.graph.call_method(name, args, kwargs))
 
     def items(self, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
         """Insert the `getitem` nodes of a call that returns a tuple."""

@@ -1,7 +1,7 @@
 """The facts that analyses find and transforms act on: frozen, printable, and free of graph objects.
 
-A field of type `NodeName` is the name of a node of the captured graph. Names, unlike nodes, survive a copy of the graph,
-so a transform may work on a copy that is thrown away when it fails.
+A field of type `NodeName` is the name of a node of the captured graph. Names, unlike nodes, survive a copy of the
+graph, so a transform may work on a copy that is thrown away when it fails.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class Report:
 def _graph_text(graph: GraphReport) -> str:
     context, output = graph.tokens
     lines = [
-        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {context} context and {output} output tokens",
+        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {context} context, {output} output tokens",
         "",
         table(
             ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),
@@ -249,4 +249,5 @@ def summary_of(rejections: tuple[Rejection, ...], most: int = 12) -> list[str]:
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return aligned columns of text."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows))
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)

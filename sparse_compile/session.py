@@ -24,11 +24,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import SparseLoRAConfig, match_site
 from .schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at, sparse_window
+from .torch_private import after_backward, running_backward
 
 __all__ = ["FORWARDS_BEFORE_WARNING", "PHASES", "Session", "session_for"]
 
@@ -160,7 +160,7 @@ class Session:
         Raises:
             ValueError: the configuration is strict and names a site that is nowhere (see `expect_sites`).
         """
-        if _backward_id() is not None:
+        if running_backward() is not None:
             return
         with STATE_LOCK:
             root = self._root()
@@ -265,14 +265,14 @@ class Session:
             if self._schedule.step != self._known_step:
                 self._known_step = self._schedule.step
                 self._forwards = 0
-            backward = _backward_id()
+            backward = running_backward()
             if backward is None or any(key not in PHASES for key in self._ids):
                 self._publish()
             elif self._publishing_after != backward:
                 # An optimizer that steps inside the backward. A backward that fails runs no callbacks, so remember
                 # which one was asked, not merely that one was.
                 self._publishing_after = backward
-                Variable._execution_engine.queue_callback(self._publish)
+                after_backward(self._publish)
 
     def _publish(self) -> None:
         """Write the phase under every id of this session."""
@@ -392,9 +392,3 @@ def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, Tensor) and bool(found_inf)
-
-
-def _backward_id() -> int | None:
-    """Return which backward this thread is running, None outside of any."""
-    task: int = torch._C._current_graph_task_id()
-    return None if task == -1 else task

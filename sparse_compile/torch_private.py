@@ -1,6 +1,6 @@
 """Every private PyTorch name that this package uses, each behind a function that says what it is for.
 
-When a PyTorch release moves one of them, this is the only file to mend; `tests/test_torch_private.py` names the culprit.
+When a PyTorch release moves one of them, this is the only file to mend; `tests/test_torch_private.py` names which.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor, fx
 def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
     """Return a fresh data-dependent size in [0, max_size], to be called in the fake of a custom op.
 
-    The public `torch.library.get_ctx().new_dynamic_size()` refuses while `capture_dynamic_output_shape_ops` is off. That
-    setting guards a user's program against surprises; our sizes are bounded, created by us and never branched on.
+    The public `torch.library.get_ctx().new_dynamic_size()` refuses while `capture_dynamic_output_shape_ops` is off.
+    That setting guards a user's program against surprises; our sizes are bounded and never branched on.
     """
     from torch._library.fake_impl import allocate_size
 
-    shape_env = torch.library.get_ctx()._shape_env  # type: ignore[attr-defined]
+    shape_env = torch.library.get_ctx()._shape_env
     assert shape_env is not None, "a data-dependent size needs a ShapeEnv"
-    size = allocate_size(shape_env)
-    torch._check(size <= max_size)
-    return size  # type: ignore[no-any-return]
+    size: torch.SymInt = allocate_size(shape_env)  # type: ignore[no-untyped-call]
+    torch._check(size <= max_size)  # type: ignore[no-untyped-call]
+    return size
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -74,7 +74,7 @@ def module_path(source: Any) -> tuple[str, ...]:
     from torch._dynamo import source as sources
 
     names: list[str] = []
-    while isinstance(source, sources.ChainedSource):
+    while isinstance(source, sources.ChainedSource):  # type: ignore[attr-defined]
         if isinstance(source, sources.DictGetItemSource | sources.GetItemSource):
             names.append(str(source.index))
         elif isinstance(source, sources.AttrSource):
@@ -123,8 +123,8 @@ def next_checkpoint_id() -> int:
 def fake_outputs(gm: fx.GraphModule) -> dict[str, Tensor] | None:
     """Run a captured graph on the stand-ins it was captured with; return the value of every output node by name.
 
-    Returns None for a graph without stand-ins. Symbols made on the way are dropped: AOTAutograd traces the graph again and
-    makes its own.
+    Returns None for a graph without stand-ins. Symbols made on the way are dropped: AOTAutograd traces the graph
+    again and makes its own.
     """
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -187,8 +187,10 @@ def compile_with_inductor(
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
     tag = f"{torch.compiler.config.cache_key_tag}sparselora-{source_hash()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    assert callable(compiled), "ahead-of-time compilation to a file was not asked for"
+    return compiled
 
 
 @functools.cache
@@ -204,3 +206,16 @@ def source_hash() -> str:
             digest.update(str(file.relative_to(root)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def running_backward() -> int | None:
+    """Return a number for the backward this thread is running, None outside of any."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else int(task)
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Have autograd call `callback` when the backward this thread is running has ended."""
+    from torch.autograd import Variable
+
+    Variable._execution_engine.queue_callback(callback)

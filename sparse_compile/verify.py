@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_structure
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph import TAG, calls_torch, op_name, tensor_value
@@ -65,13 +66,13 @@ def _check_interface(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
     )
     if before != after:
         raise VerificationError(f"the inputs changed: {set(before) ^ set(after) or 'their order'}")
-    counts = [len(_output(module).all_input_nodes) for module in (captured, gm)]
-    if (_output(gm).args == ((),)) != (_output(captured).args == ((),)) or counts[0] > 0 and counts[1] == 0:
-        raise VerificationError("the outputs were lost")
+    structures = [tree_structure(_output(module).args[0]) for module in (captured, gm)]
+    if structures[0] != structures[1]:
+        raise VerificationError(f"the outputs changed from {structures[0]} to {structures[1]}")
 
 
 def _output(gm: fx.GraphModule) -> fx.Node:
-    return next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    return gm.graph.output_node()
 
 
 def _check_tag(node: fx.Node, known: set[str], *, inlined: bool) -> None:
@@ -101,23 +102,18 @@ def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
                 raise VerificationError(f"{node.name} does not use the rows of the one split")
             if lowered and "provider" not in node.kwargs:
                 raise VerificationError(f"{node.name} has no provider")
-        if (
-            node.target is _OPS.top_channels.default
-            and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE
-        ):
+        if node.target is _OPS.top_channels.default and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
             raise VerificationError(f"{node.name} could be recomputed: a near tie would choose other channels")
 
 
 def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
-    expected = [tensor_value(node) for node in _output(captured).all_input_nodes]
+    expected = [tensor_value(node) for node in tree_leaves(_output(captured).args[0])]
     found = fake_outputs(gm)
     if found is None:
         return
-    actual = [found.get(node.name) for node in _output(gm).all_input_nodes]
-    for before, after in zip(expected, actual, strict=False):
+    actual = [found.get(node.name) if isinstance(node, fx.Node) else None for node in tree_leaves(_output(gm).args[0])]
+    for before, after in zip(expected, actual, strict=True):
         if isinstance(before, Tensor) and isinstance(after, Tensor):
             shapes = [tuple(size_hint(size) for size in value.shape) for value in (before, after)]
             if shapes[0] != shapes[1] or before.dtype != after.dtype:
-                raise VerificationError(
-                    f"an output of {before.dtype} {shapes[0]} became {after.dtype} {shapes[1]}"
-                )
+                raise VerificationError(f"an output of {before.dtype} {shapes[0]} became {after.dtype} {shapes[1]}")

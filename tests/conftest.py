@@ -7,8 +7,10 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,38 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE_CACHE = pytest.StashKey[Path]()
+
+
+@dataclass
+class EagerCompiler:
+    """Stands in for Inductor and keeps account.
+
+    Attributes:
+        graphs: every graph it was given, in order.
+        runs: for each of them, how often it ran forward.
+    """
+
+    graphs: list[torch.fx.GraphModule] = field(default_factory=list)
+    runs: list[int] = field(default_factory=list)
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *_: Any) -> Callable[..., Any]:
+        from graphs import aot_eager
+
+        number = len(self.graphs)
+        self.graphs.append(gm)
+        self.runs.append(0)
+        compiled = aot_eager(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            self.runs[number] += 1
+            return compiled(*args)
+
+        return run
+
+    @property
+    def sparse(self) -> list[bool]:
+        """For each graph, whether the passes made it sparse."""
+        return [any("sparselora" in str(node.target) for node in gm.graph.nodes) for gm in self.graphs]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +96,17 @@ def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     # Importing Dynamo takes seconds, so a test that did not compile does not pay for it.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def aot_eager_inductor(monkeypatch: pytest.MonkeyPatch) -> EagerCompiler:
+    """Have the backend compile by AOTAutograd and the min-cut partitioner, but run the graphs op by op.
+
+    Data-dependent sizes, autograd formulas and the partitioner are exercised in a second, where Inductor takes many.
+    """
+    compiler = EagerCompiler()
+    monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
+    return compiler
 
 
 @pytest.fixture(scope="session")

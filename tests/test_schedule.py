@@ -485,7 +485,7 @@ class TestCounting:
             step()
         assert model.session.schedule.step == 3
         # Nothing of ours was compiled along with it.
-        for function in (session_module._backward_id, session_module._owner, Session._refresh):
+        for function in (session_module.running_backward, session_module._owner, Session._refresh):
             assert not torch._dynamo.eval_frame._debug_get_cache_entry_list(function)
 
     def test_copied_model_and_pickled_optimizer(self) -> None:

@@ -14,7 +14,7 @@ def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Ten
 def put_rows(
     output: Tensor, context: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None
 ) -> Tensor:
-    """See `reference.put_rows`; every row is written once, so nothing is zero-filled but the columns that are not kept."""
+    """See `reference.put_rows`; each row is written once, and only columns that are not kept are zeroed."""
     tokens, width = output_rows.numel() + context_rows.numel(), output.shape[1]
     if columns is not None:
         context = context.new_zeros(context.shape[0], width).index_copy_(1, columns, context)

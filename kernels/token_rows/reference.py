@@ -25,7 +25,7 @@ def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Ten
 def put_rows(
     output: Tensor, context: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None
 ) -> Tensor:
-    """Return the (N, C) tensor that `take_rows` would split into `output` and `context`; zero where it reads nothing."""
+    """Return the (N, C) tensor that `take_rows` splits into `output` and `context`; zero where it reads nothing."""
     merged = output.new_zeros(output_rows.numel() + context_rows.numel(), output.shape[1])
     merged[output_rows] = output
     if columns is None:

@@ -1,0 +1,340 @@
+"""Measure training steps of several arms in one process, taken in turns, and one arm alone in a fresh process."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from workloads import Workload, adapted_model, base_model, make_batch
+
+PRESETS = ("none", "exact", "o1", "o2")
+PEERS = ("eager", "inductor")
+ARMS = (*PEERS, *PRESETS)
+
+Step = Callable[[], float]
+"""Takes one training step and returns the loss."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of some figures, and the quantiles that a fifth of them stays below and a fifth exceeds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median and quantiles; between two values, by linear interpolation."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(statistics.median(values), p20, p80)
+
+
+def paired_ratio(peer: Sequence[float], arm: Sequence[float]) -> Spread:
+    """Return how many times faster than its peer an arm is, from the ratios within each round.
+
+    What else the machine did in a round it did to both, so that it falls out of their ratio.
+    """
+    return spread([p / a for p, a in zip(peer, arm, strict=True)])
+
+
+def compiled_arm(model: nn.Module, arm: str) -> nn.Module:
+    """Compile a model in place as the arm of that name; sparse from the first step on."""
+    if arm == "inductor":
+        model.compile(backend="inductor")
+    elif arm != "eager":
+        model.compile(backend="sparselora", options={"preset": arm, "start_step": 0})
+    return model
+
+
+def training_step(model: nn.Module, batch: Mapping[str, Tensor]) -> Step:
+    """Return what takes one step: forward, backward, AdamW on the adapters, gradients dropped."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+@dataclass(frozen=True)
+class ArmTimes:
+    """What one arm took, in seconds.
+
+    Attributes:
+        first_call: the first step, which compiles: caches are empty, the compiler itself is loaded.
+        steps: the measured steps, one for each round.
+        loss: of the first step.
+        graphs: graphs that were compiled.
+    """
+
+    first_call: float
+    steps: tuple[float, ...]
+    loss: float
+    graphs: int
+
+
+def interleaved(steps: Mapping[str, Step], caches: Path, rounds: int, warm_up: int) -> dict[str, ArmTimes]:
+    """Time the arms in turns: A B C A B C ...
+
+    Args:
+        steps: one training step of each arm.
+        caches: folder in which each arm's first call finds caches of its own, empty.
+        rounds: measured rounds.
+        warm_up: rounds between the first calls and the measured ones.
+
+    Raises:
+        RuntimeError: a compiled arm compiled nothing, or something was compiled after the first calls.
+    """
+    first, losses, graphs = {}, {}, {}
+    load_compiler()
+    for name, step in steps.items():
+        before = compiled_graphs()
+        with empty_caches(caches / name):
+            start = time.perf_counter()
+            losses[name] = step()
+            first[name] = time.perf_counter() - start
+        graphs[name] = compiled_graphs() - before
+        if name != "eager" and not graphs[name]:
+            raise RuntimeError(f"{name} compiled nothing, so it ran eagerly")
+    known = compiled_graphs()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    for index in range(warm_up + rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if index >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    if compiled_graphs() != known:
+        raise RuntimeError("a graph was compiled again after the first calls, so step times contain a compilation")
+    return {name: ArmTimes(first[name], tuple(seconds[name]), losses[name], graphs[name]) for name in steps}
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs Dynamo has handed to a backend in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def load_compiler() -> None:
+    """Compile a trivial function: importing the compiler takes seconds, which are no arm's."""
+    with tempfile.TemporaryDirectory() as folder, empty_caches(Path(folder)):
+        torch.compile(torch.sin)(torch.zeros(8))
+
+
+@contextlib.contextmanager
+def empty_caches(folder: Path) -> Iterator[None]:
+    """Let Inductor and the predictor keep their caches in `folder`, and forget what they hold in memory."""
+    from torch._inductor.utils import clear_caches
+
+    names = ("TORCHINDUCTOR_CACHE_DIR", "SPARSELORA_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    clear_caches()
+    os.environ.update({name: str(folder / name) for name in names})
+    try:
+        yield
+    finally:
+        clear_caches()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One arm in two fresh processes, one after the other, which share caches that start empty.
+
+    Attributes:
+        first_call_cold: seconds of the first step, with empty caches and the compiler to be loaded.
+        first_call_warm: the same in the second process.
+        peak_bytes: most memory resident while the second process took warm steps, frozen weights included.
+        peak_bytes_compiling: most memory resident at any time in the first process.
+    """
+
+    first_call_cold: float
+    first_call_warm: float
+    peak_bytes: int
+    peak_bytes_compiling: int
+
+
+def measure_alone(workload: Workload, arm: str, threads: int) -> Alone:
+    """Measure one arm in processes of its own."""
+    # Spawned, not forked: a fork would start with the memory of this process.
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = []
+        for _ in range(2):
+            with ProcessPoolExecutor(1, mp_context=context) as executor:
+                runs.append(executor.submit(_alone, workload, arm, threads, Path(folder)).result())
+    (cold, compiling, _), (warm, _, peak) = runs
+    return Alone(cold, warm, peak, compiling)
+
+
+def _alone(workload: Workload, arm: str, threads: int, caches: Path) -> tuple[float, int, int]:
+    """Return the seconds of the first call, and the peaks of memory up to its end and after it."""
+    torch.set_num_threads(threads)
+    model = compiled_arm(adapted_model(base_model(workload), workload), arm)
+    step = training_step(model, make_batch(workload))
+    with empty_caches(caches):
+        start = time.perf_counter()
+        step()
+        first = time.perf_counter() - start
+        whole = peak_bytes()
+        gc.collect()
+        forget_peak()
+        for _ in range(3):
+            step()
+        return first, whole, peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that was resident in this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not `ru_maxrss` on Linux: a child inherits that of the process it was started from.
+        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def forget_peak() -> None:
+    """Start the peak anew from what is resident now; only Linux can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one training step before and after the rewrites; their ratio is the limit of the gain in time.
+
+    Attributes:
+        before, after: all matrix products, causal attention by the half that is executed, predictors included.
+        weights_before, weights_after: the products with frozen weights alone. `weights_after` is None where a pass
+            changed FLOPs in a way that does not tell frozen weights from the rest.
+        sites, sparse_sites: feed-forward and attention blocks found, and those computed sparsely.
+    """
+
+    before: float
+    after: float
+    weights_before: float
+    weights_after: float | None
+    sites: int
+    sparse_sites: int
+
+    @property
+    def limit(self) -> float:
+        """How many times less work the rewritten step is."""
+        return self.before / self.after
+
+    @property
+    def weights_limit(self) -> float | None:
+        """The same for the products with frozen weights alone."""
+        return None if self.weights_after is None else self.weights_before / self.weights_after
+
+
+def rewritten_flops(base: nn.Module, workload: Workload, preset: str) -> Flops:
+    """Ask `sparse_compile.explain` for the work of a step, without taking one."""
+    import sparse_compile
+
+    model = adapted_model(base, workload)
+    report = sparse_compile.explain(model, config={"preset": preset}, **make_batch(workload))
+    context = sum(graph.tokens[0] for graph in report.graphs if graph.sites)
+    changing = {each.record.name for g in report.graphs for each in g.passes if each.flops_before != each.flops_after}
+    before = frozen_weight_flops(model, workload)
+    saved = sum(
+        (1 - site.kept / site.total) * 4 * context * _frozen_elements(model.get_submodule(site_path(model, site.name)))
+        for site in report.sites
+    )
+    understood = changing <= {"insert_predictors", "sparsify_ffn", "sparsify_attention"}
+    return Flops(
+        before=report.flops_before,
+        after=report.flops_after,
+        weights_before=before,
+        weights_after=before - saved if understood else None,
+        sites=len(report.sites),
+        sparse_sites=sum(site.sparsity > 0 for site in report.sites),
+    )
+
+
+def frozen_weight_flops(model: nn.Module, workload: Workload) -> float:
+    """Return the FLOPs of a dense step's products with frozen weights: forward, and the gradient of the input.
+
+    The input of the first block is the frozen embedding, whose gradient nobody needs.
+    """
+    tokens = workload.batch * workload.length
+    first = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")
+    total = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            forward_only = name.removesuffix(".base_layer").endswith(first)
+            total += (2 if forward_only else 4) * tokens * module.weight.numel()
+    return total
+
+
+def _frozen_elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2 and not p.requires_grad)
+
+
+def site_path(model: nn.Module, name: str) -> str:
+    """Return the module path of a site, whose name leaves adapter wrappers out."""
+    (path,) = (path for path, _ in model.named_modules() if f".{path}".endswith(f".{name}"))
+    return path
+
+
+@dataclass(frozen=True)
+class CountedFlops:
+    """FLOPs of one dense step as `torch.utils.flop_counter` sees them on the eager model.
+
+    Attributes:
+        linear: products of linear layers.
+        attention: products inside attention, all S x S scores.
+    """
+
+    linear: int
+    attention: int
+
+
+def counted_flops(workload: Workload) -> CountedFlops:
+    """Count an eager step on a model without weights: a second opinion on what `explain` says."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = adapted_model(base_model(workload), workload)
+        # Stand-ins, because transformers looks into its masks unless it is traced. And the counter knows the products
+        # that attention is made of, but no fused attention of a CPU.
+        with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False) as counter:
+                model(**make_batch(workload)).loss.backward()
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    attention = sum(count for op, count in counts.items() if "bmm" in op)
+    total = counter.get_total_flops()
+    assert math.isclose(total, sum(counts.values()))
+    return CountedFlops(linear=total - attention, attention=attention)

@@ -1,0 +1,343 @@
+"""The compiled training step against the masked-dense oracle: loss and the gradient of every trained parameter.
+
+The oracle is the unmodified eager model with hooks (`sparse_compile.reference`); only the chosen channels are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+import decoder
+from models import (
+    ALL_TARGETS,
+    ATTENTION_TARGETS,
+    BATCHES,
+    FFN_TARGETS,
+    DecoderConfig,
+    Fp64Decoder,
+    Kept,
+    batch,
+    fp64_decoder,
+    gradients,
+    low_rank_dead_channel_decoder,
+    masked_sites,
+    tiny_llama,
+    variants,
+    with_lora,
+)
+from oracle import (
+    SPARSITY,
+    assert_differs,
+    assert_same_step,
+    oracle_step,
+    sparse_site_names,
+    sparse_step,
+    train_step,
+)
+from sparse_compile import reference
+from sparse_compile.factors import factorize
+from sparse_compile.reference import masked_dense, output_mask_from_labels, scored_positions
+from tolerances import Tolerance
+
+pytestmark = pytest.mark.usefixtures("aot_eager_inductor")
+
+VARIANTS = variants()
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="sparselora", options={"layer_sparsity": SPARSITY, "strict": True, **options})
+
+
+# --- Models that stay in fp64 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_batch_equals_the_oracle(variant: str) -> None:
+    model = Fp64Decoder(VARIANTS[variant])
+    call = compiled(model)
+    for kind, shape in BATCHES.items():
+        # Two splits and two lengths: the second run has dynamic sizes.
+        for seed, size in ((0, {}), (1, {"rows": 2, "length": 23})):
+            inputs = batch(61, seed=seed, **shape, **size)
+            step, kept = sparse_step(model, call, inputs)
+            assert kept.keys() == SPARSITY.keys()
+            assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=f"{kind} {seed}")
+    assert_differs(step, train_step(model, model, inputs))
+
+
+@pytest.mark.parametrize("adapters", [(), ("down_proj",), ("gate_proj",), ("o_proj",)], ids=lambda names: str(names))
+def test_blocks_with_few_adapters(adapters: tuple[str, ...]) -> None:
+    # A block without any adapter still passes the gradient on to the adapters before it.
+    model = fp64_decoder(adapters=adapters or ("q_proj",), bias=True)
+    call = compiled(model)
+    inputs = batch(61, padding="left")
+    step, kept = sparse_step(model, call, inputs)
+    assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
+
+
+@pytest.mark.parametrize("site", SPARSITY)
+def test_one_site_alone(site: str) -> None:
+    model = fp64_decoder(bias=True)
+    inputs = batch(61)
+    step, kept = sparse_step(model, compiled(model, layer_sparsity={site: SPARSITY[site]}), inputs)
+    assert list(kept) == [site]
+    assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
+
+
+def test_gradients_are_those_of_the_sparse_function() -> None:
+    """Central differences of the compiled loss along a random direction in all adapters.
+
+    The choice of channels is locally constant, which the recorded channels confirm.
+    """
+    model = fp64_decoder(layers=3, bias=True)
+    call = compiled(model)
+    inputs = batch(61, rows=2, length=11)
+    step, kept = sparse_step(model, call, inputs)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in trained.items()}
+    size = 1e-5
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.add_(direction[name], alpha=sign * size)
+        moved, kept_moved = sparse_step(model, call, inputs)
+        assert_same_channels(kept_moved, kept)
+        losses.append(moved.loss)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.sub_(direction[name], alpha=sign * size)
+    slope = float((losses[0] - losses[1]) / (2 * size))
+    expected = float(sum((step.gradients[name] * direction[name]).sum() for name in trained))
+    # The truncation error is of order size^2 times the third derivative along a direction of length 60.
+    assert slope == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_draws_what_the_eager_model_draws() -> None:
+    # Dropout sits before A, on all tokens, in the order of the eager model: one seed gives one result.
+    model = with_lora(tiny_llama(dtype=torch.float64), (*ATTENTION_TARGETS, "gate_proj", "up_proj"), dropout=0.3)
+    inputs = batch(97)
+    call = compiled(model)
+    step, kept = sparse_step(model, call, inputs, seed=5)
+    assert_same_step(step, oracle_step(model, kept, inputs, seed=5), torch.float64, tolerance=HF_FP64)
+    assert_differs(step, oracle_step(model, kept, inputs, seed=6))
+
+
+def test_dropout_inside_the_intermediate() -> None:
+    """Before the out-projection's adapter the two roles draw apart, so values are not those of the eager model.
+
+    In the mean over seeds they are: dropout is unbiased, and the loss nearly linear in a small adapter.
+    """
+    model = with_lora(tiny_llama(dtype=torch.float64), ("down_proj",), dropout=0.2)
+    inputs = batch(97)
+    call = compiled(model)
+    losses = []
+    for seed in range(20):
+        step, kept = sparse_step(model, call, inputs, seed=seed)
+        assert all(gradient.isfinite().all() for gradient in step.gradients.values())
+        losses.append(step.loss)
+    without = oracle_step(model.eval(), kept, inputs)
+    spread = torch.stack(losses).std()
+    assert spread > 0
+    assert abs(float(torch.stack(losses).mean() - without.loss)) < 3 * float(spread)
+
+
+# --- Hugging Face and PEFT --------------------------------------------------------------------------------------------
+
+HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("targets", [ATTENTION_TARGETS, ALL_TARGETS], ids=["attention", "all"])
+def test_llama_with_peft(attention: str, targets: tuple[str, ...]) -> None:
+    model = with_lora(tiny_llama(dtype=torch.float64, attention=attention, bias=True), targets)
+    call = compiled(model)
+    for kind in ("left", "right", "packed"):
+        inputs = batch(97, **BATCHES[kind])
+        step, kept = sparse_step(model, call, inputs)
+        assert len(kept) == len(SPARSITY)
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, tolerance=HF_FP64, what=kind)
+
+
+def test_llama_in_fp32() -> None:
+    model = with_lora(tiny_llama(kv_heads=4), ALL_TARGETS)
+    inputs = batch(97, padding="left")
+    step, kept = sparse_step(model, compiled(model), inputs)
+    assert_same_step(step, oracle_step(model, kept, inputs), torch.float32)
+
+
+def test_bf16_base_with_fp32_adapters() -> None:
+    model = with_lora(tiny_llama(dtype=torch.bfloat16), ALL_TARGETS)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    inputs = batch(97, padding="right")
+    step, kept = sparse_step(model, compiled(model), inputs)
+    assert {g.dtype for g in step.gradients.values()} == {torch.float32}
+    assert_same_step(step, oracle_step(model, kept, inputs), torch.bfloat16)
+
+
+class Autocast(nn.Module):
+    """A model whose forward enters autocast, as Accelerate's `bf16=True` makes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(**inputs)
+
+
+@pytest.mark.parametrize("where", ["outside the graph", "inside the graph"])
+def test_autocast(where: str) -> None:
+    model = Autocast(with_lora(tiny_llama(), ALL_TARGETS)) if "inside" in where else with_lora(tiny_llama(), ALL_TARGETS)
+    call = compiled(model)
+    inputs = batch(97, padding="left")
+    with torch.autocast("cpu", torch.bfloat16, enabled="outside" in where):
+        step, kept = sparse_step(model, call, inputs)
+        expected = oracle_step(model, kept, inputs)
+    assert_same_step(step, expected, torch.bfloat16)
+    assert_differs(step, oracle_step(model, {}, inputs))
+
+
+# --- Gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+def test_hugging_face_gradient_checkpointing(aot_eager_inductor: Any) -> None:
+    model = with_lora(tiny_llama(dtype=torch.float64), ALL_TARGETS)
+    model.gradient_checkpointing_enable()
+    model.disable_input_require_grads()
+    call = compiled(model)
+    for kind in ("ragged", "left"):
+        inputs = batch(97, **BATCHES[kind])
+        step, kept = sparse_step(model, call, inputs)
+        assert len(kept) == len(SPARSITY)
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, tolerance=HF_FP64, what=kind)
+    assert all(aot_eager_inductor.sparse)
+
+
+class CheckpointedLayer(decoder.DecoderLayer):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_checkpoints_of_a_hand_written_model(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "DecoderLayer", CheckpointedLayer)
+    model = fp64_decoder(attention=attention, bias=True)
+    call = compiled(model)
+    for kind in ("ragged", "left"):
+        inputs = batch(61, **BATCHES[kind])
+        step, kept = sparse_step(model, call, inputs)
+        assert kept.keys() == SPARSITY.keys()
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=kind)
+
+
+# --- Dead channels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4], ids=["gqa", "mha"])
+@pytest.mark.parametrize("slack", [0, 3], ids=["exactly", "and three more"])
+def test_dropping_dead_channels_changes_nothing(kv_heads: int, slack: int) -> None:
+    config = DecoderConfig(kv_heads=kv_heads)
+    model, alive = low_rank_dead_channel_decoder(config, kept_ffn=6, kept_kv=5)
+    width = kv_heads * config.head_dim
+    ffn, attention = 1 - (6 + slack) / config.ffn, 1 - (5 + slack) / width
+    sparsity = {f"layers.{i}.{kind}": s for i in (1, 2) for kind, s in (("mlp", ffn), ("self_attn", attention))}
+    call = compiled(model, layer_sparsity=sparsity)
+    for shape in BATCHES.values():
+        inputs = batch(61, **shape)
+        step, kept = sparse_step(model, call, inputs)
+        for site, channels in flat(kept).items():
+            assert len(channels) == (6 if site.endswith("mlp") else 5) + slack
+            assert set(flat(alive)[site].tolist()) <= set(channels.tolist()), site
+        assert_same_step_or_zero(step.gradients, train_step(model, model, inputs), step.loss)
+
+
+def assert_same_step_or_zero(actual: dict[str, Tensor], expected: Any, loss: Tensor) -> None:
+    # An adapter's gradient may vanish here, for its channels are dead.
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-9, atol=0)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+# --- Choice of channels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", ["mean", 3, "all"])
+@pytest.mark.parametrize("variant", ["gqa", "mha", "eager", "ungated"])
+def test_channels_are_those_of_the_published_scores(variant: str, tokens: str | int) -> None:
+    config = VARIANTS[variant]
+    model = Fp64Decoder(config)
+    call = compiled(model, predictor_tokens=tokens)
+    inputs = batch(61, rows=4, length=20, padding="left")
+    _, kept = sparse_step(model, call, inputs)
+    scored = scored_positions(output_mask_from_labels(inputs["labels"]), inputs["attention_mask"])
+    for site, x in site_inputs(model, kept, inputs).items():
+        block = model.get_submodule(site)
+        if site.endswith("mlp"):
+            names = ["up_proj"] if block.gate_proj is None else ["gate_proj", "up_proj"]
+            projections = [predicted(getattr(block, name)) for name in names]
+            scores = reference.ffn_scores(x, scored, projections, config.region, predictor_tokens=tokens)
+            assert torch.equal(kept[site], reference.top_channels(scores, len(kept[site]))), site
+            continue
+        # Attention scores read all context tokens unless a number is given.
+        read = tokens if isinstance(tokens, int) else "all"
+        q, k, v = (predicted(getattr(block, name)) for name in ("q_proj", "k_proj", "v_proj"))
+        head_dim, groups = config.head_dim, config.heads // config.kv_heads
+        qk = reference.query_key_scores(x, scored, q, k, head_dim=head_dim, groups=groups, predictor_tokens=read)
+        vo = reference.value_scores(x, scored, v, predictor_tokens=read)
+        for channels, scores in zip(kept[site], (qk, vo), strict=True):
+            assert torch.equal(channels, reference.top_channels(scores, len(channels))), site
+
+
+def predicted(projection: nn.Module) -> Any:
+    """The low-rank estimate of a frozen layer, its bias included."""
+    base = getattr(projection, "base_layer", projection)
+    factors = factorize(base.weight, rank=8, seed=0)
+    return lambda rows: rows @ factors.a @ factors.b + (0 if base.bias is None else base.bias)
+
+
+def site_inputs(model: nn.Module, kept: Kept, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each site reads in the sparse forward: what a block reads depends on the sites before it."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(site).register_forward_pre_hook(
+            lambda _, args, site=site: found.__setitem__(site, args[0].detach())
+        )
+        for site in kept
+    ]
+    with masked_dense(masked_sites(model, kept), output_mask_from_labels(inputs["labels"])):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_row_without_context_and_a_batch_without_context() -> None:
+    model = fp64_decoder(bias=True)
+    call = compiled(model)
+    for prompts in ([9, 0, 3], [0, 0, 0]):
+        inputs = batch(61, prompts=prompts)
+        step, kept = sparse_step(model, call, inputs)
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=str(prompts))
+
+
+def flat(kept: Kept) -> dict[str, Tensor]:
+    """One entry for each choice."""
+    items: Iterable[Any] = kept.items()
+    pairs = [(name, c if isinstance(c, tuple) else (c,)) for name, c in items]
+    return {f"{'' if i == 0 else 'vo of '}{name}": c for name, channels in pairs for i, c in enumerate(channels)}
+
+
+def assert_same_channels(actual: Kept, expected: Kept) -> None:
+    left, right = flat(actual), flat(expected)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
