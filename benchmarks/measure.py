@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
 from workloads import Workload, adapted_model, base_model, make_batch
 
 PRESETS = ("none", "exact", "o1", "o2")

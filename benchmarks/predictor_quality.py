@@ -3,9 +3,10 @@
     python benchmarks/predictor_quality.py --model DIR --data FILE.jsonl [--out docs/predictor.md]
 
 For each block and each kind of site (FFN, V/O, Q/K) the channels chosen by the predictor are compared with those chosen
-by the true activations (the oracle) and with random ones: how many they share, and how far the block's output moves. The
-sites are run alone, on the inputs of the dense model, by the masked execution of `sparse_compile.reference`: nothing is
-compiled, and nothing but the choice of channels differs. Runs on the CPU; the numbers depend on the arguments alone.
+by the true activations (the oracle) and with random ones: how many they share, and how far the block's output moves.
+The sites are run alone, on the inputs of the dense model, by the masked execution of `sparse_compile.reference`:
+nothing is compiled, and nothing but the choice of channels differs. Runs on the CPU; the numbers depend on the
+arguments alone.
 
 Prints Markdown. With `--out` the tables replace those of the same model in that file, between its two marker lines.
 """
@@ -13,6 +14,7 @@ Prints Markdown. With `--out` the tables replace those of the same model in that
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -49,11 +51,15 @@ Encode: TypeAlias = Callable[[str], list[int]]
 
 RANK = 8
 SPARSITIES = {"FFN": (0.5, 0.9, 0.97, 0.99), "V/O": (0.2, 0.5, 0.75), "Q/K": (0.2, 0.5, 0.75)}
-DEFAULT_TOKENS: dict[str, PredictorTokens] = {"FFN": "mean", "V/O": "all", "Q/K": "all"}
+# What the backend reads by default, and for FFNs the paper's formula beside it.
+READ: dict[str, tuple[PredictorTokens, ...]] = {"FFN": ("mean", "all"), "V/O": ("all",), "Q/K": ("all",)}
+_READ_NAMES: dict[PredictorTokens, str] = {"mean": "mean token", "all": "all tokens"}
 SWEEP_SPARSITY = {"FFN": 0.9, "V/O": 0.5, "Q/K": 0.5}
 SWEEP_RANKS = (2, 4, 8, 16, 32)
 SWEEP_TOKENS: tuple[PredictorTokens, ...] = ("mean", 16, "all")
 RANDOM_SEEDS = range(5)
+# Where oracle and random channels give the same error to this much, it makes no sense to place a third between them.
+LEAST_SPAN = 0.03
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ def sentencepiece_bpe(model: bytes) -> Encode:
     first_byte = names.index("<0x00>")
     assert not any("▁" in name[1:] for name in normal), "a piece crosses a space"
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def encode_word(word: str) -> tuple[int, ...]:
         parts = list(word)
         while True:
@@ -341,7 +347,6 @@ class Quality:
         kept: k, the channels kept, of `channels`.
         channels: n.
         overlap: |predicted and oracle| / k.
-        overlap_mean: |oracle of the mean token and oracle| / k: what reading one mean token for each sequence costs.
         overlap_random: The same for random channels, measured; k / n is expected.
         error: Relative error of the residual update over context tokens, predicted channels.
         error_oracle: The same with the oracle's channels.
@@ -354,7 +359,6 @@ class Quality:
     kept: int
     channels: int
     overlap: float
-    overlap_mean: float
     overlap_random: float
     error: float
     error_oracle: float
@@ -363,11 +367,6 @@ class Quality:
     all_error_oracle: float
     all_error_random: float
 
-    @property
-    def recovered(self) -> float:
-        """How far the predicted error has come from the random (0) to the oracle's error (1)."""
-        return (self.error_random - self.error) / (self.error_random - self.error_oracle)
-
 
 def share(chosen: Tensor, oracle: Tensor) -> float:
     """Return the share of the oracle's channels that were chosen."""
@@ -375,33 +374,38 @@ def share(chosen: Tensor, oracle: Tensor) -> float:
 
 
 @torch.no_grad()
-def quality(sites: Sequence[Probe], sparsity: float) -> Quality:
-    """Compare predicted (as the backend predicts), oracle and random channels at one site.
+def quality(
+    sites: Sequence[Probe], sparsity: float, read: Sequence[PredictorTokens], rank: int = RANK
+) -> list[Quality]:
+    """Compare predicted, oracle and random channels at one site.
+
+    The oracle is the paper's criterion: norms of the true activations over all context tokens.
 
     Args:
         sites: The same site, in one probe for each batch.
         sparsity: Share of channels dropped.
+        read: The tokens that the predictor reads.
+        rank: Rank of the predictor.
+
+    Returns:
+        One result for each element of `read`, against the same oracle and the same random channels.
     """
-    rows = []
+    rows: list[list[tuple[float, ...]]] = [[] for _ in read]
     for index, site in enumerate(sites):
-        tokens = DEFAULT_TOKENS[site.kind]
         oracle = site.choose(sparsity, None, "all")
-        predicted = site.choose(sparsity, RANK, tokens)
-        draws = [_random_channels(site.channels, len(oracle), 1000 * index + seed) for seed in RANDOM_SEEDS]
-        random = [statistics.fmean(pair) for pair in zip(*map(site.errors, draws), strict=True)]
-        errors = zip(site.errors(predicted), site.errors(oracle), random, strict=True)
-        rows.append(
-            (
-                share(predicted, oracle),
-                share(site.choose(sparsity, None, "mean"), oracle),
-                statistics.fmean(share(draw, oracle) for draw in draws),
-                *itertools.chain.from_iterable(errors),
-            )
-        )
-    return Quality(len(oracle), site.channels, *map(statistics.fmean, zip(*rows, strict=True)))
+        draws = [random_channels(site.channels, len(oracle), 1000 * index + seed) for seed in RANDOM_SEEDS]
+        overlap_random = statistics.fmean(share(draw, oracle) for draw in draws)
+        errors_random = [statistics.fmean(pair) for pair in zip(*map(site.errors, draws), strict=True)]
+        errors_oracle = site.errors(oracle)
+        for row, tokens in zip(rows, read, strict=True):
+            predicted = site.choose(sparsity, rank, tokens)
+            errors = zip(site.errors(predicted), errors_oracle, errors_random, strict=True)
+            row.append((share(predicted, oracle), overlap_random, *itertools.chain.from_iterable(errors)))
+    return [Quality(len(oracle), site.channels, *map(statistics.fmean, zip(*row, strict=True))) for row in rows]
 
 
-def _random_channels(channels: int, kept: int, seed: int) -> Tensor:
+def random_channels(channels: int, kept: int, seed: int) -> Tensor:
+    """Choose `kept` of `channels` at random, sorted."""
     return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
 
 
@@ -417,6 +421,13 @@ def sweep(sites: Iterable[Probe], rank: int | None, tokens: PredictorTokens) -> 
     return overlap, error
 
 
+def mean_over(qualities: Sequence[Quality]) -> Quality:
+    """Return the mean over blocks; k and n are equal in all of them."""
+    values = zip(*map(dataclasses.astuple, qualities), strict=True)
+    kept, channels, *means = map(statistics.fmean, values)
+    return Quality(int(kept), int(channels), *means)
+
+
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -427,60 +438,64 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def recovered(q: Quality) -> str:
+    """Say how far the predicted error has come from the random (0%) to the oracle's (100%), where these differ."""
+    span = q.error_random - q.error_oracle
+    return f"{(q.error_random - q.error) / span:.0%}" if span >= LEAST_SPAN else "-"
+
+
 def report(by_site: dict[tuple[str, int], list[Probe]], title: str, about: str) -> str:
     """Return all tables of one model as Markdown."""
-    found = {
-        (kind, block, sparsity): quality(sites, sparsity)
-        for (kind, block), sites in by_site.items()
-        for sparsity in SPARSITIES[kind]
-    }
-    parts = [f"### {title}", about, "**Means over blocks**", _summary(found), "**Rank and tokens read**"]
+    # (label of the kind and what is read, sparsity) -> one result a block.
+    found: dict[tuple[str, float], list[Quality]] = {}
+    for (kind, _), sites in by_site.items():
+        for sparsity in SPARSITIES[kind]:
+            for tokens, q in zip(READ[kind], quality(sites, sparsity, READ[kind]), strict=True):
+                found.setdefault((f"{kind}, {_READ_NAMES[tokens]}", sparsity), []).append(q)
+    parts = [f"### {title}", about, "Means over blocks, rank 8:", _summary(found)]
+    parts += ["Other ranks and tokens read, as overlap / error over context tokens, means over blocks:"]
     parts.append(_sweep_table(by_site))
-    for kind in SPARSITIES:
-        parts += [f"**Each block: {kind}**", _block_table(found, kind)]
+    for label in dict.fromkeys(label for label, _ in found):
+        parts += [f"Block by block, {label}, rank 8:", _block_table(found, label)]
     return "\n\n".join(parts)
 
 
-def _summary(found: dict[tuple[str, int, float], Quality]) -> str:
-    head = ["site, sparsity", "kept", "overlap", "worst block", "random"]
-    head += ["error", "oracle", "random", "recovered", "error, all tokens", "oracle", "random"]
+def _summary(found: dict[tuple[str, float], list[Quality]]) -> str:
+    head = ["site", "sparsity", "kept", "overlap", "worst block", "random", "error", "oracle", "random", "recovered"]
+    head += ["error, all tokens", "oracle", "random"]
     rows = []
-    for kind, sparsities in SPARSITIES.items():
-        for sparsity in sparsities:
-            blocks = [value for (a, _, b), value in found.items() if (a, b) == (kind, sparsity)]
-
-            def mean(name: str, blocks: list[Quality] = blocks) -> float:
-                return statistics.fmean(getattr(block, name) for block in blocks)
-
-            rows.append(
-                [f"{kind} {sparsity}", f"{blocks[0].kept}/{blocks[0].channels}", mean("overlap")]
-                + [min(block.overlap for block in blocks), mean("overlap_random")]
-                + [mean(name) for name in ("error", "error_oracle", "error_random", "recovered")]
-                + [mean(name) for name in ("all_error", "all_error_oracle", "all_error_random")]
-            )
+    # Grouped by what is read first: the loop that filled `found` has the sparsities outside.
+    for label in dict.fromkeys(label for label, _ in found):
+        for (other, sparsity), blocks in found.items():
+            if other == label:
+                q = mean_over(blocks)
+                row = [label, str(sparsity), f"{q.kept}/{q.channels}", q.overlap, min(b.overlap for b in blocks)]
+                row += [q.overlap_random, q.error, q.error_oracle, q.error_random, recovered(q)]
+                rows.append([*row, q.all_error, q.all_error_oracle, q.all_error_random])
     return table(head, rows)
 
 
-def _block_table(found: dict[tuple[str, int, float], Quality], kind: str) -> str:
-    head = ["sparsity, block", "overlap", "mean-token oracle", "random", "error", "oracle", "random", "recovered"]
-    rows = [
-        [f"{sparsity}, {block}", q.overlap, q.overlap_mean, q.overlap_random]
-        + [q.error, q.error_oracle, q.error_random, q.recovered]
-        for wanted in SPARSITIES[kind]
-        for (a, block, sparsity), q in found.items()
-        if (a, sparsity) == (kind, wanted)
-    ]
-    return table(head, rows)
+def _block_table(found: dict[tuple[str, float], list[Quality]], label: str) -> str:
+    head = ["sparsity", "block", "overlap", "random", "error", "oracle", "random", "recovered"]
+    return table(
+        head,
+        (
+            [str(sparsity), block, q.overlap, q.overlap_random, q.error, q.error_oracle, q.error_random, recovered(q)]
+            for (a, sparsity), blocks in found.items()
+            if a == label
+            for block, q in enumerate(blocks)
+        ),
+    )
 
 
 def _sweep_table(by_site: dict[tuple[str, int], list[Probe]]) -> str:
-    head = ["overlap / error", *(f"rank {rank}" for rank in SWEEP_RANKS), "true layers"]
+    head = ["site", "sparsity", "tokens read", *(f"rank {rank}" for rank in SWEEP_RANKS), "true layers"]
     rows = []
-    for kind in SPARSITIES:
+    for kind, sparsity in SWEEP_SPARSITY.items():
         sites = [probe for (a, _), group in by_site.items() if a == kind for probe in group]
         for tokens in SWEEP_TOKENS:
             cells = ["{:.2f} / {:.2f}".format(*sweep(sites, rank, tokens)) for rank in (*SWEEP_RANKS, None)]
-            rows.append([f"{kind} {SWEEP_SPARSITY[kind]}, tokens {tokens}", *cells])
+            rows.append([kind, str(sparsity), str(tokens), *cells])
     return table(head, rows)
 
 

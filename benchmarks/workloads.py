@@ -57,7 +57,9 @@ class Workload:
         if self.output > self.length:
             raise ValueError(f"output ({self.output}) is larger than length ({self.length})")
         if self.hidden % self.heads or self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must divide hidden, and kv_heads ({self.kv_heads}) must divide heads")
+            raise ValueError(
+                f"heads ({self.heads}) must divide hidden, and kv_heads ({self.kv_heads}) must divide heads"
+            )
 
     @property
     def label(self) -> str:

@@ -132,11 +132,14 @@ def _strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
 
 
 def _swaps(node: fx.Node) -> int:
-    dims: Any = node.args[1:] if op_name(node) != "getattr" else ()
-    if len(dims) == 1 and isinstance(dims[0], tuple | list):
-        dims = tuple(dims[0])
+    """Return 1 where `node` exchanges the two dimensions, 0 where it moves nothing."""
     if op_name(node) == "permute":
-        return int(tuple(dim % 2 for dim in dims) == (1, 0))
+        order: Any = argument(node, 1, "dims")
+        if isinstance(order, int):
+            order = node.args[1:]
+        return int([dim % 2 for dim in order] == [1, 0])
     if op_name(node) in ("transpose", "swapaxes", "swapdims"):
-        return int(dims[0] % 2 != dims[1] % 2)
+        # `transpose` names its dimensions dim0 and dim1, `swapaxes` axis0 and axis1.
+        first, second = (*node.args[1:], *node.kwargs.values())
+        return int(first % 2 != second % 2)  # type: ignore[operator]
     return 1

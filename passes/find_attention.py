@@ -151,6 +151,9 @@ class _Matcher:
                 raise _NoMatchError(f"{heads} query heads over {count} key/value heads repeated {groups} times")
         if key_heads != value_heads:
             raise _NoMatchError("keys and values have different numbers of heads")
+        width, read = value.out_features // value_heads, hinted_shape(attention.value)[-1]
+        if width != read:
+            raise _NoMatchError(f"{value.name}: its heads are {width} wide, those that attention reads {read}")
         output = self._output_of(attention, value, heads)
         self._check_closed((query_cone, key_cone, value_cone), attention)
         return AttentionSite(

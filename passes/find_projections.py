@@ -127,9 +127,11 @@ def _branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABranch | 
     if not _is_trained_linear(a, ctx):
         return None
     x, dropout = strip_casts(argument(a, 0, "input")), None
-    if calls_torch(x) and op_name(x) == "dropout":
+    shared = strip_casts(source)
+    # A dropout that the base product reads as well belongs to the block, not to the adapter.
+    if x is not shared and calls_torch(x) and op_name(x) == "dropout":
         dropout, x = x.name, strip_casts(x.args[0])  # type: ignore[arg-type]
-    if x is not strip_casts(source):
+    if x is not shared:
         return None
     return LoRABranch(a=a.name, b=b.name, output=output.name, dropout=dropout)
 

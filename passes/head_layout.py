@@ -75,6 +75,9 @@ def _axes(*axes: Axis) -> tuple[Axis, ...]:
 
 
 def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
+    if node.target is getattr and node.args[1] == "mT":
+        *outer, rows, columns = layouts[node.args[0]]  # type: ignore[index]
+        return (*outer, columns, rows)
     if not calls_torch(node):
         raise Untraceable(node, "not a tensor operation")
     name = op_name(node)
@@ -140,10 +143,17 @@ def _regroup(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
                 filled = size
             else:
                 raise Untraceable(node, "the view splits a dimension unevenly")
-        after.append(tuple(dim))
+        after.append(_joined_parts(dim))
     if pending:
         raise Untraceable(node, "the view does not fit the layout")
     return tuple(after)
+
+
+def _joined_parts(dim: list[Axis]) -> tuple[Axis, ...]:
+    """Make one axis again of the parts of a head's channels that a rotary embedding stacked and flattens."""
+    if len(dim) > 1 and all(axis.label.endswith(MIXED) for axis in dim):
+        return (Axis(dim[0].label, math.prod(axis.size for axis in dim)),)
+    return tuple(dim)
 
 
 def _permuted(node: fx.Node, before: Layout) -> Layout:

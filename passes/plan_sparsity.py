@@ -24,6 +24,7 @@ from sparse_compile.factors import FactorStore, LowRankFactors, load_upstream_fa
 from sparse_compile.graph import hinted_shape, nodes_by_name
 from sparse_compile.ir import AttentionSite, Projection, Rejection, Site, SitePlan, SparsityPlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.token_space import token_space
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class PlanSparsity:
         """Read the graph's facts."""
         nodes = nodes_by_name(gm.graph)
         rejections: list[Rejection] = []
-        planner = _Planner(ctx, _token_shape(nodes, ctx), _factor_store(ctx))
+        space = token_space(gm.graph, ctx.roles) if ctx.roles else set()
+        planner = _Planner(ctx, _token_shape(nodes, ctx), space, _factor_store(ctx))
         plans = []
         for site in sorted(ctx.sites, key=lambda site: _position(gm.graph, site)):
             plan = planner.plan(site, hinted_shape(nodes[site.source]))
@@ -97,10 +99,15 @@ def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
 
 class _Planner:
     def __init__(
-        self, ctx: PassContext, token_shape: tuple[int, ...] | None, factors_of: Callable[[Projection], LowRankFactors]
+        self,
+        ctx: PassContext,
+        token_shape: tuple[int, ...] | None,
+        space: set[str],
+        factors_of: Callable[[Projection], LowRankFactors],
     ) -> None:
         self.ctx = ctx
         self.token_shape = token_shape
+        self.space = space
         self.factors_of = factors_of
         self.factors: dict[str, LowRankFactors] = {}
 
@@ -130,6 +137,8 @@ class _Planner:
         """Say what forbids sparsity at `site`, or return an empty string."""
         if self.ctx.roles is None:
             return "nothing tells output tokens from context"
+        if site.source not in self.space:
+            return "the loss is computed for other tokens than this site's"
         tokens = source_shape[:-1]
         if self.token_shape is None:
             return "" if len(tokens) == 2 else "its tokens have no (batch, sequence) shape for the given roles"

@@ -42,7 +42,8 @@ class SparseRows:
     ) -> fx.Node:
         """Merge the tokens again, to (..., width) with the leading sizes of the tensor that was split.
 
-        They are read from `source` and not from the node that is replaced, whose uses all move to what is inserted here.
+        They are read from `source` and not from the node that is replaced, whose uses all move to what is inserted
+        here.
         """
         merged = self.rewriter.call(_OPS.put_rows.default, output, context, *self.rows, columns)
         return self.rewriter.method("reshape", merged, *self._leading_sizes(source), width)

@@ -28,6 +28,10 @@ from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
 _SAME = {"to", "contiguous", "clone", "long", "int", "float", "type", "double", "bfloat16", "half", "type_as", "detach"}
+_MOVES = {
+    "transpose", "permute", "swapaxes", "swapdims", "movedim", "flip", "roll", "index_select", "gather", "getitem",
+}  # fmt: skip
+"""Ops that may put rows elsewhere while the shape stays as it is."""
 _IGNORED = -1
 
 
@@ -62,7 +66,7 @@ class TraceRoles:
 
 
 def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejection]) -> TokenRoles | None:
-    labels: dict[str, int] = {}
+    labels: dict[tuple[str, int], None] = {}
     losses: list[str] = []
     ignored: set[int] = set()
     for node in graph.nodes:
@@ -73,7 +77,7 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
         except _UntraceableError as error:
             rejections.append(Rejection("trace_roles", node.name, str(error)))
             continue
-        labels[root.name] = shift
+        labels[root.name, shift] = None
         losses.append(node.name)
         ignored.add(int(argument(node, 4, "ignore_index", -100)))
     # A loss we could not follow may need rows that the others ignore: then nothing may be pruned.
@@ -82,7 +86,7 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
     if len(ignored) > 1:
         rejections.append(Rejection("trace_roles", losses[0], f"losses with different ignore_index {sorted(ignored)}"))
         return None
-    return TokenRoles("cross_entropy", tuple(labels.items()), ignored.pop(), padding, tuple(losses))
+    return TokenRoles("cross_entropy", tuple(labels), ignored.pop(), padding, tuple(losses))
 
 
 def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> TokenRoles | None:
@@ -114,6 +118,8 @@ def _labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
     target_value = tensor_value(target)
     if target_value is None or target_value.is_floating_point():
         raise _UntraceableError("the loss has class probabilities as its target")
+    if len(hinted_shape(logits)) > 2:
+        raise _UntraceableError("the classes of the loss are not its last dimension")
     root, chain = _root(target)
     if not _is_labels(root):
         raise _UntraceableError(f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
@@ -123,8 +129,7 @@ def _labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
         )
     labels = _replay(chain, torch.arange(tensor_numel(root)).view(hinted_shape(root)), drop_last=False).reshape(-1)
     tokens = _token_of_each_row(logits, hinted_shape(root)).reshape(-1)
-    if labels.shape != tokens.shape:
-        raise _UntraceableError(f"the loss has {tokens.numel()} rows of logits for {labels.numel()} targets")
+    assert labels.shape == tokens.shape, "a cross-entropy has a target for each row of logits"
     read = labels != _IGNORED
     length = hinted_shape(root)[1]
     for shift in (1, 0):
@@ -167,16 +172,14 @@ def _available_early(node: fx.Node) -> bool:
 def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
     """Return, for each row of logits that the loss reads, the flattened position of the token it was computed for."""
     chain: list[fx.Node] = []
-    node = logits
-    batch, length = shape
-    while True:
-        size = hinted_shape(node)
-        if size[:-1] == (batch, length) or size[:-1] == (batch * length,):
-            return _replay(chain[::-1], torch.arange(batch * length).view(size[:-1]), drop_last=True)
-        if op_name(node) not in _VIEWS | _SAME | {"getitem", "slice"} or not isinstance(node.args[0], fx.Node):
-            raise _UntraceableError(f"the rows of the logits cannot be followed through {node.name}")
+    node, (batch, length) = logits, shape
+    while op_name(node) in _VIEWS | _SAME | {"getitem", "slice"} and tensor_value(node.args[0]) is not None:
         chain.append(node)
-        node = node.args[0]
+        node = node.args[0]  # type: ignore[assignment]
+    size = hinted_shape(node)
+    if op_name(node) in _MOVES or size[:-1] not in ((batch, length), (batch * length,)):
+        raise _UntraceableError(f"the rows of the logits cannot be followed through {node.name}")
+    return _replay(chain[::-1], torch.arange(batch * length).view(size[:-1]), drop_last=True)
 
 
 def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tensor:

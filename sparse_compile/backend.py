@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def sparselora(
         install_value_guard("sparse_compile.session", "PHASES", session.id)
         if phase == "sparse":
             compiled = _compile_sparse(result, example_inputs, config, mode)
-    return _counted(compiled or dense(), session, frame_key(gm))
+    return _watched(compiled or dense(), session, config, frame_key(gm))
 
 
 def _compile_sparse(
@@ -101,11 +102,17 @@ def _compile_sparse(
         return None
 
 
-def _counted(compiled: CompiledGraph, session: Session, key: int) -> CompiledGraph:
+def _watched(compiled: CompiledGraph, session: Session, config: SparseLoRAConfig, key: int) -> CompiledGraph:
     """Tell the session of every run of a compiled training graph."""
+    runs = 0
 
     def run(*args: Any) -> Any:
+        nonlocal runs
         session.note_training_forward(key)
+        runs += 1
+        if runs == 2 and config not in _matched:
+            # All graphs of a training step have been compiled by now, whichever sessions they belong to.
+            _tell_if_nothing_matched(session, config)
         return compiled(*args)
 
     return run
@@ -130,20 +137,27 @@ def _tell_about_sites(gm: fx.GraphModule, ctx: PassContext, session: Session, re
             warnings.warn(f"sparselora: site {rejection.node} stays dense: {rejection.reason}", stacklevel=2)
     if ctx.plan.sparse_sites:
         _matched.add(config)
-    elif _asks_for_sparsity(config) and is_whole_step(gm, ctx) and session.once("nothing matched"):
-        warnings.warn(_nothing_matched(ctx, report), stacklevel=2)
+    elif is_whole_step(gm, ctx):
+        _tell_if_nothing_matched(session, config)
 
 
-def _nothing_matched(ctx: PassContext, report: GraphReport) -> str:
-    adapters = sum(len(projection.branches) for projection in ctx.projections.values())
-    wanted = "layer_sparsity" if ctx.config.layer_sparsity is not None else f"preset {ctx.config.preset!r}"
+def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None:
+    """Warn once where sparsity was asked for and no graph of the model has a sparse site."""
+    graphs: list[GraphReport] = session.reports
+    matched = any(site.kept < site.total for graph in graphs for site in graph.sites)
+    if matched or not _asks_for_sparsity(config) or not session.once("nothing matched"):
+        return
+    wanted = "layer_sparsity" if config.layer_sparsity is not None else f"preset {config.preset!r}"
+    kinds = Counter(site.kind for graph in graphs for site in graph.sites)
+    roles = sorted({graph.roles for graph in graphs if graph.roles})
+    reasons = summary_of(tuple(rejection for graph in graphs for rejection in graph.rejections), most=6)
+    if kinds and not reasons:
+        reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow for it, or names no site"]
     found = (
-        f"{len(ctx.projections)} frozen linear layers with {adapters} adapters, {len(ctx.ffn_sites)} feed-forward and "
-        f"{len(ctx.attention_sites)} attention blocks, token roles from {report.roles or 'nowhere'}"
+        f"{sum(graph.projections for graph in graphs)} frozen linear layers with "
+        f"{sum(graph.adapters for graph in graphs)} adapters, {kinds['ffn']} feed-forward and {kinds['attention']} "
+        f"attention blocks, token roles from {' and '.join(roles) or 'nowhere'}"
     )
-    reasons = summary_of(report.rejections, most=6)
-    if ctx.sites and not reasons:
-        reasons = [f"  {wanted} asks for no sparsity at any of the {len(ctx.sites)} sites of so shallow a model"]
     lines = [
         f"sparselora: {wanted} asks for sparsity and no site became sparse, so training runs dense.",
         "Looked for: feed-forward and attention blocks of frozen linear layers, and labels that mark output tokens.",
@@ -151,18 +165,26 @@ def _nothing_matched(ctx: PassContext, report: GraphReport) -> str:
         "Declined:",
         *(reasons or ["  nothing: there was nothing to match"]),
     ]
-    return "\n".join(lines)
+    warnings.warn("\n".join(lines), stacklevel=2)
 
 
 def _tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """Warn once where sparsity was asked for and a graph with a loss trains nothing."""
-    if not (_asks_for_sparsity(ctx.config) and is_whole_step(gm, ctx)):
+    """Warn once where sparsity was asked for and the graph cannot be trained sparsely."""
+    if not _asks_for_sparsity(ctx.config):
         return
-    key = frozenset(parameter.path for parameter in ctx.parameters.values())
+    if any(parameter.trained for parameter in ctx.parameters.values()):
+        reason = (
+            "TorchDynamo handed over a graph without its parameters, so it runs dense. Its DDP optimizer does that: "
+            "set torch._dynamo.config.optimize_ddp = False"
+        )
+    elif is_whole_step(gm, ctx):
+        reason = (
+            "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, for "
+            "example with peft.get_peft_model, before training"
+        )
+    else:
+        return
+    key = (reason, frozenset(parameter.path for parameter in ctx.parameters.values()))
     if key not in _told:
         _told.add(key)
-        warnings.warn(
-            "sparselora: no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an "
-            "adapter, for example with peft.get_peft_model, before training.",
-            stacklevel=2,
-        )
+        warnings.warn(f"sparselora: {reason}.", stacklevel=2)

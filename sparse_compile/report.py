@@ -61,6 +61,7 @@ class GraphReport:
         phase: `"dense"` or `"sparse"`, the phase of the schedule it was compiled in.
         roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
         tokens: number of context and of output tokens that FLOPs are given for.
+        projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
         sites: every matched site.
         passes: every pass.
         rejections: every place where a pass looked and did not apply.
@@ -71,6 +72,8 @@ class GraphReport:
     phase: str
     roles: str | None
     tokens: tuple[int, int]
+    projections: int
+    adapters: int
     sites: tuple[SiteReport, ...]
     passes: tuple[PassReport, ...]
     rejections: tuple[Rejection, ...]
@@ -107,6 +110,8 @@ def graph_report(
         phase=phase,
         roles=ctx.roles.origin if ctx.roles else None,
         tokens=tokens,
+        projections=len(ctx.projections),
+        adapters=sum(len(projection.branches) for projection in ctx.projections.values()),
         sites=_sites(ctx),
         passes=tuple(passes),
         rejections=result.rejections,

@@ -84,8 +84,10 @@ def _check_canonical(gm: fx.GraphModule, parameters: set[str]) -> None:
     for node in gm.graph.nodes:
         if not calls_torch(node) or op_name(node) not in ("matmul", "mm", "__matmul__") or len(node.args) < 2:
             continue
-        weight = node.args[1]
+        x, weight = tensor_value(node.args[0]), node.args[1]
         value = tensor_value(weight)
+        if x is not None and x.dim() < 2:
+            continue  # a vector has no tokens
         if isinstance(weight, fx.Node) and weight.name in parameters and value is not None and value.dim() == 2:
             raise VerificationError(f"{node.name} multiplies with the parameter {weight.name} and is no linear")
 
