@@ -5,8 +5,8 @@
     python benchmarks/cpu.py --arms inductor,o2 --layers 4 --hidden 2048 --ffn 8192 --heads 32 --kv-heads 8
     python benchmarks/cpu.py --memory --profile 15          # also peak memory, warm caches, and where the time goes
 
-All arms live in one process on one copy of the frozen weights and step in turns (A B C A B C ...); ratios are taken within
-a round. Predictors and channel selection are part of a step, compilation is not. Each arm appends a row to
+All arms live in one process on one copy of the frozen weights and step in turns (A B C A B C ...); ratios are taken
+within a round. Predictors and channel selection are part of a step, compilation is not. Each arm appends a row to
 `benchmarks/results/<workload>.jsonl`; `benchmarks/plot.py` draws them.
 """
 
@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(workload: Workload, arms: Sequence[str], args: argparse.Namespace) -> list[Row]:
     """Measure one workload; return a row for each arm."""
     surroundings = environment(sys.argv[1:])
+    machine = surroundings["machine"]
+    if machine["load"] > machine["cores"] / 2:
+        print(f"a busy machine (load {machine['load']:.1f} on {machine['cores']} cores): no result", file=sys.stderr)
     alone: dict[str, Alone] = {}
     if args.memory:
         # Before anything is built here, so that two models never compete for memory.
@@ -161,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="also run each arm alone, in two fresh processes: peak memory, and the first call with cold and warm caches",
+        help="also run each arm alone, in two fresh processes: peak memory, first call with cold and with warm caches",
     )
     parser.add_argument("--profile", type=_positive, metavar="N", help="print the N operations that take most time")
     parser.add_argument("--out", type=Path, help="file of rows to append to; default: below benchmarks/results")

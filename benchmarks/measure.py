@@ -107,7 +107,8 @@ def interleaved(steps: Mapping[str, Step], caches: Path, rounds: int, warm_up: i
         RuntimeError: a compiled arm compiled nothing, or something was compiled after the first calls.
     """
     first, losses, graphs = {}, {}, {}
-    load_compiler()
+    if set(steps) - {"eager"}:
+        load_compiler()
     for name, step in steps.items():
         before = compiled_graphs()
         with empty_caches(caches / name):
@@ -326,12 +327,12 @@ def counted_flops(workload: Workload) -> CountedFlops:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = adapted_model(base_model(workload), workload)
-        # Stand-ins, because transformers looks into its masks unless it is traced. And the counter knows the products
-        # that attention is made of, but no fused attention of a CPU.
-        with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
-            with FlopCounterMode(display=False) as counter:
-                model(**make_batch(workload)).loss.backward()
+        model, batch = adapted_model(base_model(workload), workload), make_batch(workload)
+    # Stand-ins, because transformers looks into its masks unless it is traced. And the counter knows the products that
+    # attention is made of, but no fused attention of a CPU.
+    stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
+    with stand_ins, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     attention = sum(count for op, count in counts.items() if "bmm" in op)
     total = counter.get_total_flops()

@@ -15,39 +15,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
-import json
-import re
 import statistics
-import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from predictor_sites import Probe, load_model, measure
+from torch import Tensor
 
-from sparse_compile.factors import factorize
-from sparse_compile.reference import (
-    MaskedAttention,
-    MaskedFFN,
-    PredictorTokens,
-    Projection,
-    ffn_scores,
-    kept_count,
-    masked_dense,
-    output_mask_from_labels,
-    query_key_scores,
-    scored_positions,
-    top_channels,
-    value_scores,
-)
-
-Encode: TypeAlias = Callable[[str], list[int]]
+from sparse_compile.reference import PredictorTokens
 
 RANK = 8
 SPARSITIES = {"FFN": (0.5, 0.9, 0.97, 0.99), "V/O": (0.2, 0.5, 0.75), "Q/K": (0.2, 0.5, 0.75)}
@@ -60,280 +41,6 @@ SWEEP_TOKENS: tuple[PredictorTokens, ...] = ("mean", 16, "all")
 RANDOM_SEEDS = range(5)
 # Where oracle and random channels give the same error to this much, it makes no sense to place a third between them.
 LEAST_SPAN = 0.03
-
-
-# --- Text -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Right-padded sequences.
-
-    Attributes:
-        input_ids: Int64 (B, S).
-        attention_mask: Int64 (B, S), zero at padding.
-        labels: Int64 (B, S), -100 at the question and at padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-
-def load_encoder(folder: Path) -> Encode:
-    """Return the function from text to token ids of a model folder, without special tokens."""
-    if (folder / "tokenizer.json").exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return lambda text: tokenizer.encode(text, add_special_tokens=False)
-    return sentencepiece_bpe((folder / "tokenizer.model").read_bytes())
-
-
-def sentencepiece_bpe(model: bytes) -> Encode:
-    """Return the encoder of a SentencePiece BPE model with identity normalisation and byte fallback.
-
-    A word starts as its characters; of all neighbours that make a piece, those with the highest score are merged, the
-    leftmost first; a character that is no piece becomes its bytes. Written out here, because a vocabulary that small
-    is not worth a dependency. No piece may hold an inner space, so that words are encoded apart.
-
-    Args:
-        model: The protobuf file, `ModelProto`: pieces in field 1 (piece 1, score 2, type 3).
-    """
-    pieces = [dict(_protobuf_fields(value)) for field, value in _protobuf_fields(model) if field == 1]
-    names = [piece[1].decode() for piece in pieces]
-    normal = {name: i for i, (name, piece) in enumerate(zip(names, pieces, strict=True)) if piece.get(3, 1) == 1}
-    score = {name: struct.unpack("<f", pieces[i].get(2, bytes(4)))[0] for name, i in normal.items()}
-    first_byte = names.index("<0x00>")
-    assert not any("▁" in name[1:] for name in normal), "a piece crosses a space"
-
-    @functools.cache
-    def encode_word(word: str) -> tuple[int, ...]:
-        parts = list(word)
-        while True:
-            pairs = [(-score[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in score]
-            if not pairs:
-                break
-            _, i = min(pairs)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        ids = ([normal[part]] if part in normal else [first_byte + byte for byte in part.encode()] for part in parts)
-        return tuple(itertools.chain.from_iterable(ids))
-
-    def encode(text: str) -> list[int]:
-        words = re.split(" +", text.strip(" "))
-        return [token for word in words for token in encode_word("▁" + word)]
-
-    return encode
-
-
-def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the raw value of each field: an int, or bytes."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(message):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(tag & 7) or varint()
-        yield tag >> 3, message[position : position + size]
-        position += size
-
-
-def read_batches(data: Path, encode: Encode, config: Any, *, batches: int, batch_size: int) -> list[Batch]:
-    """Read the first questions and answers of a JSON-lines file that fit the model's positions.
-
-    Args:
-        data: Records with the keys `question` and `answer`.
-        encode: From `load_encoder`.
-        config: The model's configuration.
-        batches: How many batches.
-        batch_size: Sequences per batch.
-
-    Raises:
-        ValueError: If the file holds too few records that fit.
-    """
-    examples: list[tuple[list[int], list[int]]] = []
-    with data.open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            question = [config.bos_token_id, *encode(record["question"])]
-            answer = [*encode(record["answer"]), config.eos_token_id]
-            if len(question) + len(answer) <= config.max_position_embeddings:
-                examples.append((question, answer))
-            if len(examples) == batches * batch_size:
-                break
-        else:
-            raise ValueError(f"{data} holds only {len(examples)} records that fit, not {batches * batch_size}")
-    return [_pad(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
-
-
-def _pad(examples: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    length = max(len(question) + len(answer) for question, answer in examples)
-    ids, mask, labels = (torch.full((len(examples), length), value) for value in (0, 0, -100))
-    for row, (question, answer) in enumerate(examples):
-        end = len(question) + len(answer)
-        ids[row, :end] = torch.tensor(question + answer)
-        mask[row, :end] = 1
-        labels[row, len(question) : end] = torch.tensor(answer)
-    return Batch(ids, mask, labels)
-
-
-# --- Sites ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """One kind of site in one block, with the activations of one batch.
-
-    Attributes:
-        kind: `"FFN"`, `"V/O"` or `"Q/K"`.
-        block: Index of the block.
-        channels: n, the number of channels to choose from.
-        score: Scores (n,) from a rank and the tokens to read; rank None reads the true layers.
-        run: The residual update of the block, (B, S, hidden), with these channels kept for context tokens.
-        dense: The same with all channels.
-        context: Bool (B, S): context tokens that are not padding.
-        tokens: Bool (B, S): all tokens that are not padding.
-    """
-
-    kind: str
-    block: int
-    channels: int
-    score: Callable[[int | None, PredictorTokens], Tensor]
-    run: Callable[[Tensor], Tensor]
-    dense: Tensor
-    context: Tensor
-    tokens: Tensor
-
-    def choose(self, sparsity: float, rank: int | None, tokens: PredictorTokens) -> Tensor:
-        """Return the channels kept, from factors of this rank; rank None is the oracle."""
-        return top_channels(self.score(rank, tokens), kept_count(self.channels, sparsity))
-
-    def errors(self, kept: Tensor) -> tuple[float, float]:
-        """Return ||sparse - dense|| / ||dense|| of the residual update over context tokens, and over all tokens."""
-        difference = self.run(kept) - self.dense
-        context, everywhere = (
-            (difference[mask].norm() / self.dense[mask].norm()).item() for mask in (self.context, self.tokens)
-        )
-        return context, everywhere
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What a module of the dense model was called with, and what it returned."""
-
-    module: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Tensor
-
-    def again(self) -> Tensor:
-        return _first(self.module(*self.args, **self.kwargs))
-
-
-def _first(result: Any) -> Tensor:
-    tensor: Tensor = result[0] if isinstance(result, tuple) else result
-    return tensor
-
-
-class Factors:
-    """Give the low-rank factors that the backend would compute, each once."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, layer: Any, rank: int | None) -> Projection:
-        """Return the factors of a linear layer, or the layer itself for rank None."""
-        if rank is None:
-            return layer  # type: ignore[no-any-return]
-        if (layer, rank) not in self._found:
-            factors = factorize(layer.weight, rank, seed=0)
-            self._found[layer, rank] = factors.a, factors.b
-        return self._found[layer, rank]
-
-
-@torch.no_grad()
-def probes(model: Any, batch: Batch, factors: Factors) -> list[Probe]:
-    """Run the dense model once and return a probe for each site, block after block.
-
-    Args:
-        model: A Llama-like causal language model: blocks in `model.model.layers`, the usual names of projections.
-        batch: What to run.
-        factors: Where predictors come from.
-    """
-    calls: dict[nn.Module, _Call] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        calls[module] = _Call(module, args, kwargs, _first(result))
-
-    layers = model.model.layers
-    handles = [
-        module.register_forward_hook(record, with_kwargs=True)
-        for layer in layers
-        for module in (layer.mlp, layer.self_attn)
-    ]
-    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    output_mask = output_mask_from_labels(batch.labels)
-    masks = output_mask, scored_positions(output_mask, batch.attention_mask), batch.attention_mask.bool()
-    found = []
-    for block, layer in enumerate(layers):
-        found.append(_ffn_probe(block, calls[layer.mlp], factors, *masks))
-        found += _attention_probes(block, calls[layer.self_attn], model.config, factors, *masks)
-    return found
-
-
-def _ffn_probe(block: int, call: _Call, factors: Factors, output: Tensor, scored: Tensor, real: Tensor) -> Probe:
-    mlp = call.module
-
-    def score(rank: int | None, tokens: PredictorTokens) -> Tensor:
-        projections = [factors(layer, rank) for layer in (mlp.gate_proj, mlp.up_proj)]
-        region = lambda gate, up: mlp.act_fn(gate) * up  # noqa: E731
-        return ffn_scores(call.args[0], scored, projections, region, predictor_tokens=tokens)
-
-    def run(kept: Tensor) -> Tensor:
-        with masked_dense([MaskedFFN(mlp.down_proj, kept)], output):
-            return call.again()
-
-    return Probe("FFN", block, mlp.down_proj.in_features, score, run, call.result, scored, real)
-
-
-def _attention_probes(
-    block: int, call: _Call, config: Any, factors: Factors, output: Tensor, scored: Tensor, real: Tensor
-) -> list[Probe]:
-    attention, x = call.module, call.kwargs["hidden_states"]
-    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-    groups = config.num_attention_heads // config.num_key_value_heads
-    channels = k.out_features
-    everything = torch.arange(channels)
-
-    def qk_score(rank: int | None, tokens: PredictorTokens) -> Tensor:
-        found = factors(q, rank), factors(k, rank)
-        head_dim = attention.head_dim
-        return query_key_scores(x, scored, *found, head_dim=head_dim, groups=groups, predictor_tokens=tokens)
-
-    def vo_score(rank: int | None, tokens: PredictorTokens) -> Tensor:
-        return value_scores(x, scored, factors(v, rank), predictor_tokens=tokens)
-
-    def run(kept_qk: Tensor, kept_vo: Tensor) -> Tensor:
-        with masked_dense([MaskedAttention(q, k, v, o, kept_qk, kept_vo, attention.head_dim, groups)], output):
-            return call.again()
-
-    shared = call.result, scored, real
-    return [
-        Probe("V/O", block, channels, vo_score, lambda kept: run(everything, kept), *shared),
-        Probe("Q/K", block, channels, qk_score, lambda kept: run(kept, everything), *shared),
-    ]
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
@@ -499,16 +206,15 @@ def _sweep_table(by_site: dict[tuple[str, int], list[Probe]]) -> str:
     return table(head, rows)
 
 
-def measure(model_dir: Path, data: Path, *, batches: int, batch_size: int) -> dict[tuple[str, int], list[Probe]]:
-    """Run a model over real text; return the probes of each kind and block, one for each batch."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    texts = read_batches(data, load_encoder(model_dir), model.config, batches=batches, batch_size=batch_size)
-    factors = Factors()
-    by_site: dict[tuple[str, int], list[Probe]] = {}
-    for batch in texts:
-        for probe in probes(model, batch, factors):
-            by_site.setdefault((probe.kind, probe.block), []).append(probe)
-    return by_site
+@torch.no_grad()
+def energy(model: Any) -> str:
+    """Say which share of the weights' squared norm the first singular values hold."""
+    shares = []
+    for name in ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        squares = [torch.linalg.svdvals(layer.get_submodule(name).weight).square() for layer in model.model.layers]
+        share = statistics.fmean((values[:RANK].sum() / values.sum()).item() for values in squares)
+        shares.append(f"{name.rpartition('.')[2]} {share:.0%}")
+    return f"Rank {RANK} holds of the weights' squared norm: {', '.join(shares)}."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -523,9 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     by_site = measure(args.model, args.data, batches=args.batches, batch_size=args.batch_size)
     one_block = next(iter(by_site.values()))
     context, tokens = (sum(int(getattr(site, name).sum()) for site in one_block) for name in ("context", "tokens"))
+    source = f"`{args.data.parent.name}/{args.data.name}`"
     about = (
-        f"{args.batches} batches of {args.batch_size} records of `{args.data.parent.name}/{args.data.name}`: {tokens} "
-        f"tokens, {context} of them context. torch {torch.__version__}, transformers {transformers.__version__}, fp32."
+        f"{args.batches} batches of {args.batch_size} records of {source}: {tokens} tokens, {context} of them context. "
+        f"fp32, torch {torch.__version__}, transformers {transformers.__version__}.\n{energy(load_model(args.model))}"
     )
     text = report(by_site, args.model.name, about)
     if args.out is None:

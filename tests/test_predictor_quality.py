@@ -5,10 +5,11 @@ The bounds lie well inside what was measured; `docs/predictor.md` has the measur
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,15 +21,17 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def benchmark(repo_root: Path) -> ModuleType:
-    """Import the benchmark, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("predictor_quality", repo_root / "benchmarks/predictor_quality.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def benchmark(repo_root: Path) -> Iterator[ModuleType]:
+    """Import the benchmark as its script does, with its folder on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(repo_root / "benchmarks")
+        yield importlib.import_module("predictor_quality")
+
+
+@pytest.fixture(scope="module")
+def text(benchmark: ModuleType) -> ModuleType:
+    """Import the part that reads text, which the benchmark has imported."""
+    return sys.modules["predictor_text"]
 
 
 def measured(benchmark: ModuleType, shared_dir: Path, model: str) -> dict[str, list[list[Any]]]:
@@ -118,12 +121,12 @@ def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
     return model
 
 
-def test_sentencepiece_merges_the_best_pair_first(benchmark: ModuleType) -> None:
+def test_sentencepiece_merges_the_best_pair_first(text: ModuleType) -> None:
     texts = ["▁", "a", "b", "c", "bc", "ab", "▁a", "▁ab"]
     scores = [-9.0, -9.0, -9.0, -9.0, -1.0, -2.0, -3.0, -4.0]
     pieces = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
     pieces += [(text, score, 1) for text, score in zip(texts, scores, strict=True)]
-    encode = benchmark.sentencepiece_bpe(sentencepiece_model(pieces))
+    encode = text.sentencepiece_bpe(sentencepiece_model(pieces))
     ids = {text: 256 + i for i, text in enumerate(texts)}
     # "bc" is merged before "ab" and leaves "▁a"; without "c" the word becomes one piece. Spaces count once.
     assert encode("abc  ab ") == [ids["▁a"], ids["bc"], ids["▁ab"]]
@@ -131,15 +134,15 @@ def test_sentencepiece_merges_the_best_pair_first(benchmark: ModuleType) -> None
     assert encode("é") == [ids["▁"], 0xC3, 0xA9]
 
 
-def test_sentencepiece_encodes_stories(benchmark: ModuleType, shared_dir: Path) -> None:
+def test_sentencepiece_encodes_stories(text: ModuleType, shared_dir: Path) -> None:
     """The model finds text of its own kind as likely as it should: wrong tokens would cost nats."""
     from transformers import AutoModelForCausalLM
 
     folder = shared_dir / "models/stories260K"
     if not folder.is_dir():
         pytest.skip(f"stories260K is not in {shared_dir}")
-    text = "Once upon a time, there was a little girl named Lily. She loved to play in the park."
-    ids = torch.tensor([[1, *benchmark.load_encoder(folder)(text)]])
+    story = "Once upon a time, there was a little girl named Lily. She loved to play in the park."
+    ids = torch.tensor([[1, *text.load_encoder(folder)(story)]])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model(input_ids=ids, labels=ids).loss.item() < 0.5
 
@@ -154,11 +157,11 @@ def test_tables_replace_the_old_ones(benchmark: ModuleType, shared_dir: Path, tm
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     arguments = ["--model", folder, "--data", data, "--batches", "1", "--batch-size", "2", "--out", page]
     benchmark.main([str(argument) for argument in arguments])
-    text = page.read_text()
-    assert text.startswith(f"before\n{begin}\n")
-    assert text.endswith(f"{end}\nafter\n")
-    assert "old" not in text
-    assert "| FFN, mean token | 0.97 | 6/172 |" in text
+    written = page.read_text()
+    assert written.startswith(f"before\n{begin}\n")
+    assert written.endswith(f"{end}\nafter\n")
+    assert "\nold\n" not in written
+    assert "| FFN, mean token | 0.97 | 6/172 |" in written
     data.write_text("")
     with pytest.raises(ValueError, match="only 0 records that fit, not 2"):
         benchmark.main([str(argument) for argument in arguments])

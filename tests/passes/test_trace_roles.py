@@ -224,18 +224,6 @@ def test_classes_in_the_middle_of_equal_size() -> None:
     assert captured.ctx.roles is None and len(outcome.rejections) == 1
 
 
-def test_a_slice_bound_that_is_data() -> None:
-    def loss(z: Tensor, x: Tensor, y: Tensor, n: Tensor) -> Tensor:
-        start = n.item()
-        torch._check(start >= 0)
-        torch._check(start <= 6)
-        return F.cross_entropy(z[:, start:].reshape(-1, V), y[:, start:].reshape(-1))
-
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        _, outcome = trace(loss, *tokens(), torch.tensor(2))
-    assert rejections(outcome) == ["a slice bound is not known at tracing"]
-
-
 def test_losses_that_ignore_different_labels() -> None:
     captured, outcome = trace(
         lambda z, x, y: sliced(z, x, y) + F.cross_entropy(z.view(-1, V), y.view(-1), ignore_index=0)

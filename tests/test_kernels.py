@@ -1,0 +1,339 @@
+"""Every `sparselora` op: legal as a custom op, equal to its specification, with the right gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
+from models import normal, random_mask
+from sparse_compile import reference as oracle
+from sparse_compile.kernels import channel_selection, gathered_linear, token_rows
+from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
+from sparse_compile.kernels.channel_selection.reference import spaced_rows
+from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable, cpu_only
+from sparse_compile.roles import token_roles
+from tolerances import assert_close_rms
+
+OPS = torch.ops.sparselora
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def index(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def x(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
+    return normal(*shape, seed=seed).requires_grad_(grad)
+
+
+def frozen(*shape: int, seed: int = 1) -> Tensor:
+    return normal(*shape, seed=seed)
+
+
+MASK = torch.tensor([[False, True, True], [True, False, False]])
+ROWS, CONTEXT = index(1, 2, 3), index(0, 4, 5)
+
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "gathered_linear": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 3, 8))),
+    "gathered_linear, one channel": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(4))),
+    "gathered_linear, no rows": (OPS.gathered_linear, (x(0, 7), frozen(9, 7), index(0, 3))),
+    "gathered_linear, transposed weight": (OPS.gathered_linear, (x(5, 7), frozen(7, 9).t(), index(0, 3, 8))),
+    "gathered_linear, cpu_gemm": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 8), "cpu_gemm")),
+    "gathered_linear, strided x": (OPS.gathered_linear, (normal(7, 5).t().requires_grad_(), frozen(9, 7), index(2))),
+    "gathered_input_linear": (OPS.gathered_input_linear, (x(5, 3), frozen(9, 7), index(0, 3, 6))),
+    "gathered_input_linear, one channel": (OPS.gathered_input_linear, (x(5, 1), frozen(9, 7), index(4))),
+    "gathered_input_linear, no rows": (OPS.gathered_input_linear, (x(0, 2), frozen(9, 7), index(0, 3))),
+    "gathered_input_linear, transposed": (OPS.gathered_input_linear, (x(5, 2), frozen(7, 9).t(), index(0, 3))),
+    "gathered_input_linear, cpu_gemm": (OPS.gathered_input_linear, (x(5, 2), frozen(9, 7), index(0, 6), "cpu_gemm")),
+    "take_rows": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT)),
+    "take_rows, columns": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT, index(0, 4))),
+    "take_rows, cpu_index": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT, index(0, 4), "cpu_index")),
+    "take_rows, no output": (OPS.take_rows, (x(3, 5), index(), index(0, 1, 2), None)),
+    "take_rows, no context": (OPS.take_rows, (x(3, 5), index(0, 1, 2), index(), index(1))),
+    "put_rows": (OPS.put_rows, (x(3, 5), x(3, 5, seed=2), ROWS, CONTEXT)),
+    "put_rows, columns": (OPS.put_rows, (x(3, 5), x(3, 2, seed=2), ROWS, CONTEXT, index(0, 4))),
+    "put_rows, cpu_index": (OPS.put_rows, (x(3, 5), x(3, 2, seed=2), ROWS, CONTEXT, index(0, 4), "cpu_index")),
+    "put_rows, no output": (OPS.put_rows, (x(0, 5), x(3, 5), index(), index(0, 1, 2))),
+    "put_rows, no context": (OPS.put_rows, (x(3, 5), x(0, 1), index(0, 1, 2), index(), index(2))),
+    "low_rank_product": (OPS.low_rank_product, (frozen(4, 7), frozen(7, 2), frozen(2, 9))),
+    "low_rank_product, bf16": (OPS.low_rank_product, (frozen(4, 7).bfloat16(), frozen(7, 2), frozen(2, 9))),
+    "low_rank_product, no rows": (OPS.low_rank_product, (frozen(0, 7), frozen(7, 2), frozen(2, 9))),
+    "context_mean": (OPS.context_mean, (frozen(6, 5), MASK)),
+    "context_mean, bf16": (OPS.context_mean, (frozen(6, 5).bfloat16(), MASK)),
+    "predicted_norms": (OPS.predicted_norms, (frozen(6, 7), MASK.reshape(-1), frozen(7, 2), frozen(2, 9), None)),
+    "predicted_norms, bias": (
+        OPS.predicted_norms,
+        (frozen(6, 7), MASK.reshape(-1), frozen(7, 2), frozen(2, 9), frozen(9)),
+    ),
+    "top_channels": (OPS.top_channels, (frozen(9), 4, "site")),
+    "top_channels, one": (OPS.top_channels, (frozen(9), 1, "site")),
+    "spaced_rows": (OPS.spaced_rows, (MASK, 2)),
+    "expand_kv_channels": (OPS.expand_kv_channels, (index(0, 3, 5), 3, 2)),
+    "output_mask": (OPS.output_mask, (torch.tensor([[-100, 3, -100]]), -100, 1)),
+}
+"""Every op with inputs of odd shapes; those that are differentiated require a gradient."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    op, arguments = CALLS[name]
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_opcheck_of_given_roles() -> None:
+    with token_roles(output_mask=MASK):
+        torch.library.opcheck(OPS.given_output_mask.default, (torch.zeros(2, 3, 4),))
+
+
+def test_opcheck_of_a_split() -> None:
+    """Its sizes are data: the fake is run where they are allowed."""
+    torch.library.opcheck(OPS.split_tokens.default, (MASK,))
+
+
+def test_shuffled_mask_is_random_and_keeps_counts() -> None:
+    eligible = random_mask(4, 32, seed=3)
+    mask = random_mask(4, 32, seed=5) & eligible
+    shuffled = OPS.shuffled_mask(mask, eligible)
+    assert torch.equal(shuffled.sum(1), mask.sum(1)) and not torch.equal(shuffled, mask)
+    assert not (shuffled & ~eligible).any()
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = OPS.shuffled_mask(mode.from_tensor(mask), mode.from_tensor(eligible))
+    assert fake.shape == mask.shape and fake.dtype == torch.bool
+
+
+def test_every_op_is_checked() -> None:
+    checked = {name.split(",")[0] for name in CALLS} | {"given_output_mask", "split_tokens", "shuffled_mask"}
+    registered = {
+        schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("sparselora::")
+    }
+    assert checked == registered
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+DIFFERENTIATED = ("gathered_linear", "gathered_input_linear", "take_rows", "put_rows")
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.split(",")[0] in DIFFERENTIATED])
+def test_gradcheck(name: str) -> None:
+    op, arguments = CALLS[name]
+    differentiated = [i for i, value in enumerate(arguments) if isinstance(value, Tensor) and value.requires_grad]
+    assert differentiated
+
+    def function(*values: Tensor) -> Any:
+        given = list(arguments)
+        for i, value in zip(differentiated, values, strict=True):
+            given[i] = value
+        return op(*given)
+
+    assert torch.autograd.gradcheck(function, [arguments[i] for i in differentiated])
+    assert torch.autograd.gradgradcheck(function, [arguments[i] for i in differentiated])
+
+
+def test_a_trained_weight_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="must be frozen"):
+        OPS.gathered_linear(x(2, 3), x(4, 3), index(0))
+
+
+# --- Providers --------------------------------------------------------------------------------------------------------
+
+
+PROVIDED = [
+    (gathered_linear.GATHERED_LINEAR, (x(33, 65, grad=False), frozen(47, 65), index(*range(0, 47, 3)))),
+    (gathered_linear.GATHERED_INPUT_LINEAR, (x(33, 16, grad=False), frozen(47, 65), index(*range(0, 64, 4)))),
+    (token_rows.TAKE_ROWS, (x(6, 5, grad=False), ROWS, CONTEXT, None)),
+    (token_rows.TAKE_ROWS, (x(6, 5, grad=False), ROWS, CONTEXT, index(0, 4))),
+    (token_rows.PUT_ROWS, (x(3, 5, grad=False), x(3, 5, grad=False), ROWS, CONTEXT, None)),
+    (token_rows.PUT_ROWS, (x(3, 5, grad=False), x(3, 2, grad=False), ROWS, CONTEXT, index(0, 4))),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", range(len(PROVIDED)))
+def test_providers_compute_the_reference(case: int, dtype: torch.dtype) -> None:
+    table, arguments = PROVIDED[case]
+    given = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given]
+    for provider in table._run:
+        actual, expected = table[provider](*given), table[REFERENCE](*wide)
+        if isinstance(actual, Tensor):
+            actual, expected = (actual,), (expected,)
+        for got, want in zip(actual, expected, strict=True):
+            assert got.dtype == dtype
+            if table in (token_rows.TAKE_ROWS, token_rows.PUT_ROWS):
+                assert torch.equal(got.double(), want)
+            else:
+                assert_close_rms(got, want)
+
+
+@pytest.mark.parametrize("provider", ["reference", "cpu_gemm"])
+def test_only_chosen_channels_are_cast(provider: str) -> None:
+    """fp32 weights under bf16 activations: what autocast does to a dense layer."""
+    given, weight, channels = frozen(5, 7).bfloat16(), frozen(9, 7).float(), index(1, 2)
+    y = OPS.gathered_linear(given, weight, channels, provider)
+    assert y.dtype == torch.bfloat16
+    assert_close_rms(y, given.double() @ weight.bfloat16()[channels].double().T)
+
+
+def test_unknown_provider_is_named() -> None:
+    with pytest.raises(ValueError, match="sparselora::gathered_linear has no provider 'nope'; it has cpu_gemm, reference"):
+        OPS.gathered_linear(frozen(2, 3), frozen(4, 3), index(0), "nope")
+
+
+def test_choice_records_what_was_passed_over() -> None:
+    table = ProviderTable("op", abs, Provider("fast", abs, cpu_only))
+    assert table.choose(OpCall("cpu", torch.float32)).provider == "fast"
+    choice = table.choose(OpCall("cuda", torch.float32))
+    assert (choice.provider, choice.declined) == (REFERENCE, (("fast", "runs on cpu, not on cuda"),))
+
+
+# --- Channels ---------------------------------------------------------------------------------------------------------
+
+
+def test_top_channels_breaks_ties_by_index() -> None:
+    assert OPS.top_channels(torch.tensor([1.0, 2, 1, 2, 1]), 3, "s").tolist() == [0, 1, 3]
+    assert OPS.top_channels(torch.ones(100), 7, "s").tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("length", [1, 5, 64])
+def test_top_channels_against_loops(length: int) -> None:
+    scores = normal(length).abs().mul(3).round()  # with ties
+    for k in range(1, length + 1):
+        ranked = sorted(range(length), key=lambda i: (-scores[i].item(), i))
+        assert OPS.top_channels(scores, k, "s").tolist() == sorted(ranked[:k])
+        assert torch.equal(OPS.top_channels(scores, k, "s"), oracle.top_channels(scores, k))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_scores_that_say_nothing_keep_the_lowest_and_are_counted(value: float) -> None:
+    site = f"degenerate {value}"
+    scores = torch.zeros(6) if value == 0 else torch.tensor([1.0, 2, value, 4, 5, 6])
+    assert OPS.top_channels(scores, 2, site).tolist() == [0, 1]
+    OPS.top_channels(scores, 2, site)
+    OPS.top_channels(torch.arange(6.0), 2, site)
+    assert degenerate_counts()[site] == 2
+
+
+def test_informative_scores_are_not_counted() -> None:
+    OPS.top_channels(torch.arange(6.0), 2, "fine")
+    assert "fine" not in degenerate_counts()
+
+
+def test_records_nest() -> None:
+    with record_channels() as outer:
+        OPS.top_channels(torch.arange(4.0), 1, "a")
+        with record_channels() as inner:
+            OPS.top_channels(torch.arange(4.0), 2, "a")
+        OPS.top_channels(torch.arange(4.0), 3, "b")
+    OPS.top_channels(torch.arange(4.0), 1, "a")
+    assert {site: [len(kept) for kept in found] for site, found in outer.items()} == {"a": [1, 2], "b": [3]}
+    assert [len(kept) for kept in inner["a"]] == [2] and list(inner) == ["a"]
+
+
+def test_records_end_with_an_error() -> None:
+    with pytest.raises(RuntimeError), record_channels() as record:
+        raise RuntimeError
+    OPS.top_channels(torch.arange(4.0), 1, "a")
+    assert not record
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_predicted_norms_against_explicit_norms(bias: bool) -> None:
+    rows, weights = frozen(12, 7), random_mask(12)
+    a, b, added = frozen(7, 3, seed=2), frozen(3, 9, seed=3), frozen(9, seed=4) if bias else None
+    explicit = rows @ a @ b + (added if bias else 0)
+    actual = channel_selection.predicted_norms(rows, weights, a, b, added)
+    assert_close_rms(actual, explicit[weights].norm(dim=0))
+
+
+def test_predicted_norms_without_rows_are_zero() -> None:
+    none = torch.zeros(4, dtype=torch.bool)
+    norms = channel_selection.predicted_norms(frozen(4, 7), none, frozen(7, 3), frozen(3, 9), frozen(9))
+    assert torch.equal(norms, torch.zeros(9, dtype=torch.float64))
+
+
+def test_context_mean_against_loops() -> None:
+    rows, weights = frozen(4 * 6, 5), random_mask(4, 6)
+    weights[2] = False
+    means = channel_selection.context_mean(rows, weights)
+    for sequence in range(4):
+        kept = [rows[sequence * 6 + t] for t in range(6) if weights[sequence, t]]
+        assert_close_rms(means[sequence], torch.stack(kept).mean(0) if kept else torch.zeros(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_spaced_rows_against_loops(count: int) -> None:
+    weights = random_mask(5, 8)
+    weights[1], weights[2] = False, True
+    weights[3] = False
+    weights[3, 7] = True
+    rows, valid = spaced_rows(weights, count)
+    for sequence in range(5):
+        positions = weights[sequence].nonzero().flatten().tolist()
+        expected = sorted({positions[j * len(positions) // count] for j in range(count)}) if positions else []
+        own = slice(sequence * count, (sequence + 1) * count)
+        assert [row - sequence * 8 for row in rows[own][valid[own]].tolist()] == expected
+        assert all(sequence * 8 <= row < (sequence + 1) * 8 for row in rows[own].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scores_are_fp32_under_autocast(dtype: torch.dtype) -> None:
+    rows, a, b = frozen(4, 7).to(dtype), frozen(7, 2).float(), frozen(2, 9).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = channel_selection.low_rank_product(rows, a, b)
+    assert product.dtype == torch.float32 and torch.equal(product, rows.float() @ a @ b)
+
+
+# --- Tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [MASK, torch.zeros(2, 3, dtype=torch.bool), torch.ones(4, dtype=torch.bool)])
+def test_split_is_a_partition(mask: Tensor) -> None:
+    output, context = OPS.split_tokens(mask)
+    assert output.tolist() == [i for i, role in enumerate(mask.flatten().tolist()) if role]
+    assert context.tolist() == [i for i, role in enumerate(mask.flatten().tolist()) if not role]
+
+
+@pytest.mark.parametrize("provider", ["reference", "cpu_index"])
+def test_put_undoes_take(provider: str) -> None:
+    given = frozen(6, 5)
+    assert torch.equal(OPS.put_rows(*OPS.take_rows(given, ROWS, CONTEXT), ROWS, CONTEXT, None, provider), given)
+    merged = OPS.put_rows(
+        *OPS.take_rows(given, ROWS, CONTEXT, index(1, 3)), ROWS, CONTEXT, index(1, 3), provider
+    )
+    assert torch.equal(merged[ROWS], given[ROWS])
+    assert torch.equal(merged[CONTEXT][:, [1, 3]], given[CONTEXT][:, [1, 3]])
+    assert not merged[CONTEXT][:, [0, 2, 4]].any()
+
+
+@pytest.mark.parametrize(("head_dim", "groups", "kv_heads"), [(4, 3, 2), (2, 1, 3), (1, 2, 2), (6, 4, 1)])
+def test_expand_kv_channels_against_loops(head_dim: int, groups: int, kv_heads: int) -> None:
+    kept = torch.randperm(kv_heads * head_dim)[: max(1, kv_heads * head_dim // 2)].sort().values
+    expected = sorted(
+        query_head * head_dim + channel % head_dim
+        for channel in kept.tolist()
+        for query_head in range(kv_heads * groups)
+        if query_head // groups == channel // head_dim
+    )
+    assert OPS.expand_kv_channels(kept, head_dim, groups).tolist() == expected
+    assert torch.equal(OPS.expand_kv_channels(kept, head_dim, groups), oracle.expand_kv_channels(kept, head_dim, groups))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_output_mask_against_loops(shift: int) -> None:
+    labels = torch.where(random_mask(4, 9), 5, -100)
+    mask = OPS.output_mask(labels, -100, shift)
+    for row in range(4):
+        for t in range(9):
+            own, other = t, t + 1 if shift else t - 1
+            expected = any(0 <= i < 9 and labels[row, i] != -100 for i in (own, other))
+            assert bool(mask[row, t]) == expected
