@@ -182,7 +182,7 @@ def prepare_task(options: argparse.Namespace, out: Path) -> Task:
         ValueError: the model or the data cannot be used; the message says why.
     """
     if options.model is None:
-        options.model = str(out / "base")
+        options.model = str((out / "base").resolve())
         held_out_from, train_from = make_demo(options)
     else:
         held_out_from, train_from = split_records(options)

@@ -5,6 +5,7 @@ Cases handled, each with the graph before and after:
     matmul(x, W.t()), x @ W.T, x.matmul(W.t()), mm(x, W.t())    ->  linear(x, W, None)
     matmul(x, V), x @ V       (V a parameter (in, out))         ->  linear(x, V.t(), None)
     addmm(b, x, W.t()), addmm(b, x, V)  (Conv1D)                ->  linear(x, W, b), linear(x, V.t(), b)
+    linear(x.view(B*S, in), W, b).view(B, S, out)               ->  linear(x, W, b)
     x.to(dtype) where x already has it                          ->  x
     dropout(x, p, training=False), dropout(x, 0.0)              ->  x
 
@@ -27,6 +28,7 @@ from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _MATMULS = {"matmul", "mm", "__matmul__"}
 _TRANSPOSES = {"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"}
+_VIEWS = {"view", "reshape"}
 _CASTS = {"to", "type", "float", "double", "half", "bfloat16", "type_as"}
 
 
@@ -103,7 +105,38 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rej
             operand.meta["example_value"] = _transposed(weight_value)
         linear = rewriter.call(LINEAR, x, operand, bias)
     take_over(node, linear)
+    _drop_flattening(linear, rewriter)
     return 1
+
+
+def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
+    """Have a product with a matrix read the tensor that was flattened for it, where its result is given back the shape."""
+    flat = linear.args[0]
+    if not isinstance(flat, fx.Node) or op_name(flat) not in _VIEWS or not isinstance(flat.args[0], fx.Node):
+        return
+    x = flat.args[0]
+    x_value, value = tensor_value(x), tensor_value(linear)
+    if x_value is None or value is None or x_value.dim() < 3 or x_value.shape[-1:] != _shape_of(flat)[-1:]:
+        return
+    # Sizes are compared as they are written: comparing symbols would add guards.
+    wanted = [*map(str, x_value.shape[:-1]), str(value.shape[-1])]
+    views = list(linear.users)
+    if not views or any(op_name(v) not in _VIEWS or [*map(str, _shape_of(v))] != wanted for v in views):
+        return
+    with rewriter.before(linear):
+        whole = rewriter.call(LINEAR, x, *linear.args[1:])
+    whole.meta["example_value"] = tensor_value(views[0])
+    for view in views:
+        forward_to(view, whole)
+    rewriter.graph.erase_node(linear)
+    if not flat.users:
+        rewriter.graph.erase_node(flat)
+
+
+def _shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """Return the shape of a tensor node, empty for anything else."""
+    value = tensor_value(node)
+    return () if value is None else tuple(value.shape)
 
 
 def _transposed(value: torch.Tensor) -> torch.Tensor:

@@ -128,8 +128,12 @@ class _PredictorBuilder:
         """Insert the predictor of one site; return the names of the nodes that hold its channels."""
         site = plan.site
         bases = {projection.base for projection in site.projections}
-        first = next(node for node in self.rewriter.graph.nodes if node.name in bases)
-        with self.rewriter.before(first, site.name):
+        anchor = next(node for node in self.rewriter.graph.nodes if node.name in bases)
+        vectors = {self.nodes[name] for name in (site.vectors if isinstance(site, FFNSite) else ())}
+        for node in [node for node in self.rewriter.graph.nodes if node in vectors]:
+            # A number that is computed between the projections is known behind it only.
+            anchor = node.next if anchor < node else anchor
+        with self.rewriter.before(anchor, site.name):
             if isinstance(site, FFNSite):
                 return (self._ffn(site, plan.kept).name,)
             return tuple(node.name for node in self._attention(site, plan))
@@ -141,7 +145,10 @@ class _PredictorBuilder:
         rows, valid = self._scored_rows(self._flat(site.source), self.ctx.config.predictor_tokens)
         values = {self.nodes[projection.output]: self._predicted(rows, projection) for projection in site.inputs}
         for name in site.vectors:
-            values[self.nodes[name]] = self.rewriter.method("detach", self.nodes[name])
+            vector = self.rewriter.method("detach", self.nodes[name])
+            # A vector of leading dimensions of size 1 would give the rows dimensions that they do not have.
+            ranked = len(hinted_shape(self.nodes[name])) > 2
+            values[self.nodes[name]] = self.rewriter.method("reshape", vector, -1) if ranked else vector
         hidden = None
         for name in site.region:
             node = self.nodes[name]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from sparse_compile.graph import Rewriter, hinted_shape, nodes_by_name, tensor_value
+from sparse_compile.graph import LINEAR, Rewriter, argument, hinted_shape, nodes_by_name, tensor_value
 from sparse_compile.ir import Projection
 from sparse_compile.passes.autocast import autocast_dtypes
 from sparse_compile.passes.base import PassContext
@@ -69,7 +69,27 @@ class SparseRows:
 
     def dense(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
         """Insert a copy of `node` that reads `values` in place of its operands."""
+        if node.target is LINEAR:
+            x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            return self.product(values.get(x, x), values.get(weight, weight), bias, hinted_shape(weight)[-1])
         return self.rewriter.copy(node, lambda operand: values.get(operand, operand))
+
+    def product(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, width: int) -> fx.Node:
+        """Insert a linear layer over the tokens of one role.
+
+        Args:
+            x: (n, width), n known at run time only.
+            weight: (out, width).
+            bias: (out,) or None.
+            width: number of columns of `x`.
+        """
+        if width > 1:
+            return self.rewriter.call(LINEAR, x, weight, bias)
+        # The gradient of `mm` looks at strides: with one column it would compare n with 1, which no guard can decide.
+        # `bmm` does not look.
+        columns = self.rewriter.method("unsqueeze", self.rewriter.method("t", weight), 0)
+        y = self.rewriter.method("squeeze", self.rewriter.call(torch.bmm, self.rewriter.method("unsqueeze", x, 0), columns), 0)
+        return y if bias is None else self.rewriter.call(torch.add, y, bias)
 
     def _autocast_dtype(self, at: fx.Node) -> torch.dtype | None:
         value = tensor_value(at)

@@ -140,10 +140,11 @@ class _Segment:
         assert node.target is LINEAR
         call = self.rows.rewriter.call
         x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        width = hinted_shape(weight)[-1] if dim == 0 else int(argument(kept, 1, "k"))
         weight = call(torch.index_select, weight, dim, kept)
         if bias is not None and dim == 0:
             bias = call(torch.index_select, bias, 0, kept)
-        return call(LINEAR, self.values[x], weight, bias)
+        return self.rows.product(self.values[x], weight, bias, width)
 
     def _gather_vector(self, node: fx.Node) -> None:
         shape = hinted_shape(node)

@@ -174,10 +174,11 @@ def run_rewritten(
 
 
 def gradients_of(value: Tensor, module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of a scalar by what is trained, and by position of the given inputs; clear them."""
+    """Return the gradients of a scalar, by name of what is trained and by position of the given inputs."""
     wanted = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     wanted |= {str(i): x for i, x in enumerate(inputs)}
-    return dict(zip(wanted, torch.autograd.grad(value, list(wanted.values())), strict=True))
+    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))
 
 
 def assert_like_masked_dense(

@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--steps", "3", "--start-step", "1", "--problems", "64", "--pretrain-steps", "2", "--layers", "4")
+TINY = ("--steps", "3", "--start-step", "1", "--problems", "64", "--pretrain-steps", "2", "--layers", "3")
 TINY += ("--hidden", "128", "--eval-examples", "8", "--timing-rounds", "2")
 SPARSE_ARMS = ("o2", "o2-all-sparse", "o2-random-dense")
 

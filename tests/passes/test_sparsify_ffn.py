@@ -58,7 +58,7 @@ FUNCTIONS: dict[str, Callable[[MLP, Tensor], Tensor]] = {
     "a scale of three dimensions": lambda m, x: m.down(F.gelu(m.up(x)) * m.broad),
     "a number from outside": lambda m, x: m.down(F.gelu(m.up(x)) * m.scale.sum()),
     "a sigmoid that is not zero at zero": lambda m, x: m.down(torch.sigmoid(m.up(x))),
-    "flattened": lambda m, x: m.down(F.silu(m.gate(x.view(-1, 8))) * m.up(x.view(-1, 8))).view(x.shape),
+    "flattened": lambda m, x: m.down(F.silu(m.gate(y := x.view(-1, 8))) * m.up(y)).view(x.shape),
     "residual": lambda m, x: x + m.down(F.gelu(m.up(x))),
 }
 
@@ -92,8 +92,15 @@ def test_a_sparse_site_between_dense_ones() -> None:
     check(Head(*(MLP(FUNCTIONS["silu gate"]) for _ in range(3))), {"1": 0.75})
 
 
-def test_one_channel() -> None:
-    check(Head(MLP(FUNCTIONS["silu gate"])), {"0": 0.99})
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "bare"])
+def test_one_channel(adapters: bool) -> None:
+    check(Head(lora(8, 8), MLP(FUNCTIONS["silu gate"], adapters)), {"body.1": 0.99})
+
+
+def test_rank_one() -> None:
+    mlp = MLP(FUNCTIONS["silu gate"])
+    mlp.gate, mlp.down = lora(8, 12, rank=1), lora(12, 8, rank=1)
+    check(Head(mlp), {"0": 0.5})
 
 
 def test_adapters_on_some_projections() -> None:
@@ -147,7 +154,8 @@ def test_dropout_before_an_adapter_stays_as_drawn() -> None:
     model = Head(mlp)
     captured = capture(model, *tokens(), config=SparseLoRAConfig(layer_sparsity={"0": 0.5}))
     run_passes(captured, *ANALYSES, "insert_predictors", PASS)
-    assert captured.ctx.projections["linear"].branches[0].dropout is not None
+    (up,) = (found for found in captured.ctx.projections.values() if found.name.startswith("body.0.up"))
+    assert up.branches[0].dropout is not None
     called = targets(captured.gm)
     # One draw, and none among the copies of the two segments.
     assert called.count("dropout") == 1 and called.index("dropout") < called.index("take_rows")
