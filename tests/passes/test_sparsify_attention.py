@@ -85,7 +85,7 @@ def test_golden() -> None:
 
 def test_adapters_stay_dense_and_untouched() -> None:
     captured, _ = rewritten({"self_attn": 0.5}, adapters=("q_proj", "k_proj", "v_proj", "o_proj"))
-    lines = [line for line in render(captured).splitlines() if "lora_" in line and "= input" not in line]
+    lines = [line for line in render(captured).splitlines() if ".lora_" in line and "= input" not in line]
     assert len(lines) == 8 and not any(PASS in line for line in lines)
     called = targets(captured.gm)
     assert called.count("gathered_linear") == 3 and called.count("gathered_input_linear") == 1

@@ -1,0 +1,116 @@
+"""Every private PyTorch name that the package uses still exists; a failure names it and what is built on it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import sparse_compile
+from sparse_compile import torch_private
+
+NAMES: dict[str, str] = {
+    "torch._library.fake_impl.allocate_size": "new_unbacked_size",
+    "torch._library.fake_impl.FakeImplCtx": "new_unbacked_size",
+    "torch._dynamo.source.ConstantSource": "register_graph_buffer",
+    "torch._dynamo.source.ChainedSource": "module_path",
+    "torch._dynamo.source.DictGetItemSource": "module_path, install_value_guard",
+    "torch._dynamo.source.GetItemSource": "module_path",
+    "torch._dynamo.source.AttrSource": "module_path, install_value_guard",
+    "torch._dynamo.source.ImportSource": "install_value_guard",
+    "torch._dynamo.guards.GuardBuilder.EQUALS_MATCH": "install_value_guard",
+    "torch._guards.Source.make_guard": "install_value_guard",
+    "torch._guards.TracingContext.get": "install_value_guard",
+    "torch._subclasses.fake_tensor.FakeTensor": "is_fake, fake_outputs",
+    "torch._higher_order_ops.wrap.uid": "next_checkpoint_id",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols": "fake_outputs",
+    "torch._dynamo.exc.RestartAnalysis": "is_control_flow_exception",
+    "torch._dynamo.exc.SkipFrame": "is_control_flow_exception",
+    "torch._inductor.list_mode_options": "compile_with_inductor",
+    "torch._inductor.compile_fx.compile_fx": "compile_with_inductor",
+    "torch.compiler.config.cache_key_tag": "compile_with_inductor",
+    "torch._C._nn.linear": "graph.LINEAR",
+    "torch._ops.OpOverload": "graph.op_name",
+    "torch._ops.OpOverloadPacket": "graph.calls_torch",
+    "torch.ops.higher_order.tag_activation_checkpoint": "the pass inline_checkpoint_bodies",
+}
+"""Dotted name to the function that needs it."""
+
+
+def resolve(dotted: str) -> Any:
+    parts = dotted.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            value = getattr(value, part)
+        return value
+    raise ModuleNotFoundError(dotted)
+
+
+@pytest.mark.parametrize("dotted", NAMES)
+def test_still_exists(dotted: str) -> None:
+    try:
+        resolve(dotted)
+    except (AttributeError, ModuleNotFoundError) as error:
+        pytest.fail(f"PyTorch {torch.__version__} has no {dotted} ({error}); mend {NAMES[dotted]} in torch_private.py")
+
+
+def test_the_check_can_fail() -> None:
+    with pytest.raises(AttributeError):
+        resolve("torch._dynamo.source.NoSuchSource")
+
+
+def test_every_import_of_a_private_module_is_listed() -> None:
+    """What `torch_private.py` imports from private modules stands in the table."""
+    tree = ast.parse(inspect.getsource(torch_private))
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch._")
+        for alias in node.names
+    }
+    # Modules of which single names are listed.
+    unlisted = {name for name in imported if not any(listed.startswith(name) for listed in NAMES)}
+    assert not unlisted, f"add to NAMES: {sorted(unlisted)}"
+
+
+def test_private_modules_are_imported_nowhere_else() -> None:
+    for package in (sparse_compile, importlib.import_module("sparse_compile.passes")):
+        from pathlib import Path
+
+        for file in Path(package.__path__[0]).glob("*.py"):
+            if file.name == "torch_private.py":
+                continue
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                module = node.module if isinstance(node, ast.ImportFrom) else None
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [module or ""]
+                private = [name for name in names if any(part.startswith("_") for part in name.split(".")[1:])]
+                own = [name for name in private if name.startswith("torch.")]
+                assert not own or file.name == "config.py", f"{file.name} imports {own}: move it to torch_private.py"
+
+
+def test_attributes_of_a_captured_graph() -> None:
+    """What Dynamo hangs on a graph, which no import would miss."""
+    seen: dict[str, Any] = {}
+    layer = torch.nn.Linear(2, 2)
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        seen["source"] = [torch_private.module_path(getattr(node, "_dynamo_source", None)) for node in placeholders]
+        seen["compile id"] = gm.meta.get("dynamo_compile_id")
+        seen["parameter sources"] = getattr(gm, "_param_name_to_source", None)
+        seen["frame"] = torch_private.frame_key(gm)
+        return gm.forward
+
+    torch.compile(layer, backend=backend)(torch.ones(1, 2))
+    assert set(seen["source"]) >= {("weight",), ("bias",)}, "placeholders no longer carry `_dynamo_source`"
+    assert str(seen["compile id"]) == "0/0", "`gm.meta` no longer holds `dynamo_compile_id`"
+    assert isinstance(seen["parameter sources"], dict), "GraphModules no longer carry `_param_name_to_source`"
+    assert seen["frame"] == 0
