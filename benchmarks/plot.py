@@ -44,8 +44,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.scatter(places, limits, marker="_", s=900, linewidths=2.5, color="#e45756", label="FLOP limit", zorder=3)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(places, ["\n".join([*row["label"].split(), row["arm"]]) for row in rows])
-    axes.set(ylabel="speed of a training step (PEFT + Inductor = 1)", title=rows[-1]["machine"]["cpu"])
-    axes.legend()
+    axes.set(ylabel="speed of a step (PEFT + Inductor = 1)", title=rows[-1]["machine"]["cpu"])
+    figure.legend(loc="outside lower center", ncols=2, markerscale=0.4)
     figure.savefig(path, dpi=150)
 
 

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        arms = list_arms(options.presets, options.seeds, options.start_step, ablations=options.ablations)
+        arms = list_arms(options.presets, options.seeds, options.start_step, options.end_step, options.ablations)
         task = prepare_task(options, out)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--presets", type=names, default=("dense", "o1", "o2"), help="default: dense,o1,o2")
     which.add_argument("--preset", help="one preset against dense")
     arms.add_argument("--start-step", type=step_or_fraction, help="first sparse step: 20 (steps) or 0.1 (of the run)")
+    arms.add_argument("--end-step", type=step_or_fraction, help="first dense step after them (default: none)")
     arms.add_argument("--ablations", action="store_true", help="add the two wrong choices of tokens (Table 8)")
     seeds = arms.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="of adapters and data order (default: %(default)s)")

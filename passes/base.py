@@ -64,7 +64,7 @@ class PassContext:
         roles: where token roles come from, None where nothing tells.
         plan: the decisions.
         factors: by projection name, the predictor's factors of the sites in the plan.
-        selections: by site name, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
+        selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
             `(query/key channels, value/output channels)` of an attention site.
         rows: the nodes that hold the output and the context rows, once they were inserted.
         context_weights: the node that marks the context tokens that take part in scores, (B, S).
@@ -90,6 +90,10 @@ class PassContext:
     def sites(self) -> tuple[Site, ...]:
         """Every matched site: FFN sites, then attention sites."""
         return (*self.ffn_sites, *self.attention_sites)
+
+
+class InvalidOptionError(ValueError):
+    """An option that the user has to mend. The pipeline lets it through, where it goes on without a pass that failed."""
 
 
 class Pass(Protocol):

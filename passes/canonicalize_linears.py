@@ -110,7 +110,7 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rej
 
 
 def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
-    """Have a product with a matrix read the tensor that was flattened for it, where its result is given back the shape."""
+    """Have a product read the tensor that was flattened for it, where its result is given back the shape."""
     flat = linear.args[0]
     if not isinstance(flat, fx.Node) or op_name(flat) not in _VIEWS or not isinstance(flat.args[0], fx.Node):
         return

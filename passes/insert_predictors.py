@@ -56,7 +56,7 @@ class InsertPredictors:
         _insert_roles(rewriter, ctx)
         builder = _PredictorBuilder(rewriter, ctx)
         for plan in ctx.plan.sparse_sites:
-            ctx.selections[plan.site.name] = builder.build(plan)
+            ctx.selections[plan.site.identity] = builder.build(plan)
         return PassOutcome(True, {"predictors": len(ctx.selections), "inserted": rewriter.inserted})
 
 

@@ -23,7 +23,7 @@ from sparse_compile.cost import gain
 from sparse_compile.factors import FactorStore, LowRankFactors, load_upstream_factors
 from sparse_compile.graph import hinted_shape, nodes_by_name
 from sparse_compile.ir import AttentionSite, Projection, Rejection, Site, SitePlan, SparsityPlan
-from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.base import InvalidOptionError, Numerics, PassContext, PassOutcome
 from sparse_compile.passes.token_space import token_space
 
 
@@ -85,7 +85,10 @@ def _token_shape(nodes: dict[str, fx.Node], ctx: PassContext) -> tuple[int, ...]
 
 def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
     config = ctx.config
-    upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
+    try:
+        upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
+    except ValueError as error:
+        raise InvalidOptionError(f"predictor_path: {error}") from error
     store = FactorStore(None, config.predictor_rank, config.seed, upstream)
 
     def get(projection: Projection) -> LowRankFactors:

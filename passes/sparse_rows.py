@@ -87,8 +87,8 @@ class SparseRows:
             return self.rewriter.call(LINEAR, x, weight, bias)
         # The gradient of `mm` looks at strides: with one column it would compare n with 1, which no guard can decide.
         # `bmm` does not look.
-        columns = self.rewriter.method("unsqueeze", self.rewriter.method("t", weight), 0)
-        y = self.rewriter.method("squeeze", self.rewriter.call(torch.bmm, self.rewriter.method("unsqueeze", x, 0), columns), 0)
+        one, columns = (self.rewriter.method("unsqueeze", each, 0) for each in (x, self.rewriter.method("t", weight)))
+        y = self.rewriter.method("squeeze", self.rewriter.call(torch.bmm, one, columns), 0)
         return y if bias is None else self.rewriter.call(torch.add, y, bias)
 
     def _autocast_dtype(self, at: fx.Node) -> torch.dtype | None:

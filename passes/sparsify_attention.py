@@ -51,7 +51,7 @@ class SparsifyAttention:
 
 def _rewrite(site: AttentionSite, rewriter: Rewriter, ctx: PassContext) -> None:
     rows = SparseRows(rewriter, ctx)
-    kept_qk, kept_vo = (rows.nodes[name] for name in ctx.selections[site.name])
+    kept_qk, kept_vo = (rows.nodes[name] for name in ctx.selections[site.identity])
     inputs = (site.query, site.key, site.value)
     first = next(node for node in rewriter.graph.nodes if node.name in {projection.base for projection in inputs})
     with rewriter.before(first, site.name):

@@ -52,7 +52,7 @@ def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
     rows = SparseRows(rewriter, ctx)
     nodes = rows.nodes
     end = nodes[site.output.output]
-    kept = nodes[ctx.selections[site.name][0]]
+    kept = nodes[ctx.selections[site.identity][0]]
     with rewriter.before(end, site.name):
         output, context = _Segment(rows, site), _Segment(rows, site, kept)
         source = nodes[site.source]

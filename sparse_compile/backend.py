@@ -23,6 +23,7 @@ from sparse_compile.torch_private import (
     compile_id,
     compile_with_inductor,
     frame_key,
+    install_identity_guards,
     install_value_guard,
     is_control_flow_exception,
 )
@@ -76,15 +77,23 @@ def sparselora(
     if dump is not None:
         dump.data("plan", plan_data(ctx.plan))
         dump.data("manifest", report.to_dict())
-    _tell_about_sites(gm, ctx, session, report)
+    _tell_about_sites(gm, ctx, session, report, failed=result.failed)
 
     install_value_guard("sparse_compile.roles", "ROLES_GIVEN")
     compiled = None
     if result.gm is not None:
         install_value_guard("sparse_compile.session", "PHASES", session.id)
+        install_identity_guards(_inputs_of_this_model(gm, ctx))
         if phase == "sparse":
             compiled = _compile_sparse(result, example_inputs, config, mode)
-    return _watched(compiled or dense(), session, config, frame_key(gm))
+    return _watched(compiled or dense(), session, report, config, frame_key(gm))
+
+
+def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:
+    """Return the inputs that tie a graph to its model: the weights that were factorised, and what the session trains."""
+    weights = {projection.weight for plan in ctx.plan.sparse_sites for projection in plan.site.projections}
+    trained = next(name for name, parameter in ctx.parameters.items() if parameter.trained)
+    return [node for node in gm.graph.nodes if node.op == "placeholder" and node.name in weights | {trained}]
 
 
 def _compile_sparse(
@@ -102,7 +111,9 @@ def _compile_sparse(
         return None
 
 
-def _watched(compiled: CompiledGraph, session: Session, config: SparseLoRAConfig, key: int) -> CompiledGraph:
+def _watched(
+    compiled: CompiledGraph, session: Session, report: GraphReport, config: SparseLoRAConfig, key: int
+) -> CompiledGraph:
     """Tell the session of every run of a compiled training graph."""
     runs = 0
 
@@ -110,9 +121,12 @@ def _watched(compiled: CompiledGraph, session: Session, config: SparseLoRAConfig
         nonlocal runs
         session.note_training_forward(key)
         runs += 1
-        if runs == 2 and config not in _matched:
+        if runs == 2:
             # All graphs of a training step have been compiled by now, whichever sessions they belong to.
-            _tell_if_nothing_matched(session, config)
+            if config in _matched:
+                _tell_declined(session, report)
+            else:
+                _tell_if_nothing_matched(session, config)
         return compiled(*args)
 
     return run
@@ -124,21 +138,31 @@ def _asks_for_sparsity(config: SparseLoRAConfig) -> bool:
     return config.preset in ("o1", "o2")
 
 
-def _tell_about_sites(gm: fx.GraphModule, ctx: PassContext, session: Session, report: GraphReport) -> None:
+def _tell_about_sites(
+    gm: fx.GraphModule, ctx: PassContext, session: Session, report: GraphReport, *, failed: bool
+) -> None:
     """Warn, once each, about what was asked for and is not there."""
     config = ctx.config
-    session.add_site_names(site.name for site in report.sites)
+    session.add_site_names(site.name for site in ctx.sites)
     if config.layer_sparsity is not None:
         session.expect_sites(config.layer_sparsity)
         if is_whole_step(gm, ctx):
             session.check_sites_now()
-    for rejection in report.rejections:
-        if rejection.rule == "plan_sparsity" and session.once(("declined", rejection.node)):
-            warnings.warn(f"sparselora: site {rejection.node} stays dense: {rejection.reason}", stacklevel=2)
     if ctx.plan.sparse_sites:
         _matched.add(config)
+        _tell_declined(session, report)
+    elif failed:
+        session.once("nothing matched")  # the pipeline has said why
     elif is_whole_step(gm, ctx):
         _tell_if_nothing_matched(session, config)
+
+
+def _tell_declined(session: Session, report: GraphReport) -> None:
+    """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse."""
+    sites = {site.name: site.reason for site in report.sites if site.reason and site.kept == site.total}
+    lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
+    if lines:
+        warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)
 
 
 def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None:

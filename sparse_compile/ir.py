@@ -102,6 +102,11 @@ class FFNSite:
     kind: SiteKind = "ffn"
 
     @property
+    def identity(self) -> str:
+        """A name of its own: blocks that share their frozen weights share the site name too."""
+        return f"{self.name}@{self.output.base}"
+
+    @property
     def channels(self) -> int:
         """Width of the intermediate."""
         return self.output.in_features
@@ -141,6 +146,11 @@ class AttentionSite:
     value_head_dim: int
     mask: NodeName | None
     kind: SiteKind = "attention"
+
+    @property
+    def identity(self) -> str:
+        """A name of its own, as for `FFNSite`."""
+        return f"{self.name}@{self.output.base}"
 
     @property
     def channels(self) -> int:

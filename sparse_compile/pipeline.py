@@ -17,7 +17,7 @@ from torch import fx
 
 from sparse_compile.graph import copy_graph_module
 from sparse_compile.ir import Rejection, SparsityPlan
-from sparse_compile.passes.base import Numerics, Pass, PassContext, PassOutcome
+from sparse_compile.passes.base import InvalidOptionError, Numerics, Pass, PassContext, PassOutcome
 from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
 from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
@@ -85,12 +85,14 @@ class PipelineResult:
         canonical: the graph before the first approximate pass.
         records: one per pass.
         rejections: every place where a pass looked and did not apply.
+        failed: whether an approximate pass raised, which the user was told.
     """
 
     gm: fx.GraphModule | None
     canonical: fx.GraphModule
     records: tuple[PassRecord, ...]
     rejections: tuple[Rejection, ...]
+    failed: bool = False
 
 
 def run_pipeline(
@@ -109,6 +111,7 @@ def run_pipeline(
         order: the passes; None for `passes()`.
 
     Raises:
+        InvalidOptionError: an option is wrong that only a pass can check, such as a file that is not there.
         VerificationError: in strict mode, if a pass leaves an illegal graph.
     """
     runner = _Runner(captured, ctx, dump)
@@ -142,7 +145,7 @@ class _Runner:
         try:
             outcome = self._run(each)
         except Exception as error:
-            if self.ctx.config.strict:
+            if self.ctx.config.strict or isinstance(error, InvalidOptionError):
                 raise
             outcome = self._undo(each, error)
         elapsed = 1e3 * (time.perf_counter() - start)
@@ -158,7 +161,7 @@ class _Runner:
         """Return the outcome; a graph that no approximate pass changed is compiled as it was captured."""
         rewritten = self.current is not self.exact and bool(self.ctx.plan.sparse_sites)
         return PipelineResult(
-            self.current if rewritten else None, self.exact, tuple(self.records), tuple(self.rejections)
+            self.current if rewritten else None, self.exact, tuple(self.records), tuple(self.rejections), self.failed
         )
 
     def _reason_to_skip(self, each: Pass) -> str:

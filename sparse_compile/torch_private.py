@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,29 @@ def install_value_guard(module: str, attribute: str, key: int | None = None) -> 
     TracingContext.get().guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.EQUALS_MATCH))
 
 
+def install_identity_guards(placeholders: Iterable[fx.Node]) -> None:
+    """Make Dynamo recompile the frame being compiled when an input of the graph is another object than now.
+
+    Dynamo shares a graph between models of one class: parameters are inputs, and it compares their shapes alone. The
+    object from which an input is reached (the module) is guarded too: it is how Dynamo tells recompilations for another
+    model, which are not limited in number, from those for another shape.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import ChainedSource, LocalSource
+    from torch._guards import TracingContext
+
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for node in placeholders:
+        source = getattr(node, "_dynamo_source", None)
+        if source is None:
+            continue
+        guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+        while isinstance(source, ChainedSource):
+            source = source.base
+        if isinstance(source, LocalSource):
+            guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+
+
 def is_fake(value: object) -> bool:
     """Tell whether `value` is a FakeTensor: a tensor with a shape but no data."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -154,6 +177,13 @@ def fake_outputs(gm: fx.GraphModule) -> dict[str, Tensor] | None:
     with mode, ignore:
         _Recorder(gm).run(*values)
     return found
+
+
+def flattened(value: Any) -> tuple[list[Any], object]:
+    """Return the leaves of nested tuples, lists and dicts, and the structure that holds them."""
+    from torch.utils._pytree import tree_flatten
+
+    return tree_flatten(value)
 
 
 def compile_id(gm: fx.GraphModule) -> str:

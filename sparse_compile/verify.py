@@ -11,11 +11,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_structure
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph import TAG, calls_torch, op_name, tensor_value
-from sparse_compile.torch_private import fake_outputs, size_hint
+from sparse_compile.torch_private import fake_outputs, flattened, size_hint
 
 STAGES = (
     "captured", "canonical", "projections", "ffn", "attention", "roles", "plan", "predictors", "sparse", "lowered",
@@ -66,7 +65,7 @@ def _check_interface(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
     )
     if before != after:
         raise VerificationError(f"the inputs changed: {set(before) ^ set(after) or 'their order'}")
-    structures = [tree_structure(_output(module).args[0]) for module in (captured, gm)]
+    structures = [flattened(_output(module).args[0])[1] for module in (captured, gm)]
     if structures[0] != structures[1]:
         raise VerificationError(f"the outputs changed from {structures[0]} to {structures[1]}")
 
@@ -109,11 +108,12 @@ def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
 
 
 def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
-    expected = [tensor_value(node) for node in tree_leaves(_output(captured).args[0])]
+    expected = [tensor_value(node) for node in flattened(_output(captured).args[0])[0]]
     found = fake_outputs(gm)
     if found is None:
         return
-    actual = [found.get(node.name) if isinstance(node, fx.Node) else None for node in tree_leaves(_output(gm).args[0])]
+    leaves, _ = flattened(_output(gm).args[0])
+    actual = [found.get(node.name) if isinstance(node, fx.Node) else None for node in leaves]
     for before, after in zip(expected, actual, strict=True):
         if isinstance(before, Tensor) and isinstance(after, Tensor):
             shapes = [tuple(size_hint(size) for size in value.shape) for value in (before, after)]

@@ -126,7 +126,9 @@ def assert_golden(name: str, text: str) -> None:
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("SPARSE_COMPILE_UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8"), f"{path.name} differs: read the diff, then update it if it is meant"
+    assert text == path.read_text(encoding="utf-8"), (
+        f"{path.name} differs: read the diff, then update it if it is meant"
+    )
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -140,7 +142,9 @@ def aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], *_: Any) -> Cal
     def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(graph.forward)
 
-    return aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)(gm, list(example_inputs))
+    return aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)(
+        gm, list(example_inputs)
+    )
 
 
 class Ran(NamedTuple):
@@ -256,7 +260,9 @@ def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
 
 
-def tokens(rows: int = 2, length: int = 6, vocab: int = 11, *, context: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+def tokens(
+    rows: int = 2, length: int = 6, vocab: int = 11, *, context: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return `(input_ids, labels)`, the first `context` labels of each row ignored."""
     ids = torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()

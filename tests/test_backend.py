@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from models import ALL_TARGETS, DecoderConfig, Fp64Decoder, batch, fp64_decoder, gradients, tiny_llama, with_lora
-from oracle import Step, assert_differs, assert_same_step, oracle_step, sparse_step, told, train_step
+from oracle import Step, assert_differs, assert_same_step, kept_from, oracle_step, sparse_step, told, train_step
 from sparse_compile import backend, token_roles
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.passes.insert_predictors import InsertPredictors
@@ -47,6 +47,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+# What Inductor makes of a graph is tested elsewhere: here it runs as it is.
+import torch._inductor.compile_fx as inductor
+inductor.compile_fx = lambda gm, *_, **__: (ran.append(gm), gm.forward)[1]
+ran = []
+
 assert "sparselora" in torch._dynamo.list_backends()
 assert not any(name.split(".")[0] == "sparse_compile" for name in sys.modules), "found without an import"
 torch.manual_seed(0)
@@ -69,9 +74,11 @@ in_place = Model()
 in_place.compile(backend="sparselora")
 ways = in_place, torch.compile(Model(), backend="sparselora"), torch.compile(function, backend="sparselora")
 for way in ways:
+    torch._dynamo.reset()
     torch.testing.assert_close(torch.autograd.grad(way(x), weight)[0], expected)
 assert not torch._dynamo.utils.counters["graph_break"]
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+assert len(ran) == 3, ran
+assert "sparse_compile.backend" in sys.modules
 print("every way agrees")
 """
 
@@ -197,8 +204,6 @@ def test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing(aot_eager_in
         actual = Step(loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         gradients(model)
         assert bool(record) == (step in (2, 3)), step
-        from oracle import kept_from
-
         kept = kept_from({name: choices[0] for name, choices in record.items()})
         expected = oracle_step(model, kept, inputs)
         assert_same_step(actual, expected, torch.float64, what=f"step {step}")
@@ -278,13 +283,13 @@ def test_where_inductor_fails_on_the_sparse_graph_the_dense_one_runs(
 
 def test_a_pass_that_is_disabled_does_not_run(aot_eager_inductor: Any) -> None:
     model = fp64_decoder(layers=1)
-    _, kept = sparse_step(model, compiled(model, disable=["sparsify_ffn", "find_ffn"], layer_sparsity={
-        "layers.0.self_attn": 0.5
-    }), batch(61))
-    assert list(kept) == ["layers.0.self_attn"]
+    inputs = batch(61)
+    step, kept = sparse_step(model, compiled(model, disable=["sparsify_ffn"]), inputs)
+    attention = {"layers.0.self_attn": kept["layers.0.self_attn"]}
+    assert_same_step(step, oracle_step(model, attention, inputs), torch.float64)
     (report,) = session_for(trained(model)).reports
     skipped = {each.record.name: each.record.skipped for each in report.passes if each.record.skipped}
-    assert skipped["sparsify_ffn"] == "disabled"
+    assert skipped == {"sparsify_ffn": "disabled"}
 
 
 # --- Dumps ------------------------------------------------------------------------------------------------------------
@@ -305,7 +310,10 @@ def test_dumps(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aot_ea
     assert "sparselora" not in (folder / "00_captured.txt").read_text()
     assert "sparselora.gathered_linear" in (folder / texts[-1]).read_text()
     plan = json.loads((folder / "plan.json").read_text())
-    assert {each["site"]["name"]: each["kept"] for each in plan["sites"]} == {"layers.0.mlp": 12, "layers.0.self_attn": 8}
+    assert {each["site"]["name"]: each["kept"] for each in plan["sites"]} == {
+        "layers.0.mlp": 12,
+        "layers.0.self_attn": 8,
+    }
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["flops_after"] < manifest["flops_before"]
     assert [each["record"]["name"] for each in manifest["passes"]][-1] == "lower_sparse_ops"
@@ -382,7 +390,7 @@ def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any) -> N
     model = with_lora(tiny_llama(layers=1), ALL_TARGETS)
     rows = batch(97, rows=8, length=12)
     dataset = [{name: values[i] for name, values in rows.items()} for i in range(8)]
-    model.compile(backend="sparselora", options={"layer_sparsity": SITES, "start_step": 0.34, "strict": True})
+    model.compile(backend="sparselora", options={"layer_sparsity": SITES, "start_step": 0.33, "strict": True})
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
         save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True,
@@ -393,7 +401,7 @@ def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any) -> N
     assert messages == []
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
-    # 0.34 of three steps begins at the second one: one dense step, two sparse ones.
+    # 0.33 of three steps is 0.99, rounded up: one dense step, two sparse ones.
     assert {name: len(choices) for name, choices in record.items() if name.endswith("mlp")} == {
         "base_model.model.model.layers.0.mlp": 2
     }
@@ -405,3 +413,30 @@ def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any) -> N
     assert {site.name for site in session.reports[-1].sites if site.sparsity} == {
         f"base_model.model.model.{site}" for site in SITES
     }
+
+
+# --- Several models ---------------------------------------------------------------------------------------------------
+
+
+def test_two_models_of_one_class_share_no_graph(aot_eager_inductor: Any) -> None:
+    """A sparse graph holds the predictor of one model's weights and follows one model's schedule."""
+    inputs = batch(61)
+    models = [fp64_decoder(layers=1, seed=seed) for seed in (0, 1)]
+    calls = [compiled(model, start_step=1) for model in models]
+    for model, call in zip(models, calls, strict=True):
+        optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+        for step in range(2):
+            with record_channels() as record:
+                call(**inputs)[0].backward()
+            assert bool(record) == (step == 1)
+            optimizer.step()
+            optimizer.zero_grad()
+    # Each keeps to its own graphs when they take turns.
+    for model, call in zip(models, calls, strict=True):
+        step, kept = sparse_step(model, call, inputs)
+        alone = fp64_decoder(layers=1, seed=model.config.seed)
+        alone.load_state_dict(model.state_dict())
+        torch._dynamo.reset()
+        torch.testing.assert_close(kept, sparse_step(alone, compiled(alone), inputs)[1])
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
+    assert [session_for(trained(model)).schedule.step for model in models] == [2, 2]

@@ -108,7 +108,7 @@ def test_disable(name: str) -> None:
 
 def test_a_failing_exact_pass_is_left_out() -> None:
     captured = captured_with(**SPARSE)
-    with pytest.warns(UserWarning, match="canonicalize_linears failed, the pass is left out. RuntimeError: lost") as seen:
+    with pytest.warns(UserWarning, match="canonicalize_linears failed, the pass is left out. Runtime") as seen:
         result = run_pipeline(captured.gm, captured.ctx, order=replaced("canonicalize_linears", fails))
     assert len(seen) == 1
     assert result.gm is None and result.canonical is captured.gm

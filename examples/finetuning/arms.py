@@ -85,7 +85,11 @@ class TrainedArm:
 
 
 def list_arms(
-    presets: Sequence[str], seeds: Sequence[int], start_step: float | int | None, *, ablations: bool
+    presets: Sequence[str],
+    seeds: Sequence[int],
+    start_step: float | int | None,
+    end_step: float | int | None,
+    ablations: bool,
 ) -> list[Arm]:
     """List the arms to run; only dense ones repeat for every seed, which tells how large the noise is.
 
@@ -93,6 +97,7 @@ def list_arms(
         presets: `dense` or presets of `SparseLoRAConfig`, in order.
         seeds: the first is everybody's, the others are for dense alone.
         start_step: as in `SparseLoRAConfig`.
+        end_step: as in `SparseLoRAConfig`.
         ablations: add the wrong choices of tokens, on the last sparse preset.
 
     Raises:
@@ -103,7 +108,8 @@ def list_arms(
         if preset == DENSE:
             arms += [Arm(DENSE if i == 0 else f"{DENSE}-seed{seed}", None, seed) for i, seed in enumerate(seeds)]
         else:
-            arms.append(Arm(preset, SparseLoRAConfig(preset=preset, start_step=start_step), seeds[0]))
+            config = SparseLoRAConfig(preset=preset, start_step=start_step, end_step=end_step)
+            arms.append(Arm(preset, config, seeds[0]))
     if ablations:
         sparse = [arm.config for arm in arms if arm.config is not None]
         if not sparse:

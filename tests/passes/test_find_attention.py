@@ -223,7 +223,9 @@ DECLINED: dict[str, tuple[Attention, str]] = {
         "comes from 2 frozen projections: ",
     ),
     "repeated too little": (
-        Attention(lambda m, x: (m.split(m.q(x)), repeat(m.split(m.k(x))), repeat(m.split(m.v(x)))), sdpa_gqa, kv_heads=1),
+        Attention(
+            lambda m, x: (m.split(m.q(x)), repeat(m.split(m.k(x))), repeat(m.split(m.v(x)))), sdpa_gqa, kv_heads=1
+        ),
         "4 query heads over 1 key/value heads repeated 2 times",
     ),
     "unequal key and value heads": (
@@ -231,7 +233,9 @@ DECLINED: dict[str, tuple[Attention, str]] = {
         "keys and values have different numbers of heads",
     ),
     "repeated queries": (
-        Attention(lambda m, x: (repeat(m.split(m.q(x))), *(repeat(m.split(p(x)), 4) for p in (m.k, m.v))), finish=every_second),
+        Attention(
+            lambda m, x: (repeat(m.split(m.q(x))), *(repeat(m.split(p(x)), 4) for p in (m.k, m.v))), finish=every_second
+        ),
         "the query heads of q are repeated",
     ),
     "one head, three dimensions": (
@@ -267,9 +271,15 @@ DECLINED: dict[str, tuple[Attention, str]] = {
         "v: its heads are 6 wide, those that attention reads 3",
     ),
     # What a layout cannot follow, in the words of head_layout.
-    "mixed by a product": (Attention(change(q=lambda q: q @ torch.ones(D, D, dtype=q.dtype))), "may mix heads or channels"),
+    "mixed by a product": (
+        Attention(change(q=lambda q: q @ torch.ones(D, D, dtype=q.dtype))),
+        "may mix heads or channels",
+    ),
     "split unevenly": (Attention(change(q=lambda q: torch.cat(q.split([2, 4], -1)[::-1], -1))), "a head unevenly"),
-    "picked by a number": (Attention(change(q=lambda q: q[:, 0][:, None].expand(B, HEADS, S, D))), "indexes with a number"),
+    "picked by a number": (
+        Attention(change(q=lambda q: q[:, 0][:, None].expand(B, HEADS, S, D))),
+        "indexes with a number",
+    ),
     "part of the heads": (
         Attention(
             change(q=lambda q: q[:, :2], k=lambda k: k, v=lambda v: v),
@@ -285,10 +295,17 @@ DECLINED: dict[str, tuple[Attention, str]] = {
         Attention(change(k=lambda k: repeat(torch.cat((torch.zeros(B, KV, 3, D, dtype=k.dtype), k), 2)))),
         "joins the heads with other tensors",
     ),
-    "heads joined": (Attention(change(k=lambda k: torch.cat((k, k), 1), v=tile)), "joins tensors along tokens or heads"),
+    "heads joined": (
+        Attention(change(k=lambda k: torch.cat((k, k), 1), v=tile)),
+        "joins tensors along tokens or heads",
+    ),
     "broadcast": (
         Attention(
-            lambda m, x: (m.split(m.q(x)), m.split(m.k(x)) * torch.ones(1, HEADS, 1, 1, dtype=x.dtype), m.split(m.v(x))),
+            lambda m, x: (
+                m.split(m.q(x)),
+                m.split(m.k(x)) * torch.ones(1, HEADS, 1, 1, dtype=x.dtype),
+                m.split(m.v(x)),
+            ),
             kv_heads=1,
         ),
         "broadcasts the heads against another tensor",

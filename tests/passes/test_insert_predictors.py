@@ -189,7 +189,5 @@ def test_declines_given_roles_without_an_input_of_their_shape() -> None:
 
 def test_dynamic_first_dimension() -> None:
     ids, labels = tokens(rows=3)
-    _, outcome = insert(
-        Head(Plain()), ids, labels, dynamic=((ids, 0), (labels, 0)), layer_sparsity={"body.0": 0.75}
-    )
+    _, outcome = insert(Head(Plain()), ids, labels, dynamic=((ids, 0), (labels, 0)), layer_sparsity={"body.0": 0.75})
     assert outcome.changed

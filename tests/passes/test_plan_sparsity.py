@@ -198,9 +198,7 @@ def test_no_sites() -> None:
 
 def test_dynamic_first_dimension() -> None:
     ids, labels = tokens(rows=3)
-    captured = capture(
-        Head(MLP()), ids, labels, config=SparseLoRAConfig(**ALL), dynamic=((ids, 0), (labels, 0))
-    )
+    captured = capture(Head(MLP()), ids, labels, config=SparseLoRAConfig(**ALL), dynamic=((ids, 0), (labels, 0)))
     run_passes(captured, *ANALYSES)
     assert len(captured.ctx.plan.sparse_sites) == 1
     assert torch.is_tensor(captured.ctx.factors["body.0.gate"].a)

@@ -133,7 +133,7 @@ def test_extreme_roles(context: int) -> None:
 
 
 def test_ragged_roles() -> None:
-    ids, labels = tokens(rows=4, length=9)
+    ids, _ = tokens(rows=4, length=9)
     check(Head(MLP(FUNCTIONS["silu gate"])), {"0": 0.75}, (ids, ids.masked_fill(random_mask(4, 9), -100)))
 
 

@@ -125,7 +125,7 @@ def test_labels_made_of_inputs_are_hoisted(how: str) -> None:
     captured, outcome = trace(loss)
     assert not outcome.rejections
     ((name, shift),) = captured.ctx.roles.labels
-    assert shift == 1 and how in name or name == "y"
+    assert (shift == 1 and how in name) or name == "y"
 
 
 def test_labels_compared_with_ignore_index() -> None:
