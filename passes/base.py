@@ -93,7 +93,7 @@ class PassContext:
 
 
 class InvalidOptionError(ValueError):
-    """An option that the user has to mend. The pipeline lets it through, where it goes on without a pass that failed."""
+    """An option that the user has to mend: the pipeline lets it through, and goes on without any other failed pass."""
 
 
 class Pass(Protocol):

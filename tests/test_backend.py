@@ -125,7 +125,7 @@ def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
 
 
 def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes that are known at run time only, through C++: the compiled callable runs, at every split, forth and back."""
+    """Sizes that are known at run time only, through C++: the compiled callable runs, at every split."""
     runs: list[bool] = []
     real = backend.compile_with_inductor
 

@@ -18,7 +18,20 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--steps", "3", "--start-step", "1", "--problems", "64", "--pretrain-steps", "2", "--layers", "3")
+TINY = (
+    "--steps",
+    "3",
+    "--start-step",
+    "1",
+    "--end-step",
+    "2",
+    "--problems",
+    "64",
+    "--pretrain-steps",
+    "2",
+    "--layers",
+    "3",
+)
 TINY += ("--hidden", "128", "--eval-examples", "8", "--timing-rounds", "2")
 SPARSE_ARMS = ("o2", "o2-all-sparse", "o2-random-dense")
 
@@ -77,8 +90,9 @@ def test_demo_arms_start_alike_and_part_where_sparsity_starts(demo: Path) -> Non
 
 @pytest.mark.slow
 def test_demo_sparse_arms_save_work(arms: Mapping[str, dict[str, Any]]) -> None:
-    assert arms["dense"]["sparse_sites"] == 0
+    assert arms["dense"]["sparse_sites"] == arms["dense"]["sparse_steps"] == 0
     for name in SPARSE_ARMS:
+        assert arms[name]["sparse_steps"] == 1
         assert arms[name]["sparse_sites"] > 0
         assert arms[name]["flops_of_step"] < arms[name]["flops_of_dense_step"] == arms["dense"]["flops_of_step"]
 

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphs import Head, frozen, lora, tokens
-from models import batch, fp64_decoder
+from models import batch, fp64_decoder, tiny_llama, with_lora
 from sparse_compile import SparseLoRAConfig, explain
 from sparse_compile.passes import PASS_NAMES
 from sparse_compile.report import Report
@@ -112,25 +110,14 @@ def test_parameters_gradients_and_generators_are_untouched() -> None:
         assert torch.equal(parameter, parameters[name]) and parameter.grad is None
 
 
-def test_no_product_is_computed() -> None:
-    """Tracing computes shapes on tensors without data; no weight is multiplied with anything that has some."""
-    real: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            # Below FakeTensors, shapes are computed on tensors of the device "meta".
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            if "mm" in str(func) and not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
-                real.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    model, inputs = fp64_decoder(), batch(61)
-    with Watch():
-        explain(model, **inputs, config={"preset": "none"})
-    assert not real
-    with Watch():
-        model(**inputs)
-    assert real, "the watch sees nothing"
+def test_no_random_number_is_drawn() -> None:
+    """An adapter's dropout would draw some, were the model run."""
+    model, inputs = with_lora(tiny_llama(layers=1), dropout=0.5), batch(97)
+    state = torch.random.get_rng_state()
+    assert explain(model, **inputs, config={"preset": "none"}).sites
+    assert torch.equal(torch.random.get_rng_state(), state)
+    model(**inputs)
+    assert not torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_model_compiled_in_place_stays_compiled() -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sparse_compile import SparseLoRACallback, SparseLoRAConfig
+from sparse_compile.schedule import sparse_window
 
 from .records import Collator, Example
 
@@ -73,6 +74,7 @@ class TrainedArm:
         seconds: duration of the whole training.
         adapter: folder of the saved PEFT adapter.
         trainer: what trained it; a further step through it runs the code that is compiled already.
+        sparse_steps: the steps (from 0) that were sparse; empty for a dense arm.
     """
 
     arm: Arm
@@ -82,6 +84,7 @@ class TrainedArm:
     seconds: float
     adapter: Path
     trainer: Trainer
+    sparse_steps: range
 
 
 def list_arms(
@@ -168,7 +171,17 @@ def train_arm(
         seconds=seconds,
         adapter=adapter,
         trainer=trainer,
+        sparse_steps=sparse_steps(arm.config, plan.steps),
     )
+
+
+def sparse_steps(config: SparseLoRAConfig | None, steps: int) -> range:
+    """Return the steps (from 0) of a run of so many that a configuration makes sparse."""
+    window = None if config is None else sparse_window(steps, config.start_step, config.end_step)
+    if window is None:
+        return range(0)
+    first, last = window
+    return range(first, steps if last is None else min(last, steps))
 
 
 def _arguments(plan: TrainingPlan, seed: int, folder: Path) -> TrainingArguments:

@@ -114,11 +114,15 @@ def paired_step_times(arms: Mapping[str, TrainedArm], batches: Sequence[Batch], 
 
 
 def _step_function(trained: TrainedArm) -> Callable[[Batch], float]:
-    """Return a function that takes one training step and says how many seconds it took."""
+    """Return a function that takes one training step and says how many seconds it took; a sparse arm's are sparse."""
     trainer, device = trained.trainer, trained.model.device
     optimizer = torch.optim.AdamW(trained_parameters(trained.model), lr=0.0, weight_decay=0.0)
+    if trained.sparse_steps:
+        trainer.state.global_step = trained.sparse_steps[0]
 
     def step(batch: Batch) -> float:
+        # `SparseLoRACallback` hears where the run stands.
+        trainer.callback_handler.on_step_begin(trainer.args, trainer.state, trainer.control)
         (inputs,), item_count = trainer.get_batch_samples(iter([batch]), 1, device)
         _synchronize(device)
         start = time.perf_counter()

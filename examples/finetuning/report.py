@@ -70,17 +70,23 @@ def table(results: Sequence[Result]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, *_noise(results)])
+    return "\n".join([*lines, *_notes(results)])
 
 
-def _noise(results: Sequence[Result]) -> list[str]:
-    """Say how far dense arms with different seeds lie apart, where there are several."""
+def _notes(results: Sequence[Result]) -> list[str]:
+    """Say which steps were sparse, and how far dense arms with different seeds lie apart."""
+    notes = []
+    sparse = next((result.trained for result in results if result.trained.sparse_steps), None)
+    if sparse is not None:
+        first, last, total = sparse.sparse_steps[0], sparse.sparse_steps[-1], len(sparse.losses)
+        notes.append(
+            f"step time and FLOPs are of a sparse step; steps {first + 1} to {last + 1} of {total} were sparse"
+        )
     losses = [result.quality.loss for result in results if result.trained.arm.config is None]
-    if len(losses) < 2:
-        return []
-    return [
-        f"dense over {len(losses)} seeds: {statistics.mean(losses):.4f}, from {min(losses):.4f} to {max(losses):.4f}"
-    ]
+    if len(losses) > 1:
+        mean = statistics.mean(losses)
+        notes.append(f"dense over {len(losses)} seeds: {mean:.4f}, from {min(losses):.4f} to {max(losses):.4f}")
+    return notes
 
 
 def save(results: Sequence[Result], run: dict[str, Any], out: Path) -> None:
@@ -114,6 +120,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "step_seconds": None if result.step_time is None else asdict(result.step_time),
         "flops_of_step": result.flops,
         "flops_of_dense_step": None if result.work is None else result.work.dense,
+        "sparse_steps": len(trained.sparse_steps),
         "sparse_sites": result.sparse_sites,
         "sites": None if result.work is None else result.work.sites,
         "training": {

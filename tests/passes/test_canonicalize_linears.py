@@ -94,8 +94,30 @@ def test_conv1d() -> None:
     layer = Conv1D(6, 4).double()
     captured = capture(layer, normal(2, 3, 4))
     assert run_passes(captured, PASS)[PASS].stats["linears"] == 1
+    # It flattens its input for the product and gives the result its shape back: neither is left.
+    assert targets(captured.gm) == ["size", "t", "linear"] or targets(captured.gm) == ["t", "linear"]
     ran = run_rewritten(layer, normal(2, 3, 4), only=(PASS,))
     assert_close_rms(ran.value, layer(normal(2, 3, 4)))
+
+
+VIEWS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "view back": (lambda m, x: torch.mm(x.view(-1, 4), m.v).view(2, 3, 6), True),
+    "reshape back, twice": (lambda m, x: (y := x.reshape(6, 4) @ m.v).reshape(2, 3, 6) + y.view(2, 3, 6), True),
+    "another shape": (lambda m, x: torch.mm(x.view(-1, 4), m.v).view(3, 2, 6), False),
+    "the flat result is read": (lambda m, x: (y := x.view(-1, 4) @ m.v).view(2, 3, 6).sum() + y, False),
+    "the features were regrouped": (lambda m, x: torch.mm(x.view(-1, 4), m.v).view(2, 3, 6), False),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_flattening_around_a_product(name: str) -> None:
+    function, dropped = VIEWS[name]
+    x = normal(2, 6, 2) if name == "the features were regrouped" else normal(2, 3, 4)
+    model = Layer(function)
+    captured = capture(model, x)
+    run_passes(captured, PASS)
+    assert ({"view", "reshape"} & set(targets(captured.gm)) == set()) == dropped
+    assert_close_rms(run_rewritten(model, x, only=(PASS,)).value, model(x))
 
 
 UNRELATED: dict[str, Callable[..., Tensor]] = {
