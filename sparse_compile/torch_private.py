@@ -31,11 +31,16 @@ def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
     return size
 
 
+UNKNOWN_SIZE = 8191
+"""Stands for a size that depends on data, of which nothing is seen at tracing: a prime, which no view divides."""
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """Return the size seen at tracing, without adding a guard."""
     if isinstance(size, int):
         return size
-    return int(size.node.hint)
+    hint = size.node.hint
+    return UNKNOWN_SIZE if hint is None else int(hint)
 
 
 def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:
@@ -114,8 +119,8 @@ def install_identity_guards(placeholders: Iterable[fx.Node]) -> None:
     model, which are not limited in number, from those for another shape.
     """
     from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.source import ChainedSource, LocalSource
-    from torch._guards import TracingContext
+    from torch._dynamo.source import LocalSource
+    from torch._guards import ChainedSource, TracingContext
 
     guards = TracingContext.get().guards_context.dynamo_guards
     for node in placeholders:
