@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     task.add_argument("--max-length", type=positive, help="rows with more tokens are left out (default: 512)")
     task.add_argument("--pad-to-multiple-of", type=positive, help="round batch lengths up (default: 32)")
     task.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
-    task.add_argument("--out", default="finetune_out", help="output folder (default: %(default)s)")
+    task.add_argument("--out", default="out/finetune", help="output folder (default: %(default)s)")
 
     arms = parser.add_argument_group("arms")
     which = arms.add_mutually_exclusive_group()

@@ -27,7 +27,7 @@ def main() -> None:
     """Explain a model, dump its compilation and print what one pass did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pass", dest="pass_name", default="sparsify_ffn", help="default: %(default)s")
-    parser.add_argument("--dump", type=Path, default=Path("inspect_passes_out"), help="folder (default: %(default)s)")
+    parser.add_argument("--dump", type=Path, default=Path("dumps/inspect_passes"), help="folder (default: %(default)s)")
     options = parser.parse_args()
 
     config = SparseLoRAConfig(layer_sparsity=SPARSITY, start_step=0, dump_dir=str(options.dump))

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pretrain-steps", type=int, default=64, help="of the model made on the spot")
     parser.add_argument("--layers", type=int, default=8, help="of the model made on the spot")
-    parser.add_argument("--out", default="adapter")
+    parser.add_argument("--out", default="out/adapter")
     options = parser.parse_args()
     if (options.model is None) != (options.data is None):
         parser.error("--model and --data go together")
