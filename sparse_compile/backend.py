@@ -175,6 +175,10 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     kinds = Counter(site.kind for graph in graphs for site in graph.sites)
     roles = sorted({graph.roles for graph in graphs if graph.roles})
     reasons = summary_of(tuple(rejection for graph in graphs for rejection in graph.rejections), most=6)
+    skipped = {
+        each.record.name: each.record.skipped for graph in graphs for each in graph.passes if each.record.skipped
+    }
+    reasons += [f"  {name}: {reason}" for name, reason in skipped.items()]
     if kinds and not reasons:
         reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow for it, or names no site"]
     found = (

@@ -140,6 +140,8 @@ class _Runner:
         reason = self._reason_to_skip(each)
         if reason:
             self.records.append(PassRecord(each.name, each.numerics.value, False, 0.0, before, before, {}, reason))
+            if each.analysis and each.name in self.ctx.config.disable:
+                self.stages |= set(each.ensures)  # nothing was found is a fact as well
             return
         start = time.perf_counter()
         try:
@@ -159,7 +161,8 @@ class _Runner:
 
     def result(self) -> PipelineResult:
         """Return the outcome; a graph that no approximate pass changed is compiled as it was captured."""
-        rewritten = self.current is not self.exact and bool(self.ctx.plan.sparse_sites)
+        rewritten = any(record.changed and record.name.startswith("sparsify_") for record in self.records)
+        rewritten = rewritten and not self.failed
         return PipelineResult(
             self.current if rewritten else None, self.exact, tuple(self.records), tuple(self.rejections), self.failed
         )

@@ -112,7 +112,7 @@ def graph_report(
         tokens=tokens,
         projections=len(ctx.projections),
         adapters=sum(len(projection.branches) for projection in ctx.projections.values()),
-        sites=_sites(ctx),
+        sites=_sites(result, ctx),
         passes=tuple(passes),
         rejections=result.rejections,
         flops_before=dense,
@@ -127,20 +127,25 @@ def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
     return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
 
 
-def _sites(ctx: PassContext) -> tuple[SiteReport, ...]:
-    return tuple(
-        SiteReport(
-            name=plan.site.name,
-            kind=plan.site.kind,
-            sparsity=plan.sparsity,
-            kept=plan.kept,
-            total=plan.total,
-            provider="+".join(ctx.providers.get(plan.site.name, ())) or "dense",
-            reason=plan.reason,
-            adapters=sum(len(projection.branches) for projection in plan.site.projections),
+def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
+    ran = {record.name for record in result.records if record.changed}
+    sites = []
+    for plan in ctx.plan.sites:
+        rewrite = f"sparsify_{plan.site.kind}"
+        left_out = plan.sparse and rewrite not in ran
+        sites.append(
+            SiteReport(
+                name=plan.site.name,
+                kind=plan.site.kind,
+                sparsity=0.0 if left_out else plan.sparsity,
+                kept=plan.total if left_out else plan.kept,
+                total=plan.total,
+                provider="+".join(ctx.providers.get(plan.site.name, ())) or "dense",
+                reason=f"{rewrite} did not run" if left_out else plan.reason,
+                adapters=sum(len(projection.branches) for projection in plan.site.projections),
+            )
         )
-        for plan in ctx.plan.sites
-    )
+    return tuple(sites)
 
 
 def plan_data(plan: SparsityPlan) -> dict[str, Any]:
