@@ -66,20 +66,30 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> None:
     assert roles is not None
     nodes = nodes_by_name(rewriter.graph)
     top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
+    source = tensor_value(nodes[ctx.plan.sparse_sites[0].site.source])
+    assert source is not None
+
+    def beside_tokens(node: fx.Node, origin: fx.Node) -> fx.Node:
+        """Move what was computed from `origin` to the device of the activations: labels may come on the CPU."""
+        value = tensor_value(origin)
+        is_there = value is None or value.device == source.device
+        return node if is_there else rewriter.method("to", node, source.device)
+
     with rewriter.before(top):
         if roles.origin == "given":
             mask = rewriter.call(_OPS.given_output_mask.default, _token_placeholder(rewriter.graph, ctx, nodes))
         else:
-            masks = [
-                rewriter.call(_OPS.output_mask.default, _hoisted(rewriter, nodes[name], {}), roles.ignore_index, shift)
-                for name, shift in roles.labels
-            ]
+            masks = []
+            for name, shift in roles.labels:
+                labels = _hoisted(rewriter, nodes[name], {})
+                found = rewriter.call(_OPS.output_mask.default, labels, roles.ignore_index, shift)
+                masks.append(beside_tokens(found, nodes[name]))
             mask = masks[0]
             for other in masks[1:]:
                 mask = rewriter.call(torch.logical_or, mask, other)
         attended = nodes[roles.padding] if roles.padding else None
         if attended is not None:
-            attended = rewriter.method("to", attended, torch.bool)
+            attended = beside_tokens(rewriter.method("to", attended, torch.bool), attended)
         if ctx.config.token_selection == "all_sparse":
             mask = rewriter.call(torch.zeros_like, mask)
         elif ctx.config.token_selection == "random_dense":

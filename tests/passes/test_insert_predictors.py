@@ -17,6 +17,7 @@ from graphs import (
     Head,
     assert_golden,
     capture,
+    causal_loss,
     frozen,
     gradients_of,
     render,
@@ -191,3 +192,16 @@ def test_dynamic_first_dimension() -> None:
     ids, labels = tokens(rows=3)
     _, outcome = insert(Head(Plain()), ids, labels, dynamic=((ids, 0), (labels, 0)), layer_sparsity={"body.0": 0.75})
     assert outcome.changed
+
+
+def test_labels_on_another_device_are_moved_to_the_tokens() -> None:
+    model = Head(Plain(), loss=lambda logits, labels: causal_loss(logits, labels.to(logits.device)))
+    ids, labels = tokens()
+    captured, _ = insert(model, ids, labels.to("meta"), layer_sparsity={"body.0": 0.5})
+    (mask,) = [n for n in captured.gm.graph.nodes if n.target is torch.ops.sparselora.output_mask.default]
+    (moved,) = mask.users
+    assert moved.target == "to" and moved.args == (mask, torch.device("cpu"))
+    # On one device nothing is moved.
+    captured, _ = insert(model, ids, labels, layer_sparsity={"body.0": 0.5})
+    (mask,) = [n for n in captured.gm.graph.nodes if n.target is torch.ops.sparselora.output_mask.default]
+    assert "to" not in {user.target for user in mask.users}
