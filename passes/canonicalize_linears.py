@@ -22,14 +22,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compile.graph import LINEAR, Rewriter, argument, calls_torch, forward_to, op_name, take_over, tensor_value
+from sparse_compile.graph import (
+    CASTS,
+    LINEAR,
+    Rewriter,
+    argument,
+    calls_torch,
+    forward_to,
+    op_name,
+    take_over,
+    tensor_value,
+)
 from sparse_compile.ir import Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _MATMULS = {"matmul", "mm", "__matmul__"}
 _TRANSPOSES = {"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"}
 _VIEWS = {"view", "reshape"}
-_CASTS = {"to", "type", "float", "double", "half", "bfloat16", "type_as"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class CanonicalizeLinears:
         for node in list(gm.graph.nodes):
             if not calls_torch(node):
                 continue
-            if op_name(node) in _CASTS and _is_noop_cast(node):
+            if op_name(node) in CASTS and _is_noop_cast(node):
                 forward_to(node, node.args[0])
                 stats["casts"] += 1
             elif op_name(node) == "dropout" and _is_dead_dropout(node):

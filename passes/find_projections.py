@@ -19,12 +19,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparse_compile.graph import LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
 from sparse_compile.ir import LoRABranch, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _ADDS = {"add", "iadd", "add_", "__add__", "__iadd__"}
-_CASTS = {"to", "type", "float", "double", "half", "bfloat16", "type_as"}
 _ADAPTER_WRAPPERS = {"base_layer", "weight", "parametrizations", "original"}
 
 
@@ -56,7 +55,7 @@ class FindProjections:
 
 def strip_casts(node: fx.Node) -> fx.Node:
     """Follow dtype casts back to what they cast."""
-    while calls_torch(node) and op_name(node) in _CASTS and isinstance(node.args[0], fx.Node):
+    while calls_torch(node) and op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -106,7 +105,7 @@ def _branches(base: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node
     while True:
         # PEFT casts the sum back to the base dtype between two adapters.
         step = output
-        while len(step.users) == 1 and op_name(user := next(iter(step.users))) in _CASTS and calls_torch(user):
+        while len(step.users) == 1 and op_name(user := next(iter(step.users))) in CASTS and calls_torch(user):
             step = user
         addition = next(iter(step.users)) if len(step.users) == 1 else None
         if addition is None or op_name(addition) not in _ADDS or addition.kwargs.get("alpha", 1) != 1:

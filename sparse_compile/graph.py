@@ -18,6 +18,9 @@ TAG = "sparselora"
 
 LINEAR = torch._C._nn.linear
 
+CASTS = frozenset({"to", "type", "float", "double", "half", "bfloat16", "type_as"})
+"""Names of the calls that change the dtype (or the device) of a tensor and nothing else."""
+
 
 def value_of(node: fx.Node) -> Any:
     """Return the example value Dynamo recorded for `node` (a FakeTensor for a tensor), or None."""
