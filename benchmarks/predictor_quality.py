@@ -32,9 +32,9 @@ from sparse_compile.reference import PredictorTokens
 
 RANK = 8
 SPARSITIES = {"FFN": (0.5, 0.9, 0.97, 0.99), "V/O": (0.2, 0.5, 0.75), "Q/K": (0.2, 0.5, 0.75)}
-# What the backend reads by default, and for FFNs the paper's formula beside it.
-READ: dict[str, tuple[PredictorTokens, ...]] = {"FFN": ("mean", "all"), "V/O": ("all",), "Q/K": ("all",)}
-_READ_NAMES: dict[PredictorTokens, str] = {"mean": "mean token", "all": "all tokens"}
+# What the backend reads by default, and for FFNs the published code's mean and the paper's formula beside it.
+READ: dict[str, tuple[PredictorTokens, ...]] = {"FFN": (16, "mean", "all"), "V/O": ("all",), "Q/K": ("all",)}
+_READ_NAMES: dict[PredictorTokens, str] = {16: "16 tokens", "mean": "mean token", "all": "all tokens"}
 SWEEP_SPARSITY = {"FFN": 0.9, "V/O": 0.5, "Q/K": 0.5}
 SWEEP_RANKS = (2, 4, 8, 16, 32)
 SWEEP_TOKENS: tuple[PredictorTokens, ...] = ("mean", 16, "all")

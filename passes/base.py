@@ -67,7 +67,6 @@ class PassContext:
         selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
             `(query/key channels, value/output channels)` of an attention site.
         rows: the nodes that hold the output and the context rows, once they were inserted.
-        context_weights: the node that marks the context tokens that take part in scores, (B, S).
         providers: by site name, the providers that `lower_sparse_ops` chose.
     """
 
@@ -83,7 +82,6 @@ class PassContext:
     factors: dict[str, LowRankFactors] = field(default_factory=dict)
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: tuple[str, str] | None = None
-    context_weights: str | None = None
     providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property

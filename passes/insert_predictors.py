@@ -8,8 +8,9 @@ At the top of the graph, once:
 
 Before an FFN site (x: its input, act and *: its own elementwise region):
 
-    %mean = sparselora.context_mean(detach(%x), %weights)                a row for each sequence
-    %gate, %up = sparselora.low_rank_product(%mean, A, B) (+ bias)       W' ~ A B, rank 8
+    %picked, %valid = sparselora.spaced_rows(%weights, 16)               16 context tokens of each sequence
+    %few = detach(%x)[%picked]                                           (16 B, in)
+    %gate, %up = sparselora.low_rank_product(%few, A, B) (+ bias)        W' ~ A B, rank 8
     %score = || act(%gate) * %up ||                                      a number for each channel
     %kept = sparselora.top_channels(%score, k)
 
@@ -53,15 +54,14 @@ class InsertPredictors:
         if not ctx.plan.sparse_sites:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
-        _insert_roles(rewriter, ctx)
-        builder = _PredictorBuilder(rewriter, ctx)
+        builder = _PredictorBuilder(rewriter, ctx, _insert_roles(rewriter, ctx))
         for plan in ctx.plan.sparse_sites:
             ctx.selections[plan.site.identity] = builder.build(plan)
         return PassOutcome(True, {"predictors": len(ctx.selections), "inserted": rewriter.inserted})
 
 
-def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> None:
-    """Insert the roles before the first node that is no input of the graph."""
+def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
+    """Insert the roles before the first node that is no input of the graph; return the tokens that scores read."""
     roles = ctx.roles
     assert roles is not None
     nodes = nodes_by_name(rewriter.graph)
@@ -100,7 +100,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> None:
         if attended is not None:
             weights = rewriter.call(torch.logical_and, weights, attended)
     ctx.rows = (rows[0].name, rows[1].name)
-    ctx.context_weights = weights.name
+    return weights
 
 
 def _hoisted(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -127,12 +127,14 @@ def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.No
 
 
 class _PredictorBuilder:
-    def __init__(self, rewriter: Rewriter, ctx: PassContext) -> None:
+    def __init__(self, rewriter: Rewriter, ctx: PassContext, weights: fx.Node) -> None:
         self.rewriter = rewriter
         self.ctx = ctx
         self.nodes = nodes_by_name(rewriter.graph)
-        assert ctx.context_weights is not None
-        self.weights = self.nodes[ctx.context_weights]
+        # (B, S) bool: the tokens that take part in scores.
+        self.weights = weights
+        # The rows picked of a batch serve every site: they depend on the roles alone.
+        self.picked: tuple[fx.Node, ...] = ()
 
     def build(self, plan: SitePlan) -> tuple[str, ...]:
         """Insert the predictor of one site; return the names of the nodes that hold its channels."""
@@ -177,8 +179,6 @@ class _PredictorBuilder:
             qk, vo = (self._random(p.out_features, site.source) for p in (site.key, site.value))
         else:
             rows, valid = self._flat(site.source), self.rewriter.method("reshape", self.weights, -1)
-            if isinstance(self.ctx.config.predictor_tokens, int):
-                rows, valid = self._scored_rows(rows, self.ctx.config.predictor_tokens)
             query, key, vo = (self._norms(rows, valid, p) for p in (site.query, site.key, site.value))
             # (kv heads, groups, channels): the mean over the query heads that read a key/value head.
             query = self.rewriter.method("reshape", query, site.kv_heads, site.groups, site.head_dim)
@@ -197,8 +197,12 @@ class _PredictorBuilder:
             return self.rewriter.call(_OPS.context_mean.default, x, self.weights), has_context
         if tokens == "all":
             return x, self.rewriter.method("reshape", self.weights, -1)
-        picked, valid = self.rewriter.items(self.rewriter.call(_OPS.spaced_rows.default, self.weights, tokens), 2)
-        return self.rewriter.call(torch.index_select, x, 0, picked), valid
+        if not self.picked:
+            with self.rewriter.before(self.weights.next):
+                picked = self.rewriter.call(_OPS.spaced_rows.default, self.weights, tokens)
+                self.picked = self.rewriter.items(picked, 2)
+        rows, valid = self.picked
+        return self.rewriter.call(torch.index_select, x, 0, rows), valid
 
     def _factors(self, projection: Projection) -> tuple[fx.Node, fx.Node]:
         factors = self.ctx.factors[projection.name]

@@ -74,9 +74,9 @@ class SparseLoRAConfig:
             SVD sparsity estimator). Factors read from ``predictor_path`` have the rank they were stored with.
         predictor_path: Upstream ``model.safetensors`` (or the folder that holds it) with ready factors. Default
             ``None``: factors are computed from the frozen weights.
-        predictor_tokens: Context tokens that an FFN score reads: ``"mean"`` (default; the mean of each sequence, as
-            upstream), ``"all"`` (the paper's formula), or that many evenly spaced tokens per sequence, at least 1.
-            Attention scores read all context tokens unless a number is given.
+        predictor_tokens: Context tokens that an FFN score reads: that many evenly spaced ones of each sequence, at
+            least 1 (default 16), ``"all"`` (the paper's formula), or ``"mean"`` (the mean of each sequence, as the
+            published code does; near chance in ``docs/predictor.md``). Attention scores read all context tokens.
         start_step: First sparse step: a ``float`` in [0, 1] is a fraction of the run, an ``int`` a number of optimizer
             steps. Default ``None``: 0.05 where the length of the run is known (the paper keeps the first 5-10% dense),
             else 0.
@@ -106,7 +106,7 @@ class SparseLoRAConfig:
     layer_sparsity: Mapping[str, float] | None = None
     predictor_rank: int = 8
     predictor_path: str | None = None
-    predictor_tokens: str | int = "mean"
+    predictor_tokens: str | int = 16
     start_step: float | int | None = None
     end_step: float | int | None = None
     # Two equal configurations have equal hashes whatever the handle hashes to, so it need not be hashable.

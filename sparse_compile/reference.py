@@ -138,7 +138,7 @@ def ffn_scores(
     projections: Sequence[Projection],
     region: Callable[..., Tensor],
     *,
-    predictor_tokens: PredictorTokens = "mean",
+    predictor_tokens: PredictorTokens = 16,
 ) -> Tensor:
     """Score the intermediate channels of an FFN: score_j = ||h_j||_2 over the context tokens.
 

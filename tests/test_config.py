@@ -22,7 +22,7 @@ RICH: dict[str, Any] = {
     "layer_sparsity": {"layers.1.mlp": 0.97, "layers.2.mlp": 0.0},
     "predictor_rank": 4,
     "predictor_path": "factors/model.safetensors",
-    "predictor_tokens": 16,
+    "predictor_tokens": 4,
     "start_step": 0.1,
     "end_step": 0.9,
     "keep_logits": True,
@@ -48,7 +48,7 @@ def pass_names(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestValue:
     def test_defaults(self) -> None:
         config = SparseLoRAConfig()
-        assert (config.preset, config.predictor_rank, config.predictor_tokens) == ("o1", 8, "mean")
+        assert (config.preset, config.predictor_rank, config.predictor_tokens) == ("o1", 8, 16)
         assert (config.layer_sparsity, config.start_step, config.end_step) == (None, None, None)
         assert config.to_options() == {}
 
@@ -343,7 +343,7 @@ class TestYaml:
         [
             ("skip_output_tokens: false", {"token_selection": "all_sparse"}),
             ("skip_random_tokens: true", {"token_selection": "random_dense"}),
-            ("mlp_seq_avg: true", {}),
+            ("mlp_seq_avg: true", {"predictor_tokens": "mean"}),
             ("mlp_seq_avg: false", {"predictor_tokens": "all"}),
         ],
     )

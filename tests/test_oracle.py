@@ -320,12 +320,11 @@ def test_channels_are_those_of_the_published_scores(variant: str, tokens: str | 
             scores = reference.ffn_scores(x, scored, projections, config.region, predictor_tokens=tokens)
             assert torch.equal(kept[site], reference.top_channels(scores, len(kept[site]))), site
             continue
-        # Attention scores read all context tokens unless a number is given.
-        read = tokens if isinstance(tokens, int) else "all"
+        # Attention scores read all context tokens, whatever an FFN score reads.
         q, k, v = (predicted(getattr(block, name)) for name in ("q_proj", "k_proj", "v_proj"))
         head_dim, groups = config.head_dim, config.heads // config.kv_heads
-        qk = reference.query_key_scores(x, scored, q, k, head_dim=head_dim, groups=groups, predictor_tokens=read)
-        vo = reference.value_scores(x, scored, v, predictor_tokens=read)
+        qk = reference.query_key_scores(x, scored, q, k, head_dim=head_dim, groups=groups)
+        vo = reference.value_scores(x, scored, v)
         for channels, scores in zip(kept[site], (qk, vo), strict=True):
             assert torch.equal(channels, reference.top_channels(scores, len(channels))), site
 

@@ -55,7 +55,9 @@ def tiny_llama(benchmark: ModuleType, shared_dir: Path) -> dict[str, list[list[A
     return measured(benchmark, shared_dir, "tiny-llama-8m")
 
 
-def mean_quality(benchmark: ModuleType, blocks: list[list[Any]], sparsity: float, tokens: str, rank: int = 8) -> Any:
+def mean_quality(
+    benchmark: ModuleType, blocks: list[list[Any]], sparsity: float, tokens: str | int, rank: int = 8
+) -> Any:
     found = [benchmark.quality(sites, sparsity, [tokens], rank)[0] for sites in blocks]
     q = benchmark.mean_over(found)
     # The measure itself: random channels share k / n with any others.
@@ -63,17 +65,22 @@ def mean_quality(benchmark: ModuleType, blocks: list[list[Any]], sparsity: float
     return q
 
 
-@pytest.mark.parametrize(("tokens", "gain", "less_error"), [("mean", 0.04, 0.02), ("all", 0.08, 0.04)])
+@pytest.mark.parametrize(
+    ("tokens", "gain", "less_error"), [("mean", 0.04, 0.02), (16, 0.08, 0.04), ("all", 0.08, 0.04)]
+)
 def test_ffn_channels_of_stories(
-    benchmark: ModuleType, stories: dict[str, Any], tokens: str, gain: float, less_error: float
+    benchmark: ModuleType, stories: dict[str, Any], tokens: str | int, gain: float, less_error: float
 ) -> None:
     q = mean_quality(benchmark, stories["FFN"], 0.5, tokens)
     assert q.overlap > q.overlap_random + gain
     assert q.error < q.error_random - less_error
 
 
-def test_ffn_score_over_all_tokens_finds_the_strongest_channels(benchmark: ModuleType, stories: dict[str, Any]) -> None:
-    q = mean_quality(benchmark, stories["FFN"], 0.9, "all")
+@pytest.mark.parametrize("tokens", [16, "all"])
+def test_ffn_score_over_tokens_finds_the_strongest_channels(
+    benchmark: ModuleType, stories: dict[str, Any], tokens: str | int
+) -> None:
+    q = mean_quality(benchmark, stories["FFN"], 0.9, tokens)
     assert q.overlap > 2.5 * q.overlap_random
 
 
@@ -161,7 +168,7 @@ def test_tables_replace_the_old_ones(benchmark: ModuleType, shared_dir: Path, tm
     assert written.startswith(f"before\n{begin}\n")
     assert written.endswith(f"{end}\nafter\n")
     assert "\nold\n" not in written
-    assert "| FFN, mean token | 0.97 | 6/172 |" in written
+    assert "| FFN, 16 tokens | 0.97 | 6/172 |" in written
     data.write_text("")
     with pytest.raises(ValueError, match="only 0 records that fit, not 2"):
         benchmark.main([str(argument) for argument in arguments])

@@ -130,10 +130,9 @@ def test_choices_are_those_of_the_oracle(predictor_tokens: Any, padding: str | N
         expected = {site: top_channels(scores, kept_count(48, 0.6))}
     else:
         x = input_of(model, f"{site}.q_proj", inputs)
-        read = predictor_tokens if isinstance(predictor_tokens, int) else "all"
         q, k, v = (predicted(f"{name}_proj") for name in "qkv")
-        qk = query_key_scores(x, scored, q, k, head_dim=8, groups=2, predictor_tokens=read)
-        vo = value_scores(x, scored, v, predictor_tokens=read)
+        qk = query_key_scores(x, scored, q, k, head_dim=8, groups=2)
+        vo = value_scores(x, scored, v)
         expected = {f"{site}:{name}": top_channels(s, kept_count(16, 0.6)) for name, s in (("qk", qk), ("vo", vo))}
     assert set(chosen) == set(expected)
     for name, channels in expected.items():
