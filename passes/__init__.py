@@ -8,6 +8,7 @@ PASS_NAMES: tuple[str, ...] = (
     "find_attention",
     "trace_roles",
     "plan_sparsity",
+    "select_loss_rows",
     "insert_predictors",
     "sparsify_ffn",
     "sparsify_attention",

@@ -15,10 +15,10 @@ import sympy
 from torch import Tensor, fx
 
 from sparse_compile.graph import LINEAR, argument, hinted_shape, op_name, tensor_value
-from sparse_compile.ir import AttentionSite, Projection, Site, SitePlan, SparsityPlan
+from sparse_compile.ir import AttentionSite, LossRows, Projection, Site, SitePlan, SparsityPlan
 
-CONTEXT, OUTPUT = sympy.symbols("context output", nonnegative=True)
-"""Numbers of context and output tokens in a batch."""
+CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
+"""Numbers of context tokens, of output tokens, and of rows of the loss in a batch."""
 
 FLOPS_PER_BYTE = {"cpu": 20.0, "cuda": 200.0}
 """FLOPs a device could have done in the time it moves one byte: 200 GFLOP/s over 10 GB/s for two CPU cores, 780 TFLOP/s
@@ -40,13 +40,18 @@ def projection_flops(projection: Projection, kept_share: float = 1.0) -> float:
 
 def site_flops(plan: SitePlan) -> sympy.Expr:
     """Return the FLOPs of the site's frozen products in a training step, over `CONTEXT` and `OUTPUT` tokens."""
-    dense = sum(projection_flops(projection) for projection in plan.site.projections)
+    dense = sum(projection_flops(projection) for projection in plan.projections)
     return dense * OUTPUT + dense * plan.kept / plan.total * CONTEXT
 
 
-def dense_site_flops(site: Site) -> sympy.Expr:
-    """Return the FLOPs of the same site without sparsity."""
-    return sum(projection_flops(projection) for projection in site.projections) * (OUTPUT + CONTEXT)
+def dense_site_flops(plan: SitePlan) -> sympy.Expr:
+    """Return the FLOPs of the same products without sparsity."""
+    return sum(projection_flops(projection) for projection in plan.projections) * (OUTPUT + CONTEXT)
+
+
+def loss_row_flops(loss_rows: LossRows) -> sympy.Expr:
+    """Return the FLOPs of a training step that the rows save which the loss ignores."""
+    return loss_rows.flops_per_row * (CONTEXT + OUTPUT - LOSS)
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,11 @@ def step_flops(graph: fx.Graph) -> float:
     Counts every `linear` and `matmul` (gradients only where they are needed) and softmax attention with half of its
     scores (causal), five products backward for two forward, as fused attention kernels execute it.
     """
-    return sum(_node_flops(node) for node in graph.nodes)
+    return sum(node_flops(node) for node in graph.nodes)
 
 
-def _node_flops(node: fx.Node) -> float:
+def node_flops(node: fx.Node) -> float:
+    """Return the FLOPs of a node in a training step, at the sizes seen at tracing: 0 for all but products."""
     value = tensor_value(node)
     if value is None:
         return 0.0
@@ -130,7 +136,7 @@ def _value(node: fx.Node) -> Tensor:
 def saved_flops(plan: SparsityPlan, kind: str) -> sympy.Expr:
     """Return the FLOPs that the plan's sites of one kind save in a training step, over `CONTEXT` tokens."""
     plans = [each for each in plan.sparse_sites if each.site.kind == kind]
-    return sum((dense_site_flops(each.site) - site_flops(each) for each in plans), sympy.Integer(0))
+    return sum((dense_site_flops(each) - site_flops(each) for each in plans), sympy.Integer(0))
 
 
 def predictor_flops(plan: SparsityPlan, rank: int) -> sympy.Expr:

@@ -12,9 +12,11 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.cost import CONTEXT, OUTPUT, predictor_flops, saved_flops, step_flops
-from sparse_compile.ir import Rejection, SparsityPlan
+from sparse_compile.cost import CONTEXT, LOSS, OUTPUT, loss_row_flops, predictor_flops, saved_flops, step_flops
+from sparse_compile.capture import TokenCounts
+from sparse_compile.ir import Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import PassContext
+from sparse_compile.passes.select_loss_rows import ON_LOSS_ROWS
 from sparse_compile.pipeline import PassRecord, PipelineResult
 
 
@@ -28,7 +30,8 @@ class SiteReport:
         sparsity: fraction of channels not computed for context tokens; 0 where dense.
         kept: channels kept.
         total: channels to choose from.
-        provider: what runs its products, `"dense"` where nothing was rewritten.
+        provider: what runs its products, `"dense"` where nothing was rewritten, `"loss_rows"` where only rows of the
+            loss are left of a block that was to be sparse.
         reason: why it stays dense although it was asked for, or a note.
         adapters: number of LoRA branches at the site.
     """
@@ -60,7 +63,7 @@ class GraphReport:
         compile_id: Dynamo's name of the compilation.
         phase: `"dense"` or `"sparse"`, the phase of the schedule it was compiled in.
         roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
-        tokens: number of context and of output tokens that FLOPs are given for.
+        tokens: what FLOPs are given for.
         projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
         sites: every matched site.
         passes: every pass.
@@ -71,7 +74,7 @@ class GraphReport:
     compile_id: str
     phase: str
     roles: str | None
-    tokens: tuple[int, int]
+    tokens: TokenCounts
     projections: int
     adapters: int
     sites: tuple[SiteReport, ...]
@@ -86,7 +89,7 @@ class GraphReport:
 
 
 def graph_report(
-    result: PipelineResult, ctx: PassContext, compile_id: str, phase: str, tokens: tuple[int, int]
+    result: PipelineResult, ctx: PassContext, compile_id: str, phase: str, tokens: TokenCounts
 ) -> GraphReport:
     """Summarise a run of the pipeline.
 
@@ -95,10 +98,10 @@ def graph_report(
         ctx: its facts.
         compile_id: Dynamo's name of the compilation.
         phase: the phase of the schedule.
-        tokens: context and output tokens to give FLOPs for.
+        tokens: numbers of tokens to give FLOPs for.
     """
     dense = step_flops(result.canonical.graph)
-    counts = dict(zip((CONTEXT, OUTPUT), tokens, strict=True))
+    counts = {CONTEXT: tokens.context, OUTPUT: tokens.output, LOSS: tokens.loss}
     passes, current = [], dense
     for record in result.records:
         change = _flops_change(record.name, ctx) if record.changed else sympy.Integer(0)
@@ -123,6 +126,8 @@ def graph_report(
 def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
     if name == "insert_predictors":
         return predictor_flops(ctx.plan, ctx.config.predictor_rank)
+    if name == "select_loss_rows" and ctx.loss_rows is not None:
+        return -loss_row_flops(ctx.loss_rows)
     kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
     return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
 
@@ -140,12 +145,18 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 sparsity=0.0 if left_out else plan.sparsity,
                 kept=plan.total if left_out else plan.kept,
                 total=plan.total,
-                provider="+".join(ctx.providers.get(plan.site.name, ())) or "dense",
+                provider=_provider(plan, ctx),
                 reason=f"{rewrite} did not run" if left_out else plan.reason,
                 adapters=sum(len(projection.branches) for projection in plan.site.projections),
             )
         )
     return tuple(sites)
+
+
+def _provider(plan: SitePlan, ctx: PassContext) -> str:
+    if plan.reason == ON_LOSS_ROWS:
+        return "loss_rows"
+    return "+".join(ctx.providers.get(plan.site.name, ())) or "dense"
 
 
 def plan_data(plan: SparsityPlan) -> dict[str, Any]:
@@ -213,9 +224,9 @@ class Report:
 
 
 def _graph_text(graph: GraphReport) -> str:
-    context, output = graph.tokens
+    counts = f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
     lines = [
-        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {context} context, {output} output tokens",
+        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {counts}",
         "",
         table(
             ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),
