@@ -168,7 +168,7 @@ def _picked(node: fx.Node, lead: Sizes) -> RowOperand:
     if tensor_value(operand) is None:
         return RowOperand(operand, lead)  # an element of what `chunk` or `split` returned
     sizes = sizes_of(operand)
-    parts = list(index) if isinstance(index, tuple) else [index]
+    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:
         at = parts.index(Ellipsis)
         parts[at : at + 1] = [slice(None)] * (len(sizes) - len(parts) + 1)

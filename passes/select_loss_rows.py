@@ -13,10 +13,11 @@ nothing else reads: casts, the final norm, the last block's feed-forward layers 
 projection. It stops where a call mixes rows, or where a tensor is read for all of its rows; the rows are taken there.
 
 Legal because: the mean and the sum of a cross-entropy leave ignored rows out, label smoothing and class weights
-included, and the mean divides by what the others weigh. A batch without any row of the loss gives what it gave before: NaN as
-a mean, 0 as a sum. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the numbers
-they would have seen. Logits that the graph returns leave it as R rows with their positions; `loss_rows.restore` puts
-them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of full size is made.
+included, and the mean divides by what the others weigh. A batch without any row of the loss gives what it gave before:
+NaN as a mean, 0 as a sum. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
+numbers they would have seen. Logits that the graph returns leave it as R rows with their positions;
+`loss_rows.restored` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of
+full size is made.
 
 Declines when: `keep_logits` is set; the loss has no reduction, or there are two losses; the targets are not known
 before the blocks; the logits, or any other tensor on the way, are read by something else that needs all rows, such as
@@ -37,11 +38,9 @@ from torch import Tensor, fx
 
 from sparse_compile.cost import node_flops
 from sparse_compile.graph import (
-    LINEAR,
     TAG,
     Rewriter,
     argument,
-    calls_torch,
     erase_unused,
     hinted_shape,
     hoist,
@@ -53,18 +52,22 @@ from sparse_compile.graph import (
 from sparse_compile.ir import FFNSite, LossRows, NarrowedOutput, Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
+from sparse_compile.passes.loss_segment import (
+    DeclinedError,
+    LossSegment,
+    Numbering,
+    Place,
+    find_loss_segment,
+    place_of,
+)
 from sparse_compile.passes.row_wise import (
     SAME_ROWS,
     VIEWS,
-    MixesRowsError,
     RowOperand,
     Sizes,
-    Slice,
-    row_operands,
     sizes_of,
     with_negative_dims,
 )
-from sparse_compile.passes.trace_roles import available_early
 from sparse_compile.torch_private import evaluate_on_stand_ins
 
 _OPS = torch.ops.sparselora
@@ -87,8 +90,8 @@ class SelectLossRows:
         if ctx.loss_rows is not None:
             return PassOutcome(False)
         try:
-            segment = _find_segment(gm.graph, ctx)
-        except _DeclinedError as declined:
+            segment = find_loss_segment(gm.graph, ctx)
+        except DeclinedError as declined:
             return PassOutcome(False, {}, (Rejection(self.name, *declined.args),))
         ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment).run()
         ctx.plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.plan.sites))
@@ -98,7 +101,7 @@ class SelectLossRows:
 
 def _without_segment(plan: SitePlan, names: frozenset[str]) -> SitePlan:
     """Take what only rows of the loss run through out of the plan of a site: none of them is a context token."""
-    touched = frozenset(projection.base for projection in plan.site.projections) & names
+    touched = tuple(projection.base for projection in plan.site.projections if projection.base in names)
     if not plan.sparse or not touched:
         return plan
     if isinstance(plan.site, FFNSite):
@@ -106,181 +109,10 @@ def _without_segment(plan: SitePlan, names: frozenset[str]) -> SitePlan:
     return replace(plan, without_context=touched)
 
 
-class _DeclinedError(Exception):
-    """Carries the node and the reason why the pass does not apply."""
-
-
-@dataclass(frozen=True)
-class _Numbering:
-    """A numbering of rows.
-
-    Attributes:
-        slices: where it is not that of the loss: the slices of `lead` that give the rows of `inner`.
-        lead: sizes of the leading dimensions that are sliced.
-        inner: the numbering on the other side of the slices.
-    """
-
-    slices: tuple[Slice, ...] = ()
-    lead: Sizes = ()
-    inner: _Numbering | None = None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What the leading dimensions of a tensor are: their sizes, and how the rows are numbered that they count."""
-
-    lead: Sizes
-    numbering: _Numbering
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """The nodes to compute for rows of the loss alone.
-
-    Attributes:
-        loss: the cross-entropy.
-        places: for each node of the segment, what its rows were.
-        operands: for each node of the segment, the operands that have rows.
-        outputs: those that the graph returns, with their places among the outputs.
-        stops: where the climb ended because rows are mixed.
-    """
-
-    loss: fx.Node
-    places: dict[fx.Node, _Place]
-    operands: dict[fx.Node, list[RowOperand]]
-    outputs: tuple[tuple[int, fx.Node], ...]
-    stops: tuple[Rejection, ...]
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of the nodes."""
-        return frozenset(node.name for node in self.places)
-
-    @property
-    def linears(self) -> int:
-        """Number of linear layers, adapters' included."""
-        return sum(node.target is LINEAR for node in self.places)
-
-
-# --- Finding the segment ----------------------------------------------------------------------------------------------
-
-
-def _find_segment(graph: fx.Graph, ctx: PassContext) -> _Segment:
-    if ctx.config.keep_logits:
-        raise _DeclinedError("graph", "keep_logits asks for every row of the logits")
-    losses = [node for node in graph.nodes if op_name(node) == "cross_entropy" and calls_torch(node)]
-    if len(losses) != 1:
-        raise _DeclinedError("graph", f"{len(losses) or 'no'} cross-entropies are in the graph, not one")
-    (loss,) = losses
-    logits = _checked_logits(loss)
-    returned = graph.output_node()
-    leaves = list(returned.args[0]) if isinstance(returned.args[0], tuple | list) else []
-    climb = _Climb(loss, returned)
-    climb.run(graph, logits)
-    # Beside the loss, the graph may return the very logits it was computed from, and nothing else of the segment.
-    chain = _logits_chain(logits)
-    outputs = [(index, node) for index, node in enumerate(leaves) if isinstance(node, fx.Node) and node in climb.places]
-    for _, node in outputs:
-        if node not in chain:
-            raise _DeclinedError(node.name, "the graph returns it for all rows, beside the loss and its logits")
-    if not any(node.target is LINEAR or op_name(node) in ("matmul", "__matmul__") for node in climb.places):
-        reason = climb.stops[0].reason if climb.stops else f"{climb.reader or 'something else'} reads it for all rows"
-        raise _DeclinedError(climb.stops[0].node if climb.stops else logits.name, reason)
-    return _Segment(loss, climb.places, climb.operands, tuple(outputs), tuple(climb.stops))
-
-
-def _checked_logits(loss: fx.Node) -> fx.Node:
-    """Return the logits of a loss that may leave rows out, (N, V)."""
-    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
-    scores, labels = tensor_value(logits), tensor_value(target)
-    if scores is None or labels is None or scores.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
-        raise _DeclinedError(loss.name, "the loss is not that of (N, classes) logits and N class numbers")
-    if argument(loss, 6, "reduction", "mean") not in ("mean", "sum") or argument(loss, 5, "reduce") is not None:
-        raise _DeclinedError(loss.name, "the loss has a value for each row")
-    if not available_early(target):
-        raise _DeclinedError(target.name, "the targets are computed from activations: not known before the blocks")
-    assert isinstance(logits, fx.Node)
-    return logits
-
-
-def _logits_chain(logits: fx.Node) -> set[fx.Node]:
-    """Return the tensors that are the logits of the loss, seen through casts, views and slices."""
-    chain = {logits}
-    node = logits
-    while op_name(node) in (VIEWS | SAME_ROWS | {"getitem"}) - {"dropout"} and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-        chain.add(node)
-    return chain
-
-
-class _Climb:
-    """Walks from the logits of a loss towards the inputs, for as long as rows keep apart."""
-
-    def __init__(self, loss: fx.Node, returned: fx.Node) -> None:
-        self.readers = {loss, returned}
-        self.wanted: dict[fx.Node, _Place | None] = {}
-        self.places: dict[fx.Node, _Place] = {}
-        self.operands: dict[fx.Node, list[RowOperand]] = {}
-        self.stops: list[Rejection] = []
-        self.reader = ""
-
-    def run(self, graph: fx.Graph, logits: fx.Node) -> None:
-        """Fill in `places`, `operands` and `stops`. All users of a node are seen before it."""
-        self.wanted[logits] = _Place(sizes_of(logits)[:1], _Numbering())
-        for node in reversed(graph.nodes):
-            place = self.wanted.get(node)
-            if place is None:
-                continue
-            others = [user for user in node.users if user not in self.places and user not in self.readers]
-            if others:
-                self.reader = self.reader or others[0].name
-                continue
-            try:
-                operands = row_operands(node, place.lead)
-                _check_sizes(node, place, operands)
-            except MixesRowsError as stop:
-                self.stops.append(Rejection("select_loss_rows", node.name, str(stop)))
-                continue
-            self.places[node] = place
-            self.operands[node] = operands
-            for operand in operands:
-                self._want(operand, place.numbering)
-
-    def _want(self, operand: RowOperand, numbering: _Numbering) -> None:
-        place = _place_of(operand, numbering)
-        # Two readers with other rows in mind: the operand stays whole, and each takes its own.
-        known = self.wanted.setdefault(operand.node, place)
-        if known != place:
-            self.wanted[operand.node] = None
-
-
-def _place_of(operand: RowOperand, numbering: _Numbering) -> _Place:
-    if operand.slices is not None:
-        numbering = _Numbering(operand.slices, operand.lead, numbering)
-    return _Place(operand.lead, numbering)
-
-
-def _check_sizes(node: fx.Node, place: _Place, operands: list[RowOperand]) -> None:
-    """Stop at what would have to write a size into the graph that is no input's own."""
-    sliced = any(operand.slices is not None for operand in operands)
-    drawn = op_name(node) == "dropout"
-    lead = operands[0].lead if sliced else place.lead
-    if (sliced or drawn) and not all(size.is_Integer or size.is_Symbol for size in lead):
-        raise MixesRowsError(f"{op_name(node)} has a number of tokens that is computed")
-    bounds = [bound for operand in operands for part in operand.slices or () for bound in part]
-    if not all(available_early(bound) for bound in bounds if isinstance(bound, fx.Node)):
-        raise MixesRowsError(f"{op_name(node)} slices by a number that is computed from activations")
-    if drawn and any(not size.is_Integer for size in sizes_of(node)[len(place.lead) :]):
-        raise MixesRowsError("dropout has a number of channels that is not fixed")
-
-
-# --- Rewriting --------------------------------------------------------------------------------------------------------
-
-
 class _Narrowing:
     """Rewrites the nodes of a segment in place, so that their names and the facts about them stay."""
 
-    def __init__(self, rewriter: Rewriter, segment: _Segment) -> None:
+    def __init__(self, rewriter: Rewriter, segment: LossSegment) -> None:
         self.rewriter = rewriter
         self.segment = segment
         self.top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
@@ -288,8 +120,8 @@ class _Narrowing:
         tensors = [node for node in {*segment.places, *operands} if tensor_value(node) is not None]
         self.shapes = {node: sizes_of(node) for node in tensors}
         self.hoisted: dict[fx.Node, fx.Node] = {}
-        self.rows: dict[_Numbering, fx.Node] = {}
-        self.taken: dict[tuple[fx.Node, _Place], fx.Node] = {}
+        self.rows: dict[Numbering, fx.Node] = {}
+        self.taken: dict[tuple[fx.Node, Place], fx.Node] = {}
 
     def run(self) -> LossRows:
         """Rewrite the graph; return what became of it."""
@@ -303,7 +135,7 @@ class _Narrowing:
         value = tensor_value(target)
         assert value is not None
         rows.meta["example_value"] = evaluate_on_stand_ins(value, _OPS.loss_rows.default, value, ignored)
-        self.rows[_Numbering()] = rows
+        self.rows[Numbering()] = rows
         for node in [node for node in self.rewriter.graph.nodes if node in places]:
             self._narrow(node, places[node])
         set_argument(loss, 1, "target", kept)
@@ -311,7 +143,7 @@ class _Narrowing:
         erase_unused(target)
         return LossRows(self.segment.names, self._add_outputs(), flops)
 
-    def _narrow(self, node: fx.Node, place: _Place) -> None:
+    def _narrow(self, node: fx.Node, place: Place) -> None:
         """Have a node compute the rows of the loss."""
         operands = self.segment.operands[node]
         inner = self.shapes[node][len(place.lead) :] if node in self.shapes else ()
@@ -332,14 +164,16 @@ class _Narrowing:
                 self._view(node, taken[first], None if same else inner)
         node.meta[TAG] = {"pass": self.rewriter.pass_name, "site": ""}
         value = value_of(node)
-        narrowed = [self._fewer_rows(each, len(place.lead)) for each in (value if isinstance(value, tuple) else (value,))]
+        narrowed = [
+            self._fewer_rows(each, len(place.lead)) for each in (value if isinstance(value, tuple) else (value,))
+        ]
         node.meta["example_value"] = type(value)(narrowed) if isinstance(value, tuple) else narrowed[0]
 
-    def _rows_of(self, operand: RowOperand, place: _Place) -> fx.Node:
+    def _rows_of(self, operand: RowOperand, place: Place) -> fx.Node:
         """Return an operand for rows of the loss: as it is where it is narrowed itself, else with its rows taken."""
         if operand.node in self.segment.places:
             return operand.node
-        key = operand.node, _place_of(operand, place.numbering)
+        key = operand.node, place_of(operand, place.numbering)
         if key not in self.taken:
             value, flat = tensor_value(operand.node), operand.node
             assert value is not None
@@ -349,7 +183,7 @@ class _Narrowing:
             self.taken[key].meta["example_value"] = self._fewer_rows(value, len(operand.lead))
         return self.taken[key]
 
-    def _numbered(self, numbering: _Numbering) -> fx.Node:
+    def _numbered(self, numbering: Numbering) -> fx.Node:
         """Return the positions of the rows of the loss in a numbering, (R,)."""
         if numbering not in self.rows:
             assert numbering.inner is not None
@@ -394,7 +228,7 @@ class _Narrowing:
         if extra > 0:
             node.replace_input_with(operand, self.rewriter.method("flatten", operand, 0, extra))
 
-    def _draw_for_all(self, node: fx.Node, place: _Place, inner: Sizes) -> None:
+    def _draw_for_all(self, node: fx.Node, place: Place, inner: Sizes) -> None:
         """Draw the dropout of all rows, as it would have been drawn, and use that of the rows of the loss."""
         value = tensor_value(node)
         assert value is not None
@@ -417,7 +251,7 @@ class _Narrowing:
 
     def _fewer_rows(self, value: Tensor, lead: int) -> Tensor:
         """Return a stand-in for the rows of the loss of a tensor."""
-        rows = tensor_value(self.rows[_Numbering()])
+        rows = tensor_value(self.rows[Numbering()])
         assert rows is not None
         narrow = evaluate_on_stand_ins(value, value.new_empty, (rows.shape[0], *value.shape[lead:]))
         return narrow.requires_grad_(value.requires_grad)  # type: ignore[no-any-return]
@@ -434,9 +268,9 @@ class _Narrowing:
                 leaves.append(rows)
             narrowed.append(NarrowedOutput(index, leaves.index(rows), place.lead))
         if narrowed:
-            returned.args = (type(returned.args[0])(leaves),)  # type: ignore[call-overload]
+            returned.args = (tuple(leaves),)
         return tuple(narrowed)
 
 
-def _row_count(node: fx.Node, place: _Place) -> int:
+def _row_count(node: fx.Node, place: Place) -> int:
     return math.prod(hinted_shape(node)[: len(place.lead)])

@@ -15,8 +15,8 @@ import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.capture import capture_context, count_tokens, is_whole_step, trained_parameters
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
-from sparse_compile.passes.base import PassContext
 from sparse_compile.loss_rows import restored
+from sparse_compile.passes.base import PassContext
 from sparse_compile.pipeline import run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
@@ -112,7 +112,9 @@ def _compile_rewritten(
         if config.strict or is_control_flow_exception(error):
             raise
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"sparselora: the {kind} graph did not compile, so it runs {_INSTEAD[kind]}. {reason}", stacklevel=2)
+        warnings.warn(
+            f"sparselora: the {kind} graph did not compile, so it runs {_INSTEAD[kind]}. {reason}", stacklevel=2
+        )
         return None
 
 

@@ -206,7 +206,7 @@ class SitePlan:
     kept: int
     total: int
     reason: str = ""
-    without_context: frozenset[NodeName] = frozenset()
+    without_context: tuple[NodeName, ...] = ()
 
     @property
     def sparse(self) -> bool:

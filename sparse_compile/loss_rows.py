@@ -40,7 +40,8 @@ def restored(compiled: CompiledGraph, gm: fx.GraphModule, loss_rows: LossRows) -
     def run(*inputs: Any) -> Any:
         results = list(compiled(*inputs))
         for output, lead in zip(loss_rows.outputs, leads, strict=True):
-            results[output.index] = _PlaceRows.apply(results[output.index], results[output.rows], lead(inputs))
+            selected, rows = results[output.index], results[output.rows]
+            results[output.index] = _PlaceRows.apply(selected, rows, lead(inputs))  # type: ignore[no-untyped-call]
         return tuple(results[:count])
 
     return run

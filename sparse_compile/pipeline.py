@@ -1,8 +1,8 @@
 """The ordered list of passes, and what runs it.
 
-Data flows one way: captured graph -> one flat graph -> canonical linears -> sites -> roles -> plan -> exact optimisations
--> predictors -> sparse products -> providers. A transform works on a copy that is swapped in when the verifier agrees, so a pass that
-raises leaves nothing half-done.
+Data flows one way: captured graph -> one flat graph -> canonical linears -> sites -> roles -> plan -> exact
+optimisations -> predictors -> sparse products -> providers. A transform works on a copy that is swapped in when the
+verifier agrees, so a pass that raises leaves nothing half-done.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.cost import CONTEXT, LOSS, OUTPUT, loss_row_flops, predictor_flops, saved_flops, step_flops
 from sparse_compile.capture import TokenCounts
+from sparse_compile.cost import CONTEXT, LOSS, OUTPUT, loss_row_flops, predictor_flops, saved_flops, step_flops
 from sparse_compile.ir import Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import PassContext
 from sparse_compile.passes.select_loss_rows import ON_LOSS_ROWS
@@ -224,7 +224,9 @@ class Report:
 
 
 def _graph_text(graph: GraphReport) -> str:
-    counts = f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
+    counts = (
+        f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
+    )
     lines = [
         f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {counts}",
         "",

@@ -1,7 +1,7 @@
 """Semantic ops that keep the rows of the loss and leave the others out.
 
-`select_rows` and `place_rows` are each other's adjoint. A row is selected once, so neither direction needs atomics or an
-accumulating scatter, which is what the gradient of `index_select` would be.
+`select_rows` and `place_rows` are each other's adjoint. A row is selected once, so neither direction needs atomics or
+an accumulating scatter, which is what the gradient of `index_select` would be.
 """
 
 from __future__ import annotations
