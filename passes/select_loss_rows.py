@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +94,7 @@ class SelectLossRows:
             segment = find_loss_segment(gm.graph, ctx)
         except DeclinedError as declined:
             return PassOutcome(False, {}, (Rejection(self.name, *declined.args),))
-        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment).run()
+        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, ctx.projections.keys()).run()
         ctx.plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.plan.sites))
         stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(ctx.loss_rows.outputs)}
         return PassOutcome(True, stats, segment.stops)
@@ -110,10 +111,17 @@ def _without_segment(plan: SitePlan, names: frozenset[str]) -> SitePlan:
 
 
 class _Narrowing:
-    """Rewrites the nodes of a segment in place, so that their names and the facts about them stay."""
+    """Rewrites the nodes of a segment in place, so that their names and the facts about them stay.
 
-    def __init__(self, rewriter: Rewriter, segment: LossSegment) -> None:
+    Args:
+        rewriter: what inserts nodes.
+        segment: the nodes.
+        frozen: the names of the products with frozen weights, to count FLOPs.
+    """
+
+    def __init__(self, rewriter: Rewriter, segment: LossSegment, frozen: Set[str]) -> None:
         self.rewriter = rewriter
+        self.frozen = frozen
         self.segment = segment
         self.top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
         operands = [operand.node for found in segment.operands.values() for operand in found]
@@ -126,7 +134,8 @@ class _Narrowing:
     def run(self) -> LossRows:
         """Rewrite the graph; return what became of it."""
         loss, places = self.segment.loss, self.segment.places
-        flops = sum(node_flops(node) / _row_count(node, place) for node, place in places.items() if node in self.shapes)
+        flops = {node.name: node_flops(node) / _row_count(node, places[node]) for node in places if node in self.shapes}
+        of_weights = sum(flops[name] for name in flops.keys() & self.frozen)
         target, ignored = argument(loss, 1, "target"), argument(loss, 4, "ignore_index", -100)
         with self.rewriter.before(self.top):
             targets = hoist(self.rewriter, target, self.hoisted)
@@ -141,7 +150,7 @@ class _Narrowing:
         set_argument(loss, 1, "target", kept)
         kept.meta["example_value"] = self._fewer_rows(value, 1)
         erase_unused(target)
-        return LossRows(self.segment.names, self._add_outputs(), flops)
+        return LossRows(self.segment.names, self._add_outputs(), sum(flops.values()), of_weights)
 
     def _narrow(self, node: fx.Node, place: Place) -> None:
         """Have a node compute the rows of the loss."""

@@ -49,9 +49,10 @@ def dense_site_flops(plan: SitePlan) -> sympy.Expr:
     return sum(projection_flops(projection) for projection in plan.projections) * (OUTPUT + CONTEXT)
 
 
-def loss_row_flops(loss_rows: LossRows) -> sympy.Expr:
-    """Return the FLOPs of a training step that the rows save which the loss ignores."""
-    return loss_rows.flops_per_row * (CONTEXT + OUTPUT - LOSS)
+def loss_row_flops(loss_rows: LossRows) -> tuple[sympy.Expr, sympy.Expr]:
+    """Return the FLOPs of a training step that leaving out ignored rows saves: all, and those with frozen weights."""
+    ignored = CONTEXT + OUTPUT - LOSS
+    return loss_rows.flops_per_row * ignored, loss_rows.weight_flops_per_row * ignored
 
 
 @dataclass(frozen=True)

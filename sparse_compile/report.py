@@ -13,7 +13,16 @@ from typing import Any
 import sympy
 
 from sparse_compile.capture import TokenCounts
-from sparse_compile.cost import CONTEXT, LOSS, OUTPUT, loss_row_flops, predictor_flops, saved_flops, step_flops
+from sparse_compile.cost import (
+    CONTEXT,
+    LOSS,
+    OUTPUT,
+    loss_row_flops,
+    node_flops,
+    predictor_flops,
+    saved_flops,
+    step_flops,
+)
 from sparse_compile.ir import Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import PassContext
 from sparse_compile.passes.select_loss_rows import ON_LOSS_ROWS
@@ -69,6 +78,7 @@ class GraphReport:
         passes: every pass.
         rejections: every place where a pass looked and did not apply.
         flops_before, flops_after: FLOPs of the matrix products of a training step.
+        weight_flops_before, weight_flops_after: those of the products with frozen weights alone.
     """
 
     compile_id: str
@@ -82,6 +92,8 @@ class GraphReport:
     rejections: tuple[Rejection, ...]
     flops_before: float
     flops_after: float
+    weight_flops_before: float
+    weight_flops_after: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -101,6 +113,7 @@ def graph_report(
         tokens: numbers of tokens to give FLOPs for.
     """
     dense = step_flops(result.canonical.graph)
+    of_weights = sum(node_flops(node) for node in result.canonical.graph.nodes if node.name in ctx.projections)
     counts = {CONTEXT: tokens.context, OUTPUT: tokens.output, LOSS: tokens.loss}
     passes, current = [], dense
     for record in result.records:
@@ -120,14 +133,24 @@ def graph_report(
         rejections=result.rejections,
         flops_before=dense,
         flops_after=current,
+        weight_flops_before=of_weights,
+        weight_flops_after=of_weights - float(_saved_on_weights(result, ctx).subs(counts)),
     )
+
+
+def _saved_on_weights(result: PipelineResult, ctx: PassContext) -> sympy.Expr:
+    """Return the FLOPs of products with frozen weights that the passes save: no pass adds any."""
+    ran = {record.name for record in result.records if record.changed}
+    saved = [saved_flops(ctx.plan, kind) for kind in ("ffn", "attention") if f"sparsify_{kind}" in ran]
+    saved += [loss_row_flops(ctx.loss_rows)[1]] if ctx.loss_rows is not None else []
+    return sum(saved, sympy.Integer(0))
 
 
 def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
     if name == "insert_predictors":
         return predictor_flops(ctx.plan, ctx.config.predictor_rank)
     if name == "select_loss_rows" and ctx.loss_rows is not None:
-        return -loss_row_flops(ctx.loss_rows)
+        return -loss_row_flops(ctx.loss_rows)[0]
     kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
     return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
 

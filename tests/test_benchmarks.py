@@ -141,7 +141,8 @@ def test_flops_agree_with_torchs_counter(
 
 
 def test_flops_of_a_sparse_step(benchmarks: dict[str, ModuleType], measure: ModuleType, tiny: Any) -> None:
-    flops = measure.rewritten_flops(benchmarks["workloads"].base_model(tiny), tiny, "o2")
+    base = benchmarks["workloads"].base_model(tiny)
+    flops = measure.rewritten_flops(base, tiny, "o2:")
     # Of four blocks, the two in the middle have a sparse feed-forward part; attention this narrow does not pay.
     assert (flops.sites, flops.sparse_sites) == (8, 2)
     tokens, hidden, kv = tiny.batch * tiny.length, tiny.hidden, tiny.hidden // 2
@@ -153,6 +154,23 @@ def test_flops_of_a_sparse_step(benchmarks: dict[str, ModuleType], measure: Modu
     context = tiny.batch * (tiny.length - tiny.output - 1)
     assert flops.weights_before - flops.weights_after == pytest.approx(2 * 4 * ffn * context * (1 - 3 / 256))
     assert 1 < flops.limit < flops.weights_limit
+    # The head, the last feed-forward part and the last output projection run for the rows of the loss, both ways.
+    exact = measure.rewritten_flops(base, tiny, "exact:select_loss_rows")
+    ignored = tiny.batch * (tiny.length - tiny.output)
+    assert exact.weights_before - exact.weights_after == pytest.approx(
+        4 * ignored * (hidden * tiny.vocab + ffn + hidden * hidden)
+    )
+    both = measure.rewritten_flops(base, tiny, "o2")
+    assert both.weights_after == pytest.approx(flops.weights_after + exact.weights_after - flops.weights_before)
+
+
+def test_arms_are_presets_with_passes(measure: ModuleType) -> None:
+    assert measure.options_of("o2") == {"preset": "o2", "disable": [], "start_step": 0}
+    assert "select_loss_rows" in measure.options_of("o2:")["disable"]
+    assert "select_loss_rows" not in measure.options_of("exact:select_loss_rows")["disable"]
+    for unknown in ("o3", "exact:find_ffn", "eager:"):
+        with pytest.raises(ValueError, match=f"no arm {unknown!r}"):
+            measure.options_of(unknown)
 
 
 # --- Workloads and the program ----------------------------------------------------------------------------------------
