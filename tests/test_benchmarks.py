@@ -246,7 +246,7 @@ def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
         "inductor": measure.ArmTimes(9.0, (2.0, 2.2, 1.8), 4.5, 1),
         "o2": measure.ArmTimes(12.0, (1.0, 1.1, 0.9), 4.6, 1),
     }
-    flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=None, sites=8, sparse_sites=2)
+    flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=1e9, sites=8, sparse_sites=2)
     alone = measure.Alone(12.0, 4.0, 3 * 2**20, 5 * 2**20)
     surroundings = benchmarks["rows"].environment(["--quick"])
     return cpu._row(tiny, "o2", times, flops, alone, counted={"linear": 1, "attention": 1}, **surroundings)
@@ -255,7 +255,7 @@ def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
 def test_efficiency_is_the_ratio_to_inductor_over_the_flop_limit(row: Any) -> None:
     assert row.ratios["inductor"].median == pytest.approx(2.0)
     assert row.flops_limit == 2.5
-    assert row.flops_limit_weights is None
+    assert row.flops_limit_weights == 2.0
     assert row.efficiency == pytest.approx(0.8)
     assert list(row.ratios) == ["inductor"]
     assert row.command == "benchmarks/cpu.py --quick"
@@ -266,7 +266,7 @@ def test_table(benchmarks: dict[str, ModuleType], row: Any) -> None:
     assert len(header) == len(line)
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
     assert cells[:2] == ["o2", "1.000 s"]
-    assert cells[3:] == ["-", "2.00x", "2.50x", "-", "0.80", "2/8", "12.0 s", "3 MiB", "12.0/4.0 s"]
+    assert cells[3:] == ["-", "2.00x", "2.50x", "2.00x", "0.80", "2/8", "12.0 s", "3 MiB", "12.0/4.0 s"]
 
 
 def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any, tmp_path: Path) -> None:
