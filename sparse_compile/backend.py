@@ -30,7 +30,6 @@ from sparse_compile.torch_private import (
 )
 
 _LOG = logging.getLogger(__name__)
-_INSTEAD = {"sparse": "dense", "optimised": "as it was captured"}
 _matched: set[SparseLoRAConfig] = set()
 _told: set[object] = set()
 
@@ -85,11 +84,8 @@ def sparselora(
     if result.sparse is not None:
         install_value_guard("sparse_compile.session", "PHASES", session.id)
         install_identity_guards(_inputs_of_this_model(gm, ctx))
-    compiled = None
-    if phase == "sparse" and result.sparse is not None:
-        compiled = _compile_rewritten("sparse", result.sparse, example_inputs, config, mode)
-    if compiled is None and result.exact is not None:
-        compiled = _compile_rewritten("optimised", result.exact, example_inputs, config, mode)
+    rewritten = {"sparse": result.sparse if phase == "sparse" else None, "optimised": result.exact}
+    compiled = _compile_rewritten(rewritten, example_inputs, config, mode)
     if compiled is not None and ctx.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.loss_rows)
     return _watched(compiled or dense(), session, report, config, frame_key(gm))
@@ -103,19 +99,28 @@ def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]
 
 
 def _compile_rewritten(
-    kind: str, rewritten: fx.GraphModule, example_inputs: Sequence[Any], config: SparseLoRAConfig, mode: str | None
+    graphs: Mapping[str, fx.GraphModule | None],
+    example_inputs: Sequence[Any],
+    config: SparseLoRAConfig,
+    mode: str | None,
 ) -> CompiledGraph | None:
-    """Compile the sparse or the optimised graph; None, with a warning, where that fails."""
-    try:
-        return compile_with_inductor(rewritten, example_inputs, config.inductor, mode)
-    except Exception as error:
-        if config.strict or is_control_flow_exception(error):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"sparselora: the {kind} graph did not compile, so it runs {_INSTEAD[kind]}. {reason}", stacklevel=2
-        )
-        return None
+    """Compile the first graph that compiles; None where there is none. One warning names those that did not."""
+    failed: dict[str, str] = {}
+    compiled = None
+    for kind, graph in graphs.items():
+        if graph is None or compiled is not None:
+            continue
+        try:
+            compiled = compile_with_inductor(graph, example_inputs, config.inductor, mode)
+        except Exception as error:
+            if config.strict or is_control_flow_exception(error):
+                raise
+            failed[kind] = f"{type(error).__name__}: {error}"
+    if failed:
+        kinds, instead = " and the ".join(failed), "dense" if "sparse" in failed else "as it was captured"
+        reasons = " ".join(dict.fromkeys(failed.values()))
+        warnings.warn(f"sparselora: the {kinds} graph did not compile, so it runs {instead}. {reasons}", stacklevel=2)
+    return compiled
 
 
 def _watched(

@@ -49,7 +49,7 @@ class EagerCompiler:
     @property
     def sparse(self) -> list[bool]:
         """For each graph, whether the passes made it sparse."""
-        return [any("sparselora" in str(node.target) for node in gm.graph.nodes) for gm in self.graphs]
+        return [any("split_tokens" in str(node.target) for node in gm.graph.nodes) for gm in self.graphs]
 
 
 def pytest_configure(config: pytest.Config) -> None:
