@@ -77,7 +77,7 @@ def sparselora(
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
-        dump.data("plan", plan_data(ctx.plan))
+        dump.data("plan", plan_data(ctx.plan, ctx.product_orders))
         dump.data("manifest", report.to_dict())
     _tell_about_sites(gm, ctx, session, report, failed=result.failed)
 
