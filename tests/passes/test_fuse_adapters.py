@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from decoder import Fp64Decoder, variants
+from decoder import Fp64Decoder, fp64_decoder, variants
 from graphs import (
     ANALYSES,
     Captured,
@@ -29,7 +29,7 @@ from graphs import (
     targets,
     tokens,
 )
-from models import batch, normal, tiny_llama, with_lora
+from models import BATCHES, batch, normal, tiny_llama, with_lora
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.passes.base import PassOutcome
 from sparse_compile.reference import MaskedFFN
@@ -402,3 +402,27 @@ def test_a_sparse_block_is_that_of_the_oracle() -> None:
     )
     records = {record.name: record for record in ran.result.records}
     assert records[PASS].stats["adapters"] == 2 and records["sparsify_ffn"].changed
+
+
+# --- Beside the other exact passes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("disabled", [(), ("order_adapter_products",)], ids=["all", "without merging"])
+@pytest.mark.parametrize("name", [*BATCHES, "one row of the loss"])
+def test_all_exact_passes_together(name: str, disabled: tuple[str, ...]) -> None:
+    """The last block's adapters read rows of the loss, whose number is known at run time only."""
+    model = fp64_decoder(layers=2)
+    inputs = batch(61, **BATCHES.get(name, {}))
+    if name not in BATCHES:
+        inputs["labels"][:, 1:] = -100
+        inputs["labels"][1, 5] = 7
+    ran = run_rewritten(
+        lambda **inputs: model(**inputs)[0], **inputs, config=SparseLoRAConfig(preset="exact", disable=disabled)
+    )
+    records = {record.name: record for record in ran.result.records}
+    assert records["select_loss_rows"].changed and records[PASS].stats["groups"] >= (4 if disabled else 1)
+    expected = model(**inputs)[0]
+    assert_close_rms(ran.value, expected)
+    actual = gradients_of(ran.value, model)
+    for parameter, gradient in gradients_of(expected, model).items():
+        assert_close_rms(actual[parameter], gradient, name=parameter)
