@@ -16,6 +16,7 @@ from graphs import (
     ANALYSES,
     Captured,
     Head,
+    aot_eager,
     assert_golden,
     capture,
     frozen,
@@ -29,10 +30,15 @@ from graphs import (
     tokens,
 )
 from models import batch, normal
+from sparse_compile import backend, explain
+from sparse_compile.capture import capture_context
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs, step_flops
+from sparse_compile.ir import SparsityPlan
 from sparse_compile.passes.base import PassOutcome
 from sparse_compile.passes.order_adapter_products import break_even
+from sparse_compile.pipeline import passes, run_pipeline
+from sparse_compile.report import plan_data
 from tolerances import assert_close_rms
 
 PASS = "order_adapter_products"
@@ -66,6 +72,13 @@ class Layer(nn.Module):
 
 def given(tokens: int = 96, width: int = 16) -> Tensor:
     return normal(2, tokens // 2, width).requires_grad_()
+
+
+def any_tokens(x: Tensor) -> Tensor:
+    """Have Dynamo take the number of tokens for a symbol."""
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    return x
 
 
 def order(function: Callable[..., Any], *args: Tensor, **options: Any) -> tuple[Captured, PassOutcome]:
@@ -274,30 +287,21 @@ def test_a_dynamic_number_of_tokens() -> None:
     torch._dynamo.reset()
     compilations: list[Any] = []
 
-    def backend(gm: Any, example_inputs: Any) -> Any:
-        from graphs import aot_eager
-        from sparse_compile.capture import capture_context
-        from sparse_compile.pipeline import run_pipeline
-
+    def rewritten(gm: Any, example_inputs: Any) -> Any:
         ctx = capture_context(gm, example_inputs, SparseLoRAConfig())
-        compilations.append(run_pipeline(gm, ctx, order=[e for e in all_passes() if e.name in EXACT]))
-        return aot_eager(compilations[-1].canonical, example_inputs)
+        result = run_pipeline(gm, ctx, order=[each for each in passes() if each.name in EXACT])
+        compilations.append(result)
+        return aot_eager(result.exact, example_inputs)
 
-    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(module, backend=rewritten, fullgraph=True)
     for rows, length in ((2, 48), (3, 5), (5, 9)):
-        x = normal(rows, length, 16).requires_grad_()
+        x = any_tokens(normal(rows, length, 16).requires_grad_())
         actual, expected = compiled(x), module(x)
         assert_close_rms(actual, expected)
         found = gradients_of(actual.sin().sum(), module, x)
         for name, gradient in gradients_of(expected.sin().sum(), module, x).items():
             assert_close_rms(found[name], gradient, name=name)
     assert len(compilations) == 1
-
-
-def all_passes() -> Any:
-    from sparse_compile.pipeline import passes
-
-    return passes()
 
 
 def test_nothing_of_the_weights_size_is_saved() -> None:
@@ -387,6 +391,7 @@ def test_a_base_product_that_is_read_elsewhere_has_no_branch() -> None:
 
 
 def test_a_scale_that_is_a_size() -> None:
+    """As `dynamic=True` makes one of every float of a module."""
     def scaled(m: Any, x: Tensor) -> Tensor:
         return m.layer.base_layer(x) + F.linear(F.linear(x, m.layer.lora_A), m.layer.lora_B) * x.shape[1]
 
@@ -447,3 +452,54 @@ def test_a_sparse_site_is_never_merged() -> None:
     assert merged and not any(name.startswith("body.1") for name in merged)
     _, dense = order(model, *inputs)
     assert sum(dense.stats.values()) == sum(outcome.stats.values()) + 3
+
+
+# --- Through the backend ----------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Three adapters of one tensor with too few tokens to merge, and a narrow layer that is merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.narrow = lora(64, 64, rank=4), lora(64, 64), lora(64, 64), lora(8, 8, rank=4)
+        frozen(self).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.q(x).sin() * self.k(x) + self.v(x)
+        return self.narrow(mixed.unflatten(-1, (8, 8)).tanh()).square().mean()
+
+
+def test_inductor_compiles_fused_and_merged_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    real = backend.compile_with_inductor
+
+    def watched(gm: Any, *args: Any) -> Any:
+        run = real(gm, *args)
+        names = targets(gm)
+        return lambda *inputs: (ran.append(names), run(*inputs))[1]
+
+    monkeypatch.setattr(backend, "compile_with_inductor", watched)
+    model = Model()
+    call = torch.compile(model, backend="sparselora", fullgraph=True, options={"preset": "exact"})
+    for rows, length in ((2, 10), (3, 5)):
+        x = any_tokens(normal(rows, length, 64).float().requires_grad_())
+        loss, expected = call(x), model(x)
+        assert_close_rms(loss, expected)
+        found = gradients_of(loss, model, x)
+        for name, gradient in gradients_of(expected, model, x).items():
+            assert_close_rms(found[name], gradient, name=name)
+    assert len(ran) == 2 and ran[0] is ran[1] and all({"split_with_sizes", "merged_linear"} <= set(names) for names in ran)
+
+
+def test_plan_and_report_say_what_was_chosen() -> None:
+    report = explain(Model(), normal(2, 10, 64).float(), config={"preset": "exact"})
+    (graph,) = report.graphs
+    assert [(each.projection, each.order) for each in graph.orders] == [
+        ("q", "F1B1"), ("k", "F1B1"), ("v", "F1B1"), ("narrow", "F2B5")
+    ]  # fmt: skip
+    narrow = plan_data(SparsityPlan(()), graph.orders)["product_orders"][-1]
+    assert narrow["tokens"] == 160 and narrow["break_even"].startswith("N > ") and "*N" in narrow["costs"]["F2B5"]
+    assert "merging pays for" in str(report) and narrow["break_even"] in str(report)
+    change = next(each for each in graph.passes if each.record.name == PASS)
+    assert change.flops_before - change.flops_after == narrow["saved_flops"] > 0
