@@ -9,6 +9,8 @@ PASS_NAMES: tuple[str, ...] = (
     "trace_roles",
     "plan_sparsity",
     "select_loss_rows",
+    "order_adapter_products",
+    "fuse_adapters",
     "insert_predictors",
     "sparsify_ffn",
     "sparsify_attention",

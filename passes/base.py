@@ -14,6 +14,7 @@ from sparse_compile.ir import (
     FFNSite,
     LossRows,
     Parameter,
+    ProductOrder,
     Projection,
     Rejection,
     Site,
@@ -65,6 +66,7 @@ class PassContext:
         roles: where token roles come from, None where nothing tells.
         plan: the decisions.
         factors: by projection name, the predictor's factors of the sites in the plan.
+        product_orders: the order of the products of each layer that could have another.
         selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
             `(query/key channels, value/output channels)` of an attention site.
         loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
@@ -82,6 +84,7 @@ class PassContext:
     roles: TokenRoles | None = None
     plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
     factors: dict[str, LowRankFactors] = field(default_factory=dict)
+    product_orders: tuple[ProductOrder, ...] = ()
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
     loss_rows: LossRows | None = None
     rows: tuple[str, str] | None = None

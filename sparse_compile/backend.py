@@ -17,7 +17,7 @@ from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.loss_rows import restored
 from sparse_compile.passes.base import PassContext
-from sparse_compile.pipeline import run_pipeline
+from sparse_compile.pipeline import passes, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
 from sparse_compile.torch_private import (
@@ -76,7 +76,7 @@ def sparselora(
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
-        dump.data("plan", plan_data(ctx.plan))
+        dump.data("plan", plan_data(ctx.plan, ctx.product_orders))
         dump.data("manifest", report.to_dict())
     _tell_about_sites(gm, ctx, session, report, failed=result.failed)
 
@@ -187,7 +187,10 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     wanted = "layer_sparsity" if config.layer_sparsity is not None else f"preset {config.preset!r}"
     kinds = Counter(site.kind for graph in graphs for site in graph.sites)
     roles = sorted({graph.roles for graph in graphs if graph.roles})
-    reasons = summary_of(tuple(rejection for graph in graphs for rejection in graph.rejections), most=6)
+    # What an exact pass leaves alone is no reason for a site to stay dense.
+    optimising = {each.name for each in passes() if each.optimises}
+    declined = (rejection for graph in graphs for rejection in graph.rejections)
+    reasons = summary_of(tuple(rejection for rejection in declined if rejection.rule not in optimising), most=6)
     skipped = {
         each.record.name: each.record.skipped for graph in graphs for each in graph.passes if each.record.skipped
     }

@@ -86,6 +86,9 @@ class SparseLoRAConfig:
         keep_logits: Compute every row of the logits a training forward returns, those that the loss ignores too.
             Default ``False``: such rows are left out and hold NaN. Set it where something reads them in training, such
             as a metric over all tokens or a second loss.
+        merge_low_precision: Let ``order_adapter_products`` round a merged weight ``W + s B A`` to fp16 or bf16, where
+            that is faster: it loses the digits of an adapter that is small beside its weight, so it is not exact.
+            Default ``False``: weights are merged in fp32 and fp64 alone.
         disable: Names of passes that do not run. Default: none.
         strict: Raise where an approximate pass fails or a name matches no site, instead of warning. Default ``False``.
         dump_dir: Folder for the graphs before and after each pass. Default ``None``: the environment variable
@@ -112,6 +115,7 @@ class SparseLoRAConfig:
     # Two equal configurations have equal hashes whatever the handle hashes to, so it need not be hashable.
     schedule: Schedule | None = field(default=None, hash=False)
     keep_logits: bool = False
+    merge_low_precision: bool = False
     disable: frozenset[str] = frozenset()
     strict: bool = False
     dump_dir: str | None = None
@@ -137,6 +141,7 @@ class SparseLoRAConfig:
             "start_step": _step("start_step", self.start_step),
             "end_step": _step("end_step", self.end_step),
             "keep_logits": _boolean("keep_logits", self.keep_logits),
+            "merge_low_precision": _boolean("merge_low_precision", self.merge_low_precision),
             "disable": _pass_names(self.disable),
             "strict": _boolean("strict", self.strict),
             "dump_dir": _path("dump_dir", self.dump_dir),

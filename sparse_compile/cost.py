@@ -9,7 +9,9 @@ any batch; `sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from torch import Tensor, fx
@@ -23,6 +25,13 @@ CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
 FLOPS_PER_BYTE = {"cpu": 20.0, "cuda": 200.0}
 """FLOPs a device could have done in the time it moves one byte: 200 GFLOP/s over 10 GB/s for two CPU cores, 780 TFLOP/s
 over 4 TB/s for an H200 in bf16. Only the order of magnitude matters."""
+
+TOKENS = sympy.Symbol("N", positive=True)
+"""Number of tokens in a batch, whatever their role."""
+
+MERGE_MARGIN = 0.1
+"""Share of the cost of a layer and its adapter that another order of their products must save. Where tensors fit a
+cache bytes count for less than here (2% measured where 8% were predicted), and Inductor fuses nothing into an op."""
 
 ASSUMED_CONTEXT_SHARE = 0.75
 """Share of context tokens assumed where a preset is planned: the paper's Math10K has 384 of 512."""
@@ -150,3 +159,72 @@ def predictor_flops(plan: SparsityPlan, rank: int) -> sympy.Expr:
         else:
             total += 2.0 * width * (CONTEXT + OUTPUT)
     return total
+
+
+def fused_adapters_pay(tokens: int, in_features: int, ranks: Sequence[int], *, input_gradient: bool) -> bool:
+    """Tell whether one stacked product of adapters that read the same x moves fewer bytes than a product for each.
+
+    FLOPs are equal. For every adapter but one, x is read once less in each direction, and one gradient of x less is
+    written and added up. Paid for that: the factors are copied into a stack and their gradients out of one, and the
+    gradients of the thin products are copied side by side.
+
+    Args:
+        tokens: number of rows of x.
+        in_features: width of x.
+        ranks: rank of each adapter.
+        input_gradient: whether x needs a gradient.
+    """
+    saved = (len(ranks) - 1) * (4 if input_gradient else 2) * tokens * in_features
+    spent = 4 * sum(ranks) * in_features + 2 * tokens * sum(ranks)
+    return saved > spent
+
+
+def association_costs(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    flops_per_byte: float = 0.0,
+    itemsize: int = 4,
+    *,
+    readers: int = 1,
+    input_gradient: bool = True,
+) -> dict[str, sympy.Expr]:
+    """Return what a frozen layer with one adapter costs in a step, by order of its products, over `TOKENS`.
+
+    The names are those of `kernels/merged_linear`, except that F1B1 is the layer as it was captured: its products are
+    added by passes of their own over (N, out) and (N, in), where the op accumulates. F2 forms no `x A'`, which its
+    backward then needs.
+
+    Args:
+        in_features: width of x.
+        out_features: width of y.
+        rank: r.
+        flops_per_byte: what a byte moved counts, as in `FLOPS_PER_BYTE`; 0 counts FLOPs alone.
+        itemsize: bytes of an element.
+        readers: number of adapters of the same x: of F1B1 their products are fused, so each pays its share of x.
+        input_gradient: whether x needs a gradient; without it the order of the backward has no meaning.
+    """
+    n, moved = TOKENS, flops_per_byte * itemsize
+
+    def product(rows: Any, inner: Any, columns: Any, *, accumulate: bool = False) -> sympy.Expr:
+        elements = rows * inner + inner * columns + (2 if accumulate else 1) * rows * columns
+        return 2 * rows * inner * columns + moved * elements
+
+    merge = product(out_features, rank, in_features, accumulate=True)
+    base = product(n, in_features, out_features)
+    thin = product(n, in_features, rank)
+    factors = product(n, out_features, rank) + product(rank, n, in_features) + product(out_features, n, rank)
+    base_gradient, thin_gradient = product(n, out_features, in_features), product(n, rank, in_features, accumulate=True)
+
+    # Of x and its gradient: read twice, written, and added up (two reads, one write).
+    shared = moved * n * in_features * (5 if input_gradient else 2)
+    f1b1 = base + thin + product(n, rank, out_features) + factors + moved * 5 * n * out_features
+    f1b1 += (base_gradient + thin_gradient + moved * 2 * n * in_features) if input_gradient else 0
+    costs = {"F1B1": f1b1 - shared * sympy.Rational(readers - 1, readers)}
+    forward = {"F1": base + thin + product(n, rank, out_features, accumulate=True), "F2": base + merge + thin}
+    backward = {"B1": base_gradient + thin_gradient, "B5": merge + base_gradient}
+    if not input_gradient:
+        return costs | {"F2B1": sympy.expand(forward["F2"] + factors)}
+    orders = (("F1", "B5"), ("F2", "B1"), ("F2", "B5"))
+    costs |= {f + b: sympy.expand(forward[f] + factors + backward[b]) for f, b in orders}
+    return costs

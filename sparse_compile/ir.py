@@ -264,6 +264,27 @@ class LossRows:
 
 
 @dataclass(frozen=True)
+class ProductOrder:
+    """The order chosen for the products of one frozen layer and its adapter.
+
+    Attributes:
+        projection: the layer.
+        order: a name of `kernels/merged_linear`; `"F1B1"` leaves the layer as it was captured.
+        tokens: number of tokens seen at tracing, for which the order was chosen.
+        costs: by order, what a step costs over N tokens: FLOPs, and bytes as the FLOPs of the time they take.
+        saved_flops: FLOPs alone that the order saves at that number of tokens.
+        break_even: for which numbers of tokens another order than F1B1 pays: `"N > 1843"` or `"never"`.
+    """
+
+    projection: str
+    order: str
+    tokens: int
+    costs: tuple[tuple[str, str], ...]
+    saved_flops: float
+    break_even: str
+
+
+@dataclass(frozen=True)
 class Rejection:
     """A place where a rule looked and did not apply.
 

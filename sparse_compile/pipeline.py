@@ -22,9 +22,11 @@ from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
 from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
 from sparse_compile.passes.find_projections import FindProjections
+from sparse_compile.passes.fuse_adapters import FuseAdapters
 from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
 from sparse_compile.passes.insert_predictors import InsertPredictors
 from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
+from sparse_compile.passes.order_adapter_products import OrderAdapterProducts
 from sparse_compile.passes.plan_sparsity import PlanSparsity
 from sparse_compile.passes.select_loss_rows import SelectLossRows
 from sparse_compile.passes.sparsify_attention import SparsifyAttention
@@ -47,6 +49,8 @@ def passes() -> tuple[Pass, ...]:
         TraceRoles(),  # independent of the sites: from the loss back to the labels
         PlanSparsity(),  # needs all facts; computes the predictor's factors
         SelectLossRows(),  # before the sparse passes: what it narrows needs no sparsity any more
+        OrderAdapterProducts(),  # needs the plan: a sparse site is never merged
+        FuseAdapters(),  # after it: a merged adapter has no product of its own left
         InsertPredictors(),  # before the rewrites: scores read the inputs of sites, which the rewrites keep
         SparsifyFFN(),
         SparsifyAttention(),

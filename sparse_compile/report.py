@@ -23,7 +23,7 @@ from sparse_compile.cost import (
     saved_flops,
     step_flops,
 )
-from sparse_compile.ir import Rejection, SitePlan, SparsityPlan
+from sparse_compile.ir import ProductOrder, Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import PassContext
 from sparse_compile.passes.select_loss_rows import ON_LOSS_ROWS
 from sparse_compile.pipeline import PassRecord, PipelineResult
@@ -76,6 +76,7 @@ class GraphReport:
         projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
         sites: every matched site.
         passes: every pass.
+        orders: the order of the products of each layer that could have another.
         rejections: every place where a pass looked and did not apply.
         flops_before, flops_after: FLOPs of the matrix products of a training step.
         weight_flops_before, weight_flops_after: those of the products with frozen weights alone.
@@ -89,6 +90,7 @@ class GraphReport:
     adapters: int
     sites: tuple[SiteReport, ...]
     passes: tuple[PassReport, ...]
+    orders: tuple[ProductOrder, ...]
     rejections: tuple[Rejection, ...]
     flops_before: float
     flops_after: float
@@ -130,6 +132,7 @@ def graph_report(
         adapters=sum(len(projection.branches) for projection in ctx.projections.values()),
         sites=_sites(result, ctx),
         passes=tuple(passes),
+        orders=ctx.product_orders,
         rejections=result.rejections,
         flops_before=dense,
         flops_after=current,
@@ -151,6 +154,8 @@ def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
         return predictor_flops(ctx.plan, ctx.config.predictor_rank)
     if name == "select_loss_rows" and ctx.loss_rows is not None:
         return -loss_row_flops(ctx.loss_rows)[0]
+    if name == "order_adapter_products":
+        return sympy.Float(-sum(order.saved_flops for order in ctx.product_orders))
     kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
     return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
 
@@ -182,11 +187,12 @@ def _provider(plan: SitePlan, ctx: PassContext) -> str:
     return "+".join(ctx.providers.get(plan.site.name, ())) or "dense"
 
 
-def plan_data(plan: SparsityPlan) -> dict[str, Any]:
-    """Return a plan as plain data for JSON, with its cost over symbolic numbers of tokens."""
+def plan_data(plan: SparsityPlan, orders: tuple[ProductOrder, ...] = ()) -> dict[str, Any]:
+    """Return the decisions as plain data for JSON, with their cost over symbolic numbers of tokens."""
     return {
         "sites": [asdict(each) for each in plan.sites],
         "saved_flops": {kind: str(saved_flops(plan, kind)) for kind in ("ffn", "attention")},
+        "product_orders": [asdict(order) | {"costs": dict(order.costs)} for order in orders],
     }
 
 
@@ -275,6 +281,10 @@ def _graph_text(graph: GraphReport) -> str:
             ],
         ),
     ]
+    if graph.orders:
+        groups = Counter((order.order, order.break_even) for order in graph.orders)
+        rows: list[tuple[str, ...]] = [(order, str(count), condition) for (order, condition), count in groups.items()]
+        lines += ["", table(("products", "layers", "merging pays for"), rows)]
     if graph.rejections:
         lines += ["", "declined:", *summary_of(graph.rejections)]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ RICH: dict[str, Any] = {
     "start_step": 0.1,
     "end_step": 0.9,
     "keep_logits": True,
+    "merge_low_precision": True,
     "disable": ["sparsify_attention", "insert_predictors"],
     "strict": True,
     "dump_dir": "dump",

@@ -15,6 +15,7 @@ from sparse_compile import reference as oracle
 from sparse_compile.kernels import channel_selection, gathered_linear, token_rows
 from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
 from sparse_compile.kernels.channel_selection.reference import spaced_rows
+from sparse_compile.kernels.merged_linear.reference import ASSOCIATIONS
 from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable, cpu_only
 from sparse_compile.roles import token_roles
 from tolerances import assert_close_rms
@@ -38,6 +39,9 @@ def frozen(*shape: int, seed: int = 1) -> Tensor:
 MASK = torch.tensor([[False, True, True], [True, False, False]])
 ROWS, CONTEXT = index(1, 2, 3), index(0, 4, 5)
 
+ADAPTED = (x(5, 7), frozen(9, 7), x(2, 7, seed=3), x(9, 2, seed=4), x(9, seed=5))
+"""Input, frozen weight, factors and bias of a layer with an adapter."""
+
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gathered_linear": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 3, 8))),
     "gathered_linear, one channel": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(4))),
@@ -50,6 +54,22 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gathered_input_linear, no rows": (OPS.gathered_input_linear, (x(0, 2), frozen(9, 7), index(0, 3))),
     "gathered_input_linear, transposed": (OPS.gathered_input_linear, (x(5, 2), frozen(7, 9).t(), index(0, 3))),
     "gathered_input_linear, cpu_gemm": (OPS.gathered_input_linear, (x(5, 2), frozen(9, 7), index(0, 6), "cpu_gemm")),
+    **{f"merged_linear, {order}": (OPS.merged_linear, (*ADAPTED, 1.5, order)) for order in ASSOCIATIONS},
+    **{
+        f"merged_linear, no bias, three dimensions, {order}": (
+            OPS.merged_linear,
+            (x(2, 3, 7), *ADAPTED[1:4], None, 0.5, order),
+        )
+        for order in ("F1B5", "F2B5")
+    },
+    "merged_linear, no rows": (OPS.merged_linear, (x(0, 7), *ADAPTED[1:], 1.5, "F1B5")),
+    "merged_linear, rank one, transposed weight": (
+        OPS.merged_linear,
+        (x(5, 7), frozen(7, 9).t(), x(1, 7, seed=3), x(9, 1, seed=4), None, 2.0, "F2B5"),
+    ),
+    "merged_linear, strided x": (OPS.merged_linear, (normal(7, 5).t().requires_grad_(), *ADAPTED[1:], 1.5, "F1B5")),
+    "merged_input_gradient": (OPS.merged_input_gradient, (x(5, 9), *ADAPTED[1:4], 1.5)),
+    "merged_input_gradient, no rows": (OPS.merged_input_gradient, (x(0, 9), *ADAPTED[1:4], 1.5)),
     "take_rows": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT)),
     "take_rows, columns": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT, index(0, 4))),
     "take_rows, cpu_index": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT, index(0, 4), "cpu_index")),
@@ -129,7 +149,9 @@ def test_every_op_is_checked() -> None:
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
-DIFFERENTIATED = ("gathered_linear", "gathered_input_linear", "take_rows", "put_rows")
+DIFFERENTIATED = (
+    "gathered_linear", "gathered_input_linear", "merged_linear", "merged_input_gradient", "take_rows", "put_rows",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name.split(",")[0] in DIFFERENTIATED])
@@ -151,6 +173,46 @@ def test_gradcheck(name: str) -> None:
 def test_a_trained_weight_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="must be frozen"):
         OPS.gathered_linear(x(2, 3), x(4, 3), index(0))
+    with pytest.raises(AssertionError, match="must be frozen"):
+        OPS.merged_linear(ADAPTED[0], x(9, 7), *ADAPTED[2:], 1.5, "F2B5")
+
+
+# --- Merged products --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ASSOCIATIONS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_order_of_products_is_the_layer_with_its_adapter(order: str, dtype: torch.dtype) -> None:
+    given = [value.detach().to(dtype).requires_grad_(value.requires_grad) for value in ADAPTED]
+    wide = [value.detach().double().requires_grad_(value.requires_grad) for value in given]
+    y = OPS.merged_linear(*given, 1.5, order)[0]
+    expected = wide[0] @ wide[1].T + 1.5 * (wide[0] @ wide[2].T) @ wide[3].T + wide[4]
+    assert y.dtype == dtype
+    assert_close_rms(y, expected)
+    seed = normal(*y.shape, seed=9)
+    trained = [i for i, value in enumerate(given) if value.requires_grad]
+    found = torch.autograd.grad(y, [given[i] for i in trained], seed.to(dtype))
+    wanted = torch.autograd.grad(expected, [wide[i] for i in trained], seed)
+    for name, gradient, want in zip("xabc", found, wanted, strict=True):
+        assert_close_rms(gradient, want, dtype, name=name)
+
+
+@pytest.mark.parametrize("order", ASSOCIATIONS)
+def test_no_merged_matrix_is_saved(order: str) -> None:
+    """Of the size of the weight there is the weight; beside the operands there is x A' at most."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda x: x):
+        y, thin = OPS.merged_linear(*ADAPTED, 1.5, order)
+    operands = {value.data_ptr() for value in ADAPTED[:4]}
+    others = [tensor for tensor in saved if tensor.data_ptr() not in operands and tensor.numel()]
+    assert all(tensor.data_ptr() == thin.data_ptr() for tensor in others)
+    assert thin.shape == ((0, 2) if order.startswith("F2") else (5, 2)) and y.shape == (5, 9)
+
+
+def test_operands_of_several_dtypes_are_a_bug() -> None:
+    mixed = [value.detach().to("meta") for value in ADAPTED]
+    with pytest.raises(AssertionError, match="merged_linear: operands of"):
+        OPS.merged_linear(mixed[0].float(), *mixed[1:], 1.5, "F2B5")
 
 
 # --- Providers --------------------------------------------------------------------------------------------------------

@@ -121,6 +121,8 @@ def test_disable(name: str) -> None:
     # The model has a feed-forward site alone. An analysis that is left out has found nothing, and the rest goes on.
     not_needed = (
         "select_loss_rows",
+        "order_adapter_products",
+        "fuse_adapters",
         "inline_checkpoint_bodies",
         "find_attention",
         "sparsify_attention",

@@ -1,0 +1,123 @@
+"""Which adapters read the same tensor, so that one product could serve them all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.ir import LoRABranch, Projection
+from sparse_compile.passes.base import PassContext
+
+_MODE_SWITCHES = {
+    "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode",
+}  # fmt: skip
+_IN_PLACE = {
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA branch as it stands in the graph.
+
+    Attributes:
+        projection: the layer it belongs to.
+        branch: the branch.
+        product: the product with its A.
+        root: the tensor it reads, before casts.
+        bias: whether its A has a bias.
+    """
+
+    projection: Projection
+    branch: LoRABranch
+    product: fx.Node
+    root: fx.Node
+    bias: bool
+
+
+def adapters_by_input(graph: fx.Graph, ctx: PassContext) -> list[list[Adapter]]:
+    """Return the adapters of the graph, in graph order, in groups that read the same values under the same rules.
+
+    Of one group are adapters that read one tensor through the same casts, in the same dtypes, in one region of autocast
+    and gradient mode, and in one activation checkpoint. Two dropouts of a tensor are two tensors.
+    """
+    branches = {
+        branch.a: (projection, branch) for projection in ctx.projections.values() for branch in projection.branches
+    }
+    groups: dict[Hashable, list[Adapter]] = {}
+    region = 0
+    for node in graph.nodes:
+        region += op_name(node) in _MODE_SWITCHES
+        # An adapter that an earlier pass fused or merged is no product with A any more.
+        if node.name not in branches or node.target is not LINEAR:
+            continue
+        x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        values = tensor_value(x), tensor_value(weight), tensor_value(node)
+        if None in values:
+            continue
+        root, casts = _without_casts(x)
+        dtypes = tuple(value.dtype for value in values if value is not None)
+        key = (root, casts, dtypes, region, node.meta.get("ac_graph_id"), node.meta.get("recompute"))
+        adapter = Adapter(*branches[node.name], node, root, argument(node, 2, "bias") is not None)
+        groups.setdefault(key, []).append(adapter)
+    return list(groups.values())
+
+
+def _without_casts(node: fx.Node) -> tuple[fx.Node, tuple[object, ...]]:
+    """Follow casts back to what they cast; return it, and the dtypes and devices on the way."""
+    casts: list[object] = []
+    while calls_torch(node) and op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
+        value = tensor_value(node)
+        casts.append(node if value is None else (value.dtype, value.device))
+        node = node.args[0]
+    return node, tuple(casts)
+
+
+def mutation_between(root: fx.Node, end: fx.Node) -> fx.Node | None:
+    """Return the first call between two nodes that may write to the tensor `root`: it has two values there.
+
+    What is written to in place is followed back, through whatever may be a view, to a product: that is a new tensor.
+    """
+    own = set(_storage_path(root))
+    node = root.next
+    while node is not end and node.op != "root":
+        if writes_in_place(node):
+            written = [value for value in (*node.args[:1], node.kwargs.get("out")) if isinstance(value, fx.Node)]
+            if not written or any(own & set(_storage_path(value)) for value in written):
+                return node
+        node = node.next
+    return None
+
+
+def _storage_path(node: fx.Node) -> Iterator[fx.Node]:
+    yield node
+    while node.target is not LINEAR and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        yield node
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Tell whether a call may write to one of its operands."""
+    name = op_name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    if node.op not in ("call_function", "call_method") or name in _MODE_SWITCHES:
+        return False
+    method = name.strip("_")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    return in_place or (name != method and method in _IN_PLACE) or "out" in node.kwargs or _inplace_flag(node)
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    if "inplace" in node.kwargs or not callable(node.target):
+        return bool(node.kwargs.get("inplace"))
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+    return bool(bound.arguments.get("inplace"))

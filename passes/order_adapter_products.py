@@ -1,0 +1,212 @@
+"""Associate the products of a frozen layer and its adapter in the order that is cheapest (RunLoRA, arXiv 2312.03415).
+
+    %base   = linear(%x, W, b)
+    %low    = linear(%x, A)                   %pair   = sparselora.merged_linear(%x, W, A, B, b, s, 'F2B5')
+    %up     = linear(%low, B)          ->     %output = getitem(%pair, 0)
+    %scaled = mul(%up, s)
+    %output = add(%base, %scaled)
+
+Forward, F1 is x W' + s (x A') B' and F2 is x (W + s B A)'; for the gradient of x, B1 is dy W + s (dy B) A and B5 is
+dy (W + s B A). With many tokens for the width of the layer it is cheaper to merge the weight than to carry all tokens
+through the adapter: F2 where N > in, B5 where N > out, if that saves more than a margin over the layer as it stands.
+F1B1 is the layer as it stands. The choice is made once, by the number of tokens seen at tracing; it is right for any
+number, and the number at which it would turn is recorded.
+
+Legal because: matrix products associate; what differs is rounding. The op saves x, W, A, B, never a merged weight.
+Declines when: the adapter's input is dropped out (what is dropped for the adapter is not dropped for the layer), there
+are several adapters, A or B has a bias, the scale is no number, dtypes differ or autocast casts, a product in between
+is read elsewhere, the layer is in a sparse site, the dtype is fp16 or bf16 (a merged weight is rounded to it; the
+option `merge_low_precision` allows that), or the number of tokens is known at run time only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from sparse_compile.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
+from sparse_compile.graph import (
+    LINEAR,
+    Rewriter,
+    argument,
+    hinted_shape,
+    nodes_by_name,
+    op_name,
+    take_over,
+    tensor_value,
+)
+from sparse_compile.ir import LoRABranch, ProductOrder, Projection, Rejection
+from sparse_compile.passes.adapter_inputs import adapters_by_input, mutation_between
+from sparse_compile.passes.autocast import autocast_dtypes
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.torch_private import UNKNOWN_SIZE
+
+_OPS = torch.ops.sparselora
+
+
+@dataclass(frozen=True)
+class OrderAdapterProducts:
+    """Merge a layer and its adapter, forward or backward, where the cost model says that it pays."""
+
+    name: str = "order_adapter_products"
+    requires: tuple[str, ...] = ("plan",)
+    ensures: tuple[str, ...] = ()
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = False
+    optimises: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        rewriter = Rewriter(gm, self.name)
+        matcher = _Matcher(gm.graph, ctx)
+        readers = {adapter.branch.a: len(group) for group in adapters_by_input(gm.graph, ctx) for adapter in group}
+        orders: list[ProductOrder] = []
+        rejections: list[Rejection] = []
+        for projection in ctx.projections.values():
+            found = matcher.match(projection)
+            if isinstance(found, _Layer):
+                order = _cheapest(found, projection, readers[projection.branches[0].a])
+                orders.append(order)
+                if order.order != "F1B1":
+                    _rewrite(found, projection, order.order, rewriter)
+            elif found:
+                rejections.append(Rejection(self.name, projection.name, found))
+        ctx.product_orders = tuple(orders)
+        stats = dict(Counter(order.order for order in orders))
+        return PassOutcome(rewriter.inserted > 0, stats, tuple(rejections))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The operands of a layer and its one adapter, as the op takes them."""
+
+    x: fx.Node
+    weight: fx.Node
+    a: fx.Node
+    b: fx.Node
+    bias: fx.Node | None
+    scale: float
+    output: fx.Node
+
+
+class _Matcher:
+    """Checks that nothing but a layer and its adapter stands between x and the output."""
+
+    def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
+        self.ctx = ctx
+        self.nodes = nodes_by_name(graph)
+        self.sparse = {projection.base for plan in ctx.plan.sparse_sites for projection in plan.site.projections}
+        self.autocast = {device: autocast_dtypes(graph, ctx.autocast, device) for device in ("cpu", "cuda")}
+
+    def match(self, projection: Projection) -> _Layer | str:
+        """Return the layer, or why its products are left alone; that goes without saying where the string is empty."""
+        if not projection.branches or projection.base not in self.nodes or projection.base in self.sparse:
+            return ""
+        if len(projection.branches) > 1:
+            return "it has several adapters"
+        (branch,) = projection.branches
+        if branch.dropout is not None:
+            return "the adapter's input is dropped out: the layer's is not, so the two cannot be merged"
+        base, low, up = (self.nodes[name] for name in (projection.base, branch.a, branch.b))
+        x, weight, bias = (argument(base, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        return self._reason(x, base, low, up) or self._layer(x, weight, bias, projection, branch)
+
+    def _reason(self, x: fx.Node, base: fx.Node, low: fx.Node, up: fx.Node) -> str:
+        if low.target is not LINEAR or any(argument(product, 2, "bias") is not None for product in (low, up)):
+            return "the adapter has a bias"
+        values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
+        value = values[0]
+        if value is None or None in values:
+            return "its sizes are not known"
+        if argument(low, 0, "input") is not x or len({each.dtype for each in values if each is not None}) > 1:
+            return "the layer and its adapter compute in different dtypes"
+        casts = {self.autocast.get(value.device.type, {}).get(node.name) for node in (base, low, up)}
+        if casts != {None} and value.dtype != torch.float64:
+            return "autocast casts its operands, which it does not do for a merged product"
+        low_precision = value.dtype not in (torch.float32, torch.float64)
+        if low_precision and not self.ctx.config.merge_low_precision:
+            return f"a weight merged in {str(value.dtype).removeprefix('torch.')} is rounded (see merge_low_precision)"
+        if UNKNOWN_SIZE in hinted_shape(x)[:-1]:
+            return "its number of tokens is known at run time only"
+        return ""
+
+    def _layer(
+        self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, projection: Projection, branch: LoRABranch
+    ) -> _Layer | str:
+        base, low, up, scaled, output = (
+            self.nodes[name] for name in (projection.base, branch.a, branch.b, branch.output, projection.output)
+        )
+        if list(base.users) != [output] or any(len(node.users) != 1 for node in (low, up, scaled)):
+            return "a product in between is read elsewhere"
+        factors = [_scale(scaled, up), _scale(argument(up, 0, "input"), low)]
+        if output not in scaled.users or None in factors:
+            return "the scale is no number, or a product in between is cast"
+        if mutation_between(x, output) is not None:
+            return "its input may be written to in between"
+        marks = {(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in (base, low, up, scaled, output)}
+        if len(marks) > 1:
+            return "the layer and its adapter stand in different checkpoints"
+        scale = math.prod(factor for factor in factors if factor is not None)
+        return _Layer(x, weight, argument(low, 1, "weight"), argument(up, 1, "weight"), bias, scale, output)
+
+
+def _scale(top: fx.Node, bottom: fx.Node) -> float | None:
+    """Return the number by which `top` is a multiple of `bottom`; None where anything else is between them."""
+    scale, node = 1.0, top
+    while node is not bottom:
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        numbers = [arg for arg in node.args if isinstance(arg, int | float)]
+        if op_name(node) not in ("mul", "__mul__", "imul") or len(operands) != 1 or len(numbers) != 1:
+            return None
+        (node,) = operands
+        scale *= float(numbers[0])
+    return scale
+
+
+def _cheapest(layer: _Layer, projection: Projection, readers: int) -> ProductOrder:
+    """Choose the order of the products, by the number of tokens seen at tracing."""
+    value = tensor_value(layer.x)
+    assert value is not None
+    tokens = math.prod(hinted_shape(layer.x)[:-1])
+    rank = hinted_shape(layer.a)[0]
+    widths = projection.in_features, projection.out_features
+    needs_gradient = value.requires_grad
+    flops_per_byte = FLOPS_PER_BYTE.get(value.device.type, FLOPS_PER_BYTE["cuda"])
+    costs = association_costs(
+        *widths, rank, flops_per_byte, value.element_size(), readers=readers, input_gradient=needs_gradient
+    )
+    flops = association_costs(*widths, rank, input_gradient=needs_gradient)
+    at = {name: float(cost.subs(TOKENS, tokens)) for name, cost in costs.items()}
+    merged = min((name for name in costs if name != "F1B1"), key=at.__getitem__)
+    order = merged if at[merged] < (1 - MERGE_MARGIN) * at["F1B1"] else "F1B1"
+    return ProductOrder(
+        projection=projection.name,
+        order=order,
+        tokens=tokens,
+        costs=tuple((name, str(sympy.expand(cost))) for name, cost in costs.items()),
+        saved_flops=float((flops["F1B1"] - flops[order]).subs(TOKENS, tokens)),
+        break_even=break_even(costs),
+    )
+
+
+def break_even(costs: Mapping[str, sympy.Expr]) -> str:
+    """Return the condition on `TOKENS` under which one of the merged orders pays; each cost is linear in it."""
+    spared = [sympy.expand((1 - MERGE_MARGIN) * costs["F1B1"] - cost) for name, cost in costs.items() if name != "F1B1"]
+    # Merging costs the same for any number of tokens, so for few it never pays.
+    assert all(spare.coeff(TOKENS, 0) <= 0 for spare in spared)
+    turns = [-spare.coeff(TOKENS, 0) / spare.coeff(TOKENS, 1) for spare in spared if spare.coeff(TOKENS, 1) > 0]
+    return f"{TOKENS} > {math.floor(min(turns))}" if turns else "never"
+
+
+def _rewrite(layer: _Layer, projection: Projection, order: str, rewriter: Rewriter) -> None:
+    with rewriter.before(layer.output, projection.name):
+        operands = (layer.x, layer.weight, layer.a, layer.b, layer.bias)
+        pair = rewriter.call(_OPS.merged_linear.default, *operands, layer.scale, order)
+        output, *_ = rewriter.items(pair, 1)
+    take_over(layer.output, output)
