@@ -16,6 +16,7 @@ from sparse_compile.capture import capture_context, count_tokens, is_whole_step,
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.passes.base import PassContext
+from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import PipelineResult, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
@@ -27,6 +28,9 @@ from sparse_compile.torch_private import (
     install_value_guard,
     is_control_flow_exception,
 )
+
+# Dynamo imports this module when it looks up the backend's name, before it traces anything.
+make_dora_traceable()
 
 _LOG = logging.getLogger(__name__)
 _matched: set[SparseLoRAConfig] = set()
