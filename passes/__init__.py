@@ -8,6 +8,7 @@ PASS_NAMES: tuple[str, ...] = (
     "find_attention",
     "trace_roles",
     "plan_sparsity",
+    "factor_dora_norm",
     "insert_predictors",
     "sparsify_ffn",
     "sparsify_attention",

@@ -111,7 +111,7 @@ def graph_report(
         roles=ctx.roles.origin if ctx.roles else None,
         tokens=tokens,
         projections=len(ctx.projections),
-        adapters=sum(len(projection.branches) for projection in ctx.projections.values()),
+        adapters=sum(len(projection.adapters) for projection in ctx.projections.values()),
         sites=_sites(result, ctx),
         passes=tuple(passes),
         rejections=result.rejections,
@@ -142,7 +142,7 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 total=plan.total,
                 provider="+".join(ctx.providers.get(plan.site.name, ())) or "dense",
                 reason=f"{rewrite} did not run" if left_out else plan.reason,
-                adapters=sum(len(projection.branches) for projection in plan.site.projections),
+                adapters=sum(len(projection.adapters) for projection in plan.site.projections),
             )
         )
     return tuple(sites)

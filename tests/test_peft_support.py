@@ -89,8 +89,8 @@ def test_explain_sees_one_graph() -> None:
 
 def test_peft_that_is_not_imported_stays_so() -> None:
     program = (
-        "import sys; from sparse_compile.peft_support import make_dora_traceable as make; import sparse_compile.backend; "
-        "sys.exit(make() or 'peft' in sys.modules)"
+        "import sys; import sparse_compile.backend; from sparse_compile.peft_support import make_dora_traceable; "
+        "sys.exit(make_dora_traceable() or 'peft' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
