@@ -57,6 +57,7 @@ def sparselora(
     Raises:
         ValueError: an invalid option, or (strict) a site name that matches nothing. TorchDynamo wraps it.
     """
+    make_dora_traceable()  # PEFT may have been imported since: then for what is traced from now on
     config = SparseLoRAConfig.from_options(options)
     ctx = capture_context(gm, example_inputs, config)
 

@@ -121,9 +121,16 @@ def _swaps(node: fx.Node) -> int:
 
 
 def stored_matrix(node: fx.Node) -> tuple[fx.Node, bool]:
-    """Follow casts and transposes of a matrix back to what is stored; tell whether that is the transpose."""
-    matrix, transposes = strip_transposes(strip_casts(node))
-    return strip_casts(matrix), transposes % 2 == 1
+    """Follow casts, detaches and transposes of a matrix back to what is stored; tell whether that is the transpose."""
+    count = 0
+    while True:
+        matrix, transposes = strip_transposes(strip_casts(node))
+        count += transposes
+        if op_name(matrix) == "detach" and isinstance(matrix.args[0], fx.Node):
+            matrix = matrix.args[0]
+        if matrix is node:
+            return node, count % 2 == 1
+        node = matrix
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -1,11 +1,12 @@
 """Let TorchDynamo trace PEFT's DoRA layers: without it, one decoder block with four adapters is 18 graphs.
 
-PEFT's DoRA layer asks a helper for its frozen weight, dequantised where it is quantised. The helper looks at the module
-name of the weight's class, which Dynamo cannot trace, so the whole layer falls back to eager. What is traced in its
-place here returns a weight that is not quantised, as the helper would, and leaves every other weight to the helper.
+PEFT's DoRA layer asks two helpers for its frozen weight: one dequantises it where it is quantised, the other transposes
+it where it is stored as (in, out). The first looks at the module name of the weight's class, the second constructs an
+`nn.Parameter`; Dynamo traces neither, so the whole layer falls back to eager. What is traced in their place here gives
+the same values and gradients for plain weights, and leaves every other weight to PEFT.
 
 The substitution holds for the whole process, whichever backend compiles: it changes what Dynamo traces, never what the
-helper does when it is called.
+helpers do when they are called.
 """
 
 from __future__ import annotations
@@ -21,36 +22,46 @@ import torch
 from torch import Tensor, nn
 
 _LOG = logging.getLogger(__name__)
-_HELPER = "dequantize_module_weight"
 _substituted: set[Callable[..., Any]] = set()
 
 
 def make_dora_traceable() -> bool:
-    """Have Dynamo trace a substitute for PEFT's weight-dequantisation helper; return whether it does from now on.
+    """Have Dynamo trace substitutes for PEFT's weight helpers; return whether it does from now on.
 
-    Does nothing where PEFT has not been imported, or has no helper of this name and signature. May be called again.
+    Does nothing where PEFT has not been imported. A helper that is missing, or has another signature, is left alone.
+    May be called again.
     """
-    integrations = sys.modules.get("peft.utils.integrations")
-    helper = getattr(integrations, _HELPER, None)
+    if "peft" not in sys.modules:
+        return False
+    done = [_substitute(module, name, make) for module, name, make in _HELPERS]
+    return all(done)
+
+
+def _substitute(module: str, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    helper = getattr(sys.modules.get(module), name, None)
     if not isinstance(helper, FunctionType):
-        _LOG.debug("PEFT is not imported, or has no %s: DoRA layers are traced as they are", _HELPER)
+        _LOG.debug("PEFT has no function %s.%s: DoRA layers are traced without it", module, name)
         return False
     if helper in _substituted:
         return True
-    parameters = list(inspect.signature(helper).parameters.values())
-    if [each.name for each in parameters] != ["module"] or parameters[0].default is not inspect.Parameter.empty:
-        _LOG.debug("PEFT's %s takes %s: DoRA layers are traced as they are", _HELPER, inspect.signature(helper))
+    substitute = make(helper)
+    expected, found = (
+        [(each.name, each.default) for each in inspect.signature(function).parameters.values()]
+        for function in (substitute, helper)
+    )
+    if expected != found:
+        _LOG.debug("PEFT's %s takes %s: DoRA layers are traced as they are", name, inspect.signature(helper))
         return False
     try:
-        torch.compiler.substitute_in_graph(helper)(_substitute_for(helper))
+        torch.compiler.substitute_in_graph(helper)(substitute)
     except (TypeError, ValueError) as error:  # someone else has substituted it
-        _LOG.debug("PEFT's %s cannot be substituted: %s", _HELPER, error)
+        _LOG.debug("PEFT's %s cannot be substituted: %s", name, error)
         return False
     _substituted.add(helper)
     return True
 
 
-def _substitute_for(helper: Callable[..., Any]) -> Callable[..., Any]:
+def _dequantisation(helper: Callable[..., Any]) -> Callable[..., Any]:
     # Untraced: a call of the helper itself would be substituted again, without end.
     as_peft_does = torch.compiler.disable(helper, reason="PEFT dequantises a quantised weight")
 
@@ -64,3 +75,19 @@ def _substitute_for(helper: Callable[..., Any]) -> Callable[..., Any]:
         return as_peft_does(module)
 
     return dequantize_module_weight
+
+
+def _transposition(_: Callable[..., Any]) -> Callable[..., Any]:
+    def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+        if not fan_in_fan_out:
+            return weight
+        # PEFT makes a parameter of its own of a parameter: no gradient flows back to the weight.
+        return weight.detach().T if isinstance(weight, nn.Parameter) else weight.T
+
+    return transpose
+
+
+_HELPERS = (
+    ("peft.utils.integrations", "dequantize_module_weight", _dequantisation),
+    ("peft.utils.other", "transpose", _transposition),
+)

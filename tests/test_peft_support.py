@@ -47,6 +47,30 @@ def test_one_graph_bit_equal_to_eager(dropout: float) -> None:
         assert gradient.any() and torch.equal(actual.gradients[name], gradient), name
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_weight_stored_transposed_is_one_graph_too(dropout: float) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    config = LoraConfig(
+        r=2, target_modules=["0"], use_dora=True, fan_in_fan_out=True, lora_dropout=dropout, init_lora_weights=False
+    )
+    model = get_peft_model(nn.Sequential(Conv1D(6, 4), nn.LayerNorm(6)), config)
+    assert make_dora_traceable()
+    x = torch.randn(2, 3, 4, requires_grad=True)
+
+    def step(call: Callable[..., Tensor]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        x.grad = None
+        call(x).pow(3).sum().backward()
+        return {**gradients(model), "x": x.grad}  # type: ignore[dict-item]
+
+    expected = step(model)
+    actual = step(torch.compile(model, backend=Eager(), fullgraph=True))
+    for name, gradient in expected.items():
+        assert gradient.any() and torch.equal(actual[name], gradient), name
+
+
 ONE_PROCESS = """
 import sys, warnings
 sys.path[:0] = [TESTS]
@@ -104,13 +128,17 @@ def no_default_but_another_name(layer: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("helper", [None, two_arguments, no_default_but_another_name, len, torch.compile])
-def test_another_peft_is_left_alone(helper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = SimpleNamespace() if helper is None else SimpleNamespace(dequantize_module_weight=helper)
-    monkeypatch.setitem(sys.modules, "peft.utils.integrations", other)
+@pytest.mark.parametrize("where", ["integrations.dequantize_module_weight", "other.transpose"])
+def test_another_peft_is_left_alone(where: str, helper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    module, name = where.split(".")
+    monkeypatch.setitem(sys.modules, f"peft.utils.{module}", SimpleNamespace(**{name: helper} if helper else {}))
     assert not make_dora_traceable()
 
 
 def test_a_helper_that_someone_else_substituted_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+
     def dequantize_module_weight(module: nn.Module) -> Any:
         return module.weight
 
@@ -148,7 +176,7 @@ def test_quantised_weights_are_left_to_peft(kind: str) -> None:
         del layer.weight
         layer.weight = weight
     asked = []
-    substitute = peft_support._substitute_for(lambda module: (asked.append(module), module.weight)[1])
+    substitute = peft_support._dequantisation(lambda module: (asked.append(module), module.weight)[1])
     assert torch.equal(substitute(layer), layer.weight)
     assert bool(asked) == (kind in ("W_q", "another class"))
 
