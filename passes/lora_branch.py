@@ -14,7 +14,7 @@ MULS = frozenset({"mul", "__mul__", "imul"})
 
 def is_sum(node: fx.Node) -> bool:
     """Tell whether `node` adds its two operands, neither of them scaled."""
-    return op_name(node) in ADDS and node.kwargs.get("alpha", 1) == 1
+    return op_name(node) in ADDS and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def match_branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABranch | None:

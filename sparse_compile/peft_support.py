@@ -63,7 +63,7 @@ def _substitute(module: str, name: str, make: Callable[[Callable[..., Any]], Cal
 
 def _dequantisation(helper: Callable[..., Any]) -> Callable[..., Any]:
     # Untraced: a call of the helper itself would be substituted again, without end.
-    as_peft_does = torch.compiler.disable(helper, reason="PEFT dequantises a quantised weight")
+    as_peft_does: Callable[..., Any] = torch.compiler.disable(helper)  # type: ignore[no-untyped-call]
 
     def dequantize_module_weight(module: nn.Module) -> Any:
         # Exact types: each kind of quantised or sharded weight is a class of its own. HQQ keeps its bytes in `W_q`.

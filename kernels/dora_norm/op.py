@@ -3,8 +3,8 @@
     dora_norm(W, A, B, s)_j = || W_j + s (B A)_j ||_2
 
 Neither B A nor a cast of W ever exists as a whole: a block of rows at a time is formed, in cache, so W is read once.
-The expansion ||W_j||^2 + 2s <(W A^T)_j, B_j> + s^2 <(B A A^T)_j, B_j> forms no block either. It costs as many FLOPs, and
-loses digits where W and s B A cancel: relative to the norm it errs by (||W_j|| / norm)^2 roundings, which leaves no
+The expansion ||W_j||^2 + 2s <(W A^T)_j, B_j> + s^2 <(B A A^T)_j, B_j> forms no block either. It costs as many FLOPs,
+and loses digits where W and s B A cancel: relative to the norm it errs by (||W_j|| / norm)^2 roundings, which leaves no
 digit of a row that an adapter has brought near zero. A block errs by ||W_j|| / norm roundings, as the sum itself does.
 """
 

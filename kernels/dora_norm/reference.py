@@ -9,7 +9,8 @@ from torch import Tensor
 def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return `||W + s B A||_2` of each row, (out,), computed in `norm_dtype`."""
     dtype = norm_dtype(weight, a, b)
-    return torch.linalg.vector_norm(weight.to(dtype) + scale * (b.to(dtype) @ a.to(dtype)), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(weight.to(dtype) + scale * (b.to(dtype) @ a.to(dtype)), dim=1)
+    return norms
 
 
 def norm_dtype(*operands: Tensor) -> torch.dtype:
