@@ -3,6 +3,7 @@
     python benchmarks/cpu.py --quick                        # under two minutes on two cores, to see that all works
     python benchmarks/cpu.py --workload math10k-mini        # a result
     python benchmarks/cpu.py --arms inductor,o2 --layers 4 --hidden 2048 --ffn 8192 --heads 32 --kv-heads 8
+    python benchmarks/cpu.py --workload csr-mini --arms inductor,exact,exact:select_loss_rows,o1,o1:
     python benchmarks/cpu.py --memory --profile 15          # also peak memory, warm caches, and where the time goes
 
 All arms live in one process on one copy of the frozen weights and step in turns (A B C A B C ...); ratios are taken
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import torch
 from measure import (
-    ARMS,
     PEERS,
     Alone,
     ArmTimes,
@@ -31,6 +31,7 @@ from measure import (
     counted_flops,
     interleaved,
     measure_alone,
+    options_of,
     paired_ratio,
     rewritten_flops,
     spread,
@@ -138,8 +139,8 @@ def _workload(name: str, args: argparse.Namespace) -> Workload:
 def _arms(given: str | None, workload: Workload) -> list[str]:
     arms = list(dict.fromkeys(given.split(","))) if given else [*PEERS, workload.preset]
     for arm in arms:
-        if arm not in ARMS:
-            raise ValueError(f"no arm {arm!r}; there are {', '.join(ARMS)}")
+        if arm not in PEERS:
+            options_of(arm)
     return arms
 
 
@@ -154,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="math10k-mini", help=f"comma list of {', '.join(WORKLOADS)}")
     parser.add_argument(
-        "--arms", help=f"comma list of {', '.join(ARMS)}; default: eager, inductor and the workload's preset"
+        "--arms",
+        help="comma list of eager, inductor, presets and presets with some optimising passes alone (`o2:` with none, "
+        "`exact:select_loss_rows` with one); default: eager, inductor and the workload's preset",
     )
     parser.add_argument("--steps", type=_positive, default=10, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds between the first calls and the measured ones")

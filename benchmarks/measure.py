@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from workloads import Workload, adapted_model, base_model, make_batch
 
 PRESETS = ("none", "exact", "o1", "o2")
 PEERS = ("eager", "inductor")
-ARMS = (*PEERS, *PRESETS)
 
 Step = Callable[[], float]
 """Takes one training step and returns the loss."""
@@ -54,12 +54,34 @@ def paired_ratio(peer: Sequence[float], arm: Sequence[float]) -> Spread:
     return spread([p / a for p, a in zip(peer, arm, strict=True)])
 
 
+def options_of(arm: str) -> dict[str, Any]:
+    """Return the options of an arm: a preset, or `PRESET:PASSES` with those optimising passes alone.
+
+    `exact:select_loss_rows+fuse_adapters` has two of them, `o2:` none: sparsity by itself.
+
+    Raises:
+        ValueError: no such preset or pass.
+    """
+    from sparse_compile.pipeline import passes
+
+    preset, colon, listed = arm.partition(":")
+    chosen = [name for name in listed.split("+") if name]
+    optional = [each.name for each in passes() if each.optimises]
+    if preset not in PRESETS or not set(chosen) <= set(optional):
+        raise ValueError(
+            f"no arm {arm!r}; there are {', '.join((*PEERS, *PRESETS))}, and a preset with some passes alone, such as "
+            f"{PRESETS[-1]}:{'+'.join(optional)}"
+        )
+    left_out = [name for name in optional if name not in chosen] if colon else []
+    return {"preset": preset, "disable": left_out, "start_step": 0}
+
+
 def compiled_arm(model: nn.Module, arm: str) -> nn.Module:
     """Compile a model in place as the arm of that name; sparse from the first step on."""
     if arm == "inductor":
         model.compile(backend="inductor")
     elif arm != "eager":
-        model.compile(backend="sparselora", options={"preset": arm, "start_step": 0})
+        model.compile(backend="sparselora", options=options_of(arm))
     return model
 
 
@@ -235,15 +257,14 @@ class Flops:
 
     Attributes:
         before, after: all matrix products, causal attention by the half that is executed, predictors included.
-        weights_before, weights_after: the products with frozen weights alone. `weights_after` is None where a pass
-            changed FLOPs in a way that does not tell frozen weights from the rest.
+        weights_before, weights_after: the products with frozen weights alone.
         sites, sparse_sites: feed-forward and attention blocks found, and those computed sparsely.
     """
 
     before: float
     after: float
     weights_before: float
-    weights_after: float | None
+    weights_after: float
     sites: int
     sparse_sites: int
 
@@ -253,58 +274,25 @@ class Flops:
         return self.before / self.after
 
     @property
-    def weights_limit(self) -> float | None:
+    def weights_limit(self) -> float:
         """The same for the products with frozen weights alone."""
-        return None if self.weights_after is None else self.weights_before / self.weights_after
+        return self.weights_before / self.weights_after
 
 
-def rewritten_flops(base: nn.Module, workload: Workload, preset: str) -> Flops:
+def rewritten_flops(base: nn.Module, workload: Workload, arm: str) -> Flops:
     """Ask `sparse_compile.explain` for the work of a step, without taking one."""
     import sparse_compile
 
     model = adapted_model(base, workload)
-    report = sparse_compile.explain(model, config={"preset": preset}, **make_batch(workload))
-    context = sum(graph.tokens[0] for graph in report.graphs if graph.sites)
-    changing = {each.record.name for g in report.graphs for each in g.passes if each.flops_before != each.flops_after}
-    before = frozen_weight_flops(model, workload)
-    saved = sum(
-        (1 - site.kept / site.total) * 4 * context * _frozen_elements(model.get_submodule(site_path(model, site.name)))
-        for site in report.sites
-    )
-    understood = changing <= {"insert_predictors", "sparsify_ffn", "sparsify_attention"}
+    report = sparse_compile.explain(model, config=options_of(arm), **make_batch(workload))
     return Flops(
         before=report.flops_before,
         after=report.flops_after,
-        weights_before=before,
-        weights_after=before - saved if understood else None,
+        weights_before=sum(graph.weight_flops_before for graph in report.graphs),
+        weights_after=sum(graph.weight_flops_after for graph in report.graphs),
         sites=len(report.sites),
         sparse_sites=sum(site.sparsity > 0 for site in report.sites),
     )
-
-
-def frozen_weight_flops(model: nn.Module, workload: Workload) -> float:
-    """Return the FLOPs of a dense step's products with frozen weights: forward, and the gradient of the input.
-
-    The input of the first block is the frozen embedding, whose gradient nobody needs.
-    """
-    tokens = workload.batch * workload.length
-    first = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")
-    total = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            forward_only = name.removesuffix(".base_layer").endswith(first)
-            total += (2 if forward_only else 4) * tokens * module.weight.numel()
-    return total
-
-
-def _frozen_elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() == 2 and not p.requires_grad)
-
-
-def site_path(model: nn.Module, name: str) -> str:
-    """Return the module path of a site, whose name leaves adapter wrappers out."""
-    (path,) = (path for path, _ in model.named_modules() if f".{path}".endswith(f".{name}"))
-    return path
 
 
 @dataclass(frozen=True)

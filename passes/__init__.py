@@ -8,6 +8,7 @@ PASS_NAMES: tuple[str, ...] = (
     "find_attention",
     "trace_roles",
     "plan_sparsity",
+    "select_loss_rows",
     "factor_dora_norm",
     "insert_predictors",
     "sparsify_ffn",

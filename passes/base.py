@@ -12,6 +12,7 @@ from torch import fx
 from sparse_compile.ir import (
     AttentionSite,
     FFNSite,
+    LossRows,
     Parameter,
     Projection,
     Rejection,
@@ -66,6 +67,7 @@ class PassContext:
         factors: by projection name, the predictor's factors of the sites in the plan.
         selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
             `(query/key channels, value/output channels)` of an attention site.
+        loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
         rows: the nodes that hold the output and the context rows, once they were inserted.
         providers: by site name, the providers that `lower_sparse_ops` chose.
     """
@@ -81,6 +83,7 @@ class PassContext:
     plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
     factors: dict[str, LowRankFactors] = field(default_factory=dict)
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    loss_rows: LossRows | None = None
     rows: tuple[str, str] | None = None
     providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -125,6 +128,11 @@ class Pass(Protocol):
     @property
     def analysis(self) -> bool:
         """Whether the pass only finds facts."""
+        ...
+
+    @property
+    def optimises(self) -> bool:
+        """Whether the pass is exact and there for speed alone: preset `none` leaves it out."""
         ...
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:

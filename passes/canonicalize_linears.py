@@ -49,6 +49,7 @@ class CanonicalizeLinears:
     ensures: tuple[str, ...] = ("canonical",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = False
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from sparse_compile.cost import step_flops
 from sparse_compile.graph import (
     CASTS,
     LINEAR,
@@ -76,6 +77,7 @@ class FactorDoRANorm:
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
+        flops = step_flops(gm.graph)
         rejections: list[Rejection] = []
         norms = erased = 0
         for node in list(gm.graph.nodes):
@@ -88,7 +90,7 @@ class FactorDoRANorm:
                 continue
             norms += 1
             erased += _rewrite(node, *found, rewriter)
-        stats = {"norms": norms, "erased": erased}
+        stats = {"norms": norms, "erased": erased, "saved_flops": round(flops - step_flops(gm.graph))}
         return PassOutcome(bool(norms), stats, tuple(rejections))
 
 

@@ -53,6 +53,7 @@ class FindAttention:
     ensures: tuple[str, ...] = ("attention",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = True
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""

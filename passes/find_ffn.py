@@ -36,6 +36,7 @@ class FindFFN:
     ensures: tuple[str, ...] = ("ffn",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = True
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""

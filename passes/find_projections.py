@@ -39,6 +39,7 @@ class FindProjections:
     ensures: tuple[str, ...] = ("projections",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = True
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""

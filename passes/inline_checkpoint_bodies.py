@@ -34,6 +34,7 @@ class InlineCheckpointBodies:
     ensures: tuple[str, ...] = ()
     numerics: Numerics = Numerics.EXACT
     analysis: bool = False
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""

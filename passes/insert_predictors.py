@@ -31,7 +31,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.config import kept_count
-from sparse_compile.graph import Rewriter, hinted_shape, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph import Rewriter, hinted_shape, hoist, nodes_by_name, op_name, tensor_value
 from sparse_compile.ir import AttentionSite, FFNSite, Projection, SitePlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
@@ -47,6 +47,7 @@ class InsertPredictors:
     ensures: tuple[str, ...] = ("predictors",)
     numerics: Numerics = Numerics.APPROXIMATE
     analysis: bool = False
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -81,7 +82,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
         else:
             masks = []
             for name, shift in roles.labels:
-                labels = _hoisted(rewriter, nodes[name], {})
+                labels = hoist(rewriter, nodes[name], {})
                 found = rewriter.call(_OPS.output_mask.default, labels, roles.ignore_index, shift)
                 masks.append(beside_tokens(found, nodes[name]))
             mask = masks[0]
@@ -101,17 +102,6 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
             weights = rewriter.call(torch.logical_and, weights, attended)
     ctx.rows = (rows[0].name, rows[1].name)
     return weights
-
-
-def _hoisted(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Return `node`, or a copy of it and of what it is computed from, at the place of insertion."""
-    if node.op == "placeholder":
-        return node
-    if node not in copies:
-        for operand in node.all_input_nodes:
-            _hoisted(rewriter, operand, copies)
-        copies[node] = rewriter.copy(node, lambda operand: copies.get(operand, operand))
-    return copies[node]
 
 
 def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:

@@ -39,6 +39,7 @@ class LowerSparseOps:
     ensures: tuple[str, ...] = ("lowered",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = False
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""

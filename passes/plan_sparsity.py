@@ -36,6 +36,7 @@ class PlanSparsity:
     ensures: tuple[str, ...] = ("plan",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = True
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph's facts."""

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph import Rewriter, argument, take_over
-from sparse_compile.ir import AttentionSite, Projection
+from sparse_compile.ir import AttentionSite, Projection, SitePlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.sparse_rows import SparseRows
 
@@ -39,19 +39,22 @@ class SparsifyAttention:
     ensures: tuple[str, ...] = ("sparse",)
     numerics: Numerics = Numerics.APPROXIMATE
     analysis: bool = False
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        sites = [plan.site for plan in ctx.plan.sparse_sites if isinstance(plan.site, AttentionSite)]
-        if not sites:
+        plans = [plan for plan in ctx.plan.sparse_sites if isinstance(plan.site, AttentionSite)]
+        if not plans:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
-        for site in sites:
-            _rewrite(site, rewriter, ctx)
-        return PassOutcome(True, {"sites": len(sites), "inserted": rewriter.inserted})
+        for plan in plans:
+            _rewrite(plan, rewriter, ctx)
+        return PassOutcome(True, {"sites": len(plans), "inserted": rewriter.inserted})
 
 
-def _rewrite(site: AttentionSite, rewriter: Rewriter, ctx: PassContext) -> None:
+def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> None:
+    site = plan.site
+    assert isinstance(site, AttentionSite)
     rows = SparseRows(rewriter, ctx)
     kept_qk, kept_vo = (rows.nodes[name] for name in ctx.selections[site.identity])
     inputs = (site.query, site.key, site.value)
@@ -68,8 +71,10 @@ def _rewrite(site: AttentionSite, rewriter: Rewriter, ctx: PassContext) -> None:
         for term in projection.dora:
             if term.unbiased is not None:
                 _drop_bias(rows.nodes[term.unbiased], projection, kept, rows, site.name)
-    for name in site.output.products:
-        _rewrite_output(rows.nodes[name], site.output, kept_o, rows, site.name)
+    # Where only rows of the loss are left of the output projection, none of them is context: it stays dense.
+    if site.output in plan.projections:
+        for name in site.output.products:
+            _rewrite_output(rows.nodes[name], site.output, kept_o, rows, site.name)
 
 
 def _rewrite_input(

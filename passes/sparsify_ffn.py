@@ -36,6 +36,7 @@ class SparsifyFFN:
     ensures: tuple[str, ...] = ("sparse",)
     numerics: Numerics = Numerics.APPROXIMATE
     analysis: bool = False
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""

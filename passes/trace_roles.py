@@ -44,6 +44,7 @@ class TraceRoles:
     ensures: tuple[str, ...] = ("roles",)
     numerics: Numerics = Numerics.EXACT
     analysis: bool = True
+    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""
@@ -123,7 +124,7 @@ def _labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
     root, chain = _root(target)
     if not _is_labels(root):
         raise _UntraceableError(f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
-    if not _available_early(root):
+    if not available_early(root):
         raise _UntraceableError(
             f"the target {root.name} is computed from activations: it is not known before the blocks"
         )
@@ -153,7 +154,7 @@ def _root(node: object) -> tuple[fx.Node, list[fx.Node]]:
     return node, chain[::-1]
 
 
-def _available_early(node: fx.Node) -> bool:
+def available_early(node: fx.Node) -> bool:
     """Tell whether `node` depends on inputs that are no floating-point tensors alone."""
     seen: set[fx.Node] = set()
     frontier = [node]

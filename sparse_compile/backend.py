@@ -15,9 +15,10 @@ import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.capture import capture_context, count_tokens, is_whole_step, trained_parameters
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
+from sparse_compile.loss_rows import restored
 from sparse_compile.passes.base import PassContext
 from sparse_compile.peft_support import make_dora_traceable
-from sparse_compile.pipeline import PipelineResult, run_pipeline
+from sparse_compile.pipeline import run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
 from sparse_compile.torch_private import (
@@ -33,6 +34,7 @@ from sparse_compile.torch_private import (
 make_dora_traceable()
 
 _LOG = logging.getLogger(__name__)
+_INSTEAD = {"sparse": "dense", "optimised": "as it was captured"}
 _matched: set[SparseLoRAConfig] = set()
 _told: set[object] = set()
 
@@ -85,12 +87,16 @@ def sparselora(
     _tell_about_sites(gm, ctx, session, report, failed=result.failed)
 
     install_value_guard("sparse_compile.roles", "ROLES_GIVEN")
-    compiled = None
-    if result.gm is not None:
+    if result.sparse is not None:
         install_value_guard("sparse_compile.session", "PHASES", session.id)
         install_identity_guards(_inputs_of_this_model(gm, ctx))
-        if phase == "sparse":
-            compiled = _compile_sparse(result, example_inputs, config, mode)
+    compiled = None
+    if phase == "sparse" and result.sparse is not None:
+        compiled = _compile_rewritten("sparse", result.sparse, example_inputs, config, mode)
+    if compiled is None and result.exact is not None:
+        compiled = _compile_rewritten("optimised", result.exact, example_inputs, config, mode)
+    if compiled is not None and ctx.loss_rows is not None:
+        compiled = restored(compiled, gm, ctx.loss_rows)
     return _watched(compiled or dense(), session, report, config, frame_key(gm))
 
 
@@ -101,18 +107,19 @@ def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]
     return [node for node in gm.graph.nodes if node.op == "placeholder" and node.name in weights | {trained}]
 
 
-def _compile_sparse(
-    result: PipelineResult, example_inputs: Sequence[Any], config: SparseLoRAConfig, mode: str | None
+def _compile_rewritten(
+    kind: str, rewritten: fx.GraphModule, example_inputs: Sequence[Any], config: SparseLoRAConfig, mode: str | None
 ) -> CompiledGraph | None:
-    """Compile the rewritten graph; None, with a warning, where that fails."""
-    assert result.gm is not None
+    """Compile the sparse or the optimised graph; None, with a warning, where that fails."""
     try:
-        return compile_with_inductor(result.gm, example_inputs, config.inductor, mode)
+        return compile_with_inductor(rewritten, example_inputs, config.inductor, mode)
     except Exception as error:
         if config.strict or is_control_flow_exception(error):
             raise
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"sparselora: the sparse graph did not compile, so it runs dense. {reason}", stacklevel=2)
+        warnings.warn(
+            f"sparselora: the {kind} graph did not compile, so it runs {_INSTEAD[kind]}. {reason}", stacklevel=2
+        )
         return None
 
 
@@ -164,7 +171,8 @@ def _tell_about_sites(
 
 def _tell_declined(session: Session, report: GraphReport) -> None:
     """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse."""
-    sites = {site.name: site.reason for site in report.sites if site.reason and site.kept == site.total}
+    dense = [site for site in report.sites if site.kept == site.total and site.provider == "dense"]
+    sites = {site.name: site.reason for site in dense if site.reason}
     lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
     if lines:
         warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)

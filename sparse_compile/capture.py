@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,13 +63,22 @@ def is_whole_step(gm: fx.GraphModule, ctx: PassContext) -> bool:
     return any("cross_entropy" in str(node.target) for node in gm.graph.nodes)
 
 
-def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext) -> tuple[int, int]:
-    """Return the numbers of context and output tokens of a batch.
+class TokenCounts(NamedTuple):
+    """Numbers of tokens of a batch: by role, and those that the loss has a row for which is not ignored."""
+
+    context: int
+    output: int
+    loss: int
+
+
+def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext) -> TokenCounts:
+    """Count the tokens of a batch.
 
     Where the labels are no input of the graph, or only a stand-in is at hand, the share that the cost model assumes is
     taken of the tokens seen at tracing.
     """
     mask = roles.current_roles() if ctx.roles and ctx.roles.origin == "given" else None
+    loss = None
     if ctx.roles is not None and ctx.roles.labels:
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         values = dict(zip(names, inputs, strict=True))
@@ -76,11 +86,12 @@ def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext)
         labels = values.get(name)
         if isinstance(labels, Tensor) and not is_fake(labels):
             mask = output_mask(labels, ctx.roles.ignore_index, shift)
+            loss = int((labels[:, shift:] != ctx.roles.ignore_index).sum())
     if mask is not None:
         output = int(mask.sum())
-        return mask.numel() - output, output
+        return TokenCounts(mask.numel() - output, output, output if loss is None else loss)
     if not ctx.sites:
-        return 0, 0
+        return TokenCounts(0, 0, 0)
     total = math.prod(hinted_shape(nodes_by_name(gm.graph)[ctx.sites[0].source])[:-1])
     context = round(ASSUMED_CONTEXT_SHARE * total)
-    return context, total - context
+    return TokenCounts(context, total - context, total - context)

@@ -83,9 +83,9 @@ class SparseLoRAConfig:
         end_step: First dense step after the sparse phase, in the same units. Default ``None``: never.
         schedule: Handle that knows the length of the run (``total_steps``, in optimizer steps), which fractions need.
             Default ``None``: :class:`SparseLoRACallback` may still supply it.
-        keep_logits: Promise that every row of the logits a training forward returns is computed, those that the loss
-            ignores too. Default ``False``: a pass may leave such rows out and fill them with NaN. No present pass does,
-            so either value keeps them.
+        keep_logits: Compute every row of the logits a training forward returns, those that the loss ignores too.
+            Default ``False``: such rows are left out and hold NaN. Set it where something reads them in training, such
+            as a metric over all tokens or a second loss.
         disable: Names of passes that do not run. Default: none.
         strict: Raise where an approximate pass fails or a name matches no site, instead of warning. Default ``False``.
         dump_dir: Folder for the graphs before and after each pass. Default ``None``: the environment variable

@@ -9,16 +9,17 @@ any batch; `sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
 from torch import Tensor, fx
 
 from sparse_compile.graph import LINEAR, argument, hinted_shape, op_name, tensor_value
-from sparse_compile.ir import AttentionSite, Projection, Site, SitePlan, SparsityPlan
+from sparse_compile.ir import AttentionSite, LossRows, Projection, Site, SitePlan, SparsityPlan
 
-CONTEXT, OUTPUT = sympy.symbols("context output", nonnegative=True)
-"""Numbers of context and output tokens in a batch."""
+CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
+"""Numbers of context tokens, of output tokens, and of rows of the loss in a batch."""
 
 FLOPS_PER_BYTE = {"cpu": 20.0, "cuda": 200.0}
 """FLOPs a device could have done in the time it moves one byte: 200 GFLOP/s over 10 GB/s for two CPU cores, 780 TFLOP/s
@@ -38,15 +39,26 @@ def projection_flops(projection: Projection, kept_share: float = 1.0) -> float:
     return 4.0 * projection.in_features * projection.out_features * kept_share * len(projection.products)
 
 
+def frozen_products(projections: Iterable[Projection]) -> set[str]:
+    """Return the names of the nodes that multiply with a frozen weight."""
+    return {name for projection in projections for name in projection.products}
+
+
 def site_flops(plan: SitePlan) -> sympy.Expr:
     """Return the FLOPs of the site's frozen products in a training step, over `CONTEXT` and `OUTPUT` tokens."""
-    dense = sum(projection_flops(projection) for projection in plan.site.projections)
+    dense = sum(projection_flops(projection) for projection in plan.projections)
     return dense * OUTPUT + dense * plan.kept / plan.total * CONTEXT
 
 
-def dense_site_flops(site: Site) -> sympy.Expr:
-    """Return the FLOPs of the same site without sparsity."""
-    return sum(projection_flops(projection) for projection in site.projections) * (OUTPUT + CONTEXT)
+def dense_site_flops(plan: SitePlan) -> sympy.Expr:
+    """Return the FLOPs of the same products without sparsity."""
+    return sum(projection_flops(projection) for projection in plan.projections) * (OUTPUT + CONTEXT)
+
+
+def loss_row_flops(loss_rows: LossRows) -> tuple[sympy.Expr, sympy.Expr]:
+    """Return the FLOPs of a training step that leaving out ignored rows saves: all, and those with frozen weights."""
+    ignored = CONTEXT + OUTPUT - LOSS
+    return loss_rows.flops_per_row * ignored, loss_rows.weight_flops_per_row * ignored
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,16 @@ def step_flops(graph: fx.Graph) -> float:
         if node not in differentiated and op_name(node) != "detach":
             differentiated.add(node)
             frontier += node.all_input_nodes
-    return sum(_node_flops(node, differentiated=node in differentiated) for node in graph.nodes)
+    return sum(node_flops(node, differentiated=node in differentiated) for node in graph.nodes)
 
 
-def _node_flops(node: fx.Node, *, differentiated: bool) -> float:
+def node_flops(node: fx.Node, *, differentiated: bool = True) -> float:
+    """Return the FLOPs of a node in a training step, at the sizes seen at tracing: 0 for all but products.
+
+    Args:
+        node: the node.
+        differentiated: whether a gradient may reach it.
+    """
     value = tensor_value(node)
     if op_name(node) == "dora_norm":
         weight, a, *_ = node.all_input_nodes
@@ -142,7 +160,7 @@ def _value(node: fx.Node) -> Tensor:
 def saved_flops(plan: SparsityPlan, kind: str) -> sympy.Expr:
     """Return the FLOPs that the plan's sites of one kind save in a training step, over `CONTEXT` tokens."""
     plans = [each for each in plan.sparse_sites if each.site.kind == kind]
-    return sum((dense_site_flops(each.site) - site_flops(each) for each in plans), sympy.Integer(0))
+    return sum((dense_site_flops(each) - site_flops(each) for each in plans), sympy.Integer(0))
 
 
 def predictor_flops(plan: SparsityPlan, rank: int) -> sympy.Expr:

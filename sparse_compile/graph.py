@@ -231,12 +231,37 @@ def take_over(old: fx.Node, new: fx.Node) -> int:
     new.meta["example_value"] = value_of(old)
     old.replace_all_uses_with(new)
     name = old.name
-    erased = _erase_unused(old)
+    erased = erase_unused(old)
     new.name = name
     return erased
 
 
-def _erase_unused(root: fx.Node) -> int:
+def hoist(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Return `node`, or a copy of it and of all it is computed from, at the place of insertion.
+
+    Args:
+        rewriter: where to insert.
+        node: what is wanted there.
+        copies: the copies made so far, which are used again.
+    """
+    if node.op == "placeholder":
+        return node
+    if node not in copies:
+        for operand in node.all_input_nodes:
+            hoist(rewriter, operand, copies)
+        copies[node] = rewriter.copy(node, lambda operand: copies.get(operand, operand))
+    return copies[node]
+
+
+def set_argument(node: fx.Node, position: int, name: str, value: Argument) -> None:
+    """Set an argument of a call, by position where it was given so, else by name."""
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def erase_unused(root: fx.Node) -> int:
     """Erase `root` and the calls that only it used.
 
     Only what is reached from `root` is erased: a call without users elsewhere may have an effect.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import sympy
 from torch import Tensor
 
 NodeName = str
@@ -227,6 +228,7 @@ class SitePlan:
         kept: channels kept.
         total: channels to choose from.
         reason: why the site stays dense, or a note; empty otherwise.
+        without_context: base nodes of projections that no context token runs through any more: they stay as they are.
     """
 
     site: Site
@@ -234,11 +236,17 @@ class SitePlan:
     kept: int
     total: int
     reason: str = ""
+    without_context: tuple[NodeName, ...] = ()
 
     @property
     def sparse(self) -> bool:
         """Whether the site is rewritten."""
         return self.kept < self.total
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The projections that sparsity is about."""
+        return tuple(each for each in self.site.projections if each.base not in self.without_context)
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,38 @@ class SparsityPlan:
     def sparse_sites(self) -> tuple[SitePlan, ...]:
         """The sites to rewrite."""
         return tuple(plan for plan in self.sites if plan.sparse)
+
+
+@dataclass(frozen=True)
+class NarrowedOutput:
+    """An output of the graph of which only the rows of the loss are computed.
+
+    Attributes:
+        index: its place among the outputs, where the rewritten graph returns (R, ...).
+        rows: the place of the output that was added, its rows' positions (R,).
+        lead: sizes of the leading dimensions that the R rows are taken from, over the graph's symbols.
+    """
+
+    index: int
+    rows: int
+    lead: tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """The part of the graph that runs on the rows of the loss alone.
+
+    Attributes:
+        nodes: the nodes that hold R rows, one for each target that is not ignored.
+        outputs: the outputs among them, such as the logits.
+        flops_per_row: FLOPs of a training step that a row which is left out saves.
+        weight_flops_per_row: those of them that are products with frozen weights.
+    """
+
+    nodes: frozenset[NodeName]
+    outputs: tuple[NarrowedOutput, ...]
+    flops_per_row: float
+    weight_flops_per_row: float
 
 
 @dataclass(frozen=True)

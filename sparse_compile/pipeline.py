@@ -1,8 +1,8 @@
 """The ordered list of passes, and what runs it.
 
-Data flows one way: captured graph -> one flat graph -> canonical linears -> sites -> roles -> plan -> predictors ->
-sparse products -> providers. A transform works on a copy that is swapped in when the verifier agrees, so a pass that
-raises leaves nothing half-done.
+Data flows one way: captured graph -> one flat graph -> canonical linears -> sites -> roles -> plan -> exact
+optimisations -> predictors -> sparse products -> providers. A transform works on a copy that is swapped in when the
+verifier agrees, so a pass that raises leaves nothing half-done.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodie
 from sparse_compile.passes.insert_predictors import InsertPredictors
 from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
 from sparse_compile.passes.plan_sparsity import PlanSparsity
+from sparse_compile.passes.select_loss_rows import SelectLossRows
 from sparse_compile.passes.sparsify_attention import SparsifyAttention
 from sparse_compile.passes.sparsify_ffn import SparsifyFFN
 from sparse_compile.passes.trace_roles import TraceRoles
@@ -46,6 +47,7 @@ def passes() -> tuple[Pass, ...]:
         FindAttention(),
         TraceRoles(),  # independent of the sites: from the loss back to the labels
         PlanSparsity(),  # needs all facts; computes the predictor's factors
+        SelectLossRows(),  # before the sparse passes: what it narrows needs no sparsity any more
         FactorDoRANorm(),  # after the analyses, which follow the norm's vector and not what it is computed from
         InsertPredictors(),  # before the rewrites: scores read the inputs of sites, which the rewrites keep
         SparsifyFFN(),
@@ -83,14 +85,17 @@ class PipelineResult:
     """The outcome of the pipeline.
 
     Attributes:
-        gm: the rewritten graph, or None where the captured graph is to be compiled as it is.
-        canonical: the graph before the first approximate pass.
+        sparse: the graph of the sparse phase, or None where no approximate pass changed anything.
+        exact: the graph of the dense phase, or None where no exact pass saved anything: then the captured graph is
+            compiled as it is.
+        canonical: the graph before the first pass that saves work.
         records: one per pass.
         rejections: every place where a pass looked and did not apply.
         failed: whether an approximate pass raised, which the user was told.
     """
 
-    gm: fx.GraphModule | None
+    sparse: fx.GraphModule | None
+    exact: fx.GraphModule | None
     canonical: fx.GraphModule
     records: tuple[PassRecord, ...]
     rejections: tuple[Rejection, ...]
@@ -131,6 +136,8 @@ class _Runner:
         self.dump = dump
         self.current = captured
         self.exact = captured
+        self.canonical = captured
+        self.optimised = False
         self.stages = {"captured"}
         self.records: list[PassRecord] = []
         self.rejections: list[Rejection] = []
@@ -162,16 +169,22 @@ class _Runner:
             self.dump.graph(each.name, self.current.graph, self.ctx.parameters)
 
     def result(self) -> PipelineResult:
-        """Return the outcome; a graph that no approximate pass changed is compiled as it was captured."""
+        """Return the outcome."""
         rewritten = any(record.changed and record.name.startswith("sparsify_") for record in self.records)
-        rewritten = rewritten and not self.failed
         return PipelineResult(
-            self.current if rewritten else None, self.exact, tuple(self.records), tuple(self.rejections), self.failed
+            sparse=self.current if rewritten and not self.failed else None,
+            exact=self.exact if self.optimised else None,
+            canonical=self.canonical,
+            records=tuple(self.records),
+            rejections=tuple(self.rejections),
+            failed=self.failed,
         )
 
     def _reason_to_skip(self, each: Pass) -> str:
         if each.name in self.ctx.config.disable:
             return "disabled"
+        if each.optimises and self.ctx.config.preset == "none":
+            return "preset 'none'"
         if self.failed and each.numerics is Numerics.APPROXIMATE:
             return "an approximate pass failed"
         missing = [stage for stage in each.requires if stage not in self.stages]
@@ -181,11 +194,14 @@ class _Runner:
         work = self.current if each.analysis else copy_graph_module(self.current)
         outcome = each.run(work, self.ctx)
         if outcome.changed:
-            verify(work, self.captured, self.stages | set(each.ensures), self.ctx.parameters)
+            verify(work, self.captured, self.stages | set(each.ensures), self.ctx.parameters, self.ctx.loss_rows)
             work.recompile()
             self.current = work
             if each.numerics is Numerics.EXACT and not self.ctx.selections:
                 self.exact = work
+                self.optimised |= each.optimises
+                if not self.optimised:
+                    self.canonical = work
         self.stages |= set(each.ensures)
         return outcome
 

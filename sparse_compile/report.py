@@ -12,9 +12,21 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.cost import CONTEXT, OUTPUT, predictor_flops, saved_flops, step_flops
-from sparse_compile.ir import Rejection, SparsityPlan
+from sparse_compile.capture import TokenCounts
+from sparse_compile.cost import (
+    CONTEXT,
+    LOSS,
+    OUTPUT,
+    frozen_products,
+    loss_row_flops,
+    node_flops,
+    predictor_flops,
+    saved_flops,
+    step_flops,
+)
+from sparse_compile.ir import Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import PassContext
+from sparse_compile.passes.select_loss_rows import ON_LOSS_ROWS
 from sparse_compile.pipeline import PassRecord, PipelineResult
 
 
@@ -28,7 +40,8 @@ class SiteReport:
         sparsity: fraction of channels not computed for context tokens; 0 where dense.
         kept: channels kept.
         total: channels to choose from.
-        provider: what runs its products, `"dense"` where nothing was rewritten.
+        provider: what runs its products, `"dense"` where nothing was rewritten, `"loss_rows"` where only rows of the
+            loss are left of a block that was to be sparse.
         reason: why it stays dense although it was asked for, or a note.
         adapters: number of LoRA branches at the site.
     """
@@ -60,18 +73,19 @@ class GraphReport:
         compile_id: Dynamo's name of the compilation.
         phase: `"dense"` or `"sparse"`, the phase of the schedule it was compiled in.
         roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
-        tokens: number of context and of output tokens that FLOPs are given for.
+        tokens: what FLOPs are given for.
         projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
         sites: every matched site.
         passes: every pass.
         rejections: every place where a pass looked and did not apply.
         flops_before, flops_after: FLOPs of the matrix products of a training step.
+        weight_flops_before, weight_flops_after: those of the products with frozen weights alone.
     """
 
     compile_id: str
     phase: str
     roles: str | None
-    tokens: tuple[int, int]
+    tokens: TokenCounts
     projections: int
     adapters: int
     sites: tuple[SiteReport, ...]
@@ -79,6 +93,8 @@ class GraphReport:
     rejections: tuple[Rejection, ...]
     flops_before: float
     flops_after: float
+    weight_flops_before: float
+    weight_flops_after: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -86,7 +102,7 @@ class GraphReport:
 
 
 def graph_report(
-    result: PipelineResult, ctx: PassContext, compile_id: str, phase: str, tokens: tuple[int, int]
+    result: PipelineResult, ctx: PassContext, compile_id: str, phase: str, tokens: TokenCounts
 ) -> GraphReport:
     """Summarise a run of the pipeline.
 
@@ -95,13 +111,15 @@ def graph_report(
         ctx: its facts.
         compile_id: Dynamo's name of the compilation.
         phase: the phase of the schedule.
-        tokens: context and output tokens to give FLOPs for.
+        tokens: numbers of tokens to give FLOPs for.
     """
     dense = step_flops(result.canonical.graph)
-    counts = dict(zip((CONTEXT, OUTPUT), tokens, strict=True))
+    frozen = frozen_products(ctx.projections.values())
+    of_weights = sum(node_flops(node) for node in result.canonical.graph.nodes if node.name in frozen)
+    counts = {CONTEXT: tokens.context, OUTPUT: tokens.output, LOSS: tokens.loss}
     passes, current = [], dense
     for record in result.records:
-        change = _flops_change(record.name, ctx) if record.changed else sympy.Integer(0)
+        change = _flops_change(record, ctx) if record.changed else sympy.Integer(0)
         after = current + float(change.subs(counts))
         passes.append(PassReport(record, current, after))
         current = after
@@ -117,12 +135,27 @@ def graph_report(
         rejections=result.rejections,
         flops_before=dense,
         flops_after=current,
+        weight_flops_before=of_weights,
+        weight_flops_after=of_weights - float(_saved_on_weights(result, ctx).subs(counts)),
     )
 
 
-def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
+def _saved_on_weights(result: PipelineResult, ctx: PassContext) -> sympy.Expr:
+    """Return the FLOPs of products with frozen weights that the passes save: no pass adds any."""
+    ran = {record.name for record in result.records if record.changed}
+    saved = [saved_flops(ctx.plan, kind) for kind in ("ffn", "attention") if f"sparsify_{kind}" in ran]
+    saved += [loss_row_flops(ctx.loss_rows)[1]] if ctx.loss_rows is not None else []
+    return sum(saved, sympy.Integer(0))
+
+
+def _flops_change(record: PassRecord, ctx: PassContext) -> sympy.Expr:
+    name = record.name
     if name == "insert_predictors":
         return predictor_flops(ctx.plan, ctx.config.predictor_rank)
+    if name == "factor_dora_norm":
+        return sympy.Integer(-record.stats["saved_flops"])
+    if name == "select_loss_rows" and ctx.loss_rows is not None:
+        return -loss_row_flops(ctx.loss_rows)[0]
     kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
     return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
 
@@ -140,12 +173,18 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 sparsity=0.0 if left_out else plan.sparsity,
                 kept=plan.total if left_out else plan.kept,
                 total=plan.total,
-                provider="+".join(ctx.providers.get(plan.site.name, ())) or "dense",
+                provider=_provider(plan, ctx),
                 reason=f"{rewrite} did not run" if left_out else plan.reason,
                 adapters=sum(len(projection.adapters) for projection in plan.site.projections),
             )
         )
     return tuple(sites)
+
+
+def _provider(plan: SitePlan, ctx: PassContext) -> str:
+    if plan.reason == ON_LOSS_ROWS:
+        return "loss_rows"
+    return "+".join(ctx.providers.get(plan.site.name, ())) or "dense"
 
 
 def plan_data(plan: SparsityPlan) -> dict[str, Any]:
@@ -213,9 +252,11 @@ class Report:
 
 
 def _graph_text(graph: GraphReport) -> str:
-    context, output = graph.tokens
+    counts = (
+        f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
+    )
     lines = [
-        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {context} context, {output} output tokens",
+        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {counts}",
         "",
         table(
             ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -41,6 +42,29 @@ def size_hint(size: int | torch.SymInt) -> int:
         return size
     hint = size.node.hint
     return UNKNOWN_SIZE if hint is None else int(hint)
+
+
+def size_expression(size: int | torch.SymInt) -> sympy.Expr:
+    """Return a size as an expression over the graph's symbols: equal expressions are equal sizes for every batch."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def evaluate_on_stand_ins(like: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function on the stand-ins of a captured graph; data-dependent sizes that it makes are bound to nothing.
+
+    Args:
+        like: a stand-in of the graph, whose mode is entered.
+        function: what to call.
+        *arguments: its arguments, stand-ins among them.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(like, FakeTensor):
+        return function(*arguments)
+    mode = like.fake_mode
+    ignore = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env is not None else nullcontext()
+    with mode, ignore:
+        return function(*arguments)
 
 
 def copy_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:

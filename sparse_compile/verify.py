@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph import TAG, calls_torch, op_name, tensor_value
+from sparse_compile.ir import LossRows
 from sparse_compile.torch_private import fake_outputs, flattened, size_hint
 
 STAGES = (
@@ -28,7 +29,13 @@ class VerificationError(AssertionError):
     """A pass left an illegal graph: a bug of ours, never the user's."""
 
 
-def verify(gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], parameters: Iterable[str]) -> None:
+def verify(
+    gm: fx.GraphModule,
+    captured: fx.GraphModule,
+    stages: Iterable[str],
+    parameters: Iterable[str],
+    loss_rows: LossRows | None = None,
+) -> None:
     """Check the graph after a pass.
 
     Args:
@@ -36,6 +43,7 @@ def verify(gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], 
         captured: the graph as it was captured.
         stages: the stages reached.
         parameters: placeholders that hold parameters.
+        loss_rows: the outputs that hold the rows of the loss alone.
 
     Raises:
         VerificationError: naming the node and the invariant.
@@ -48,7 +56,9 @@ def verify(gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], 
         gm.graph.lint()
     except Exception as error:  # fx raises RuntimeError, AssertionError and KeyError alike
         raise VerificationError(f"the graph is malformed: {error}") from error
-    _check_interface(gm, captured)
+    narrowed = {output.index for output in loss_rows.outputs} if loss_rows else set()
+    added = len({output.rows for output in loss_rows.outputs}) if loss_rows else 0
+    _check_interface(gm, captured, added)
     known = {node.name for node in captured.graph.nodes}
     for node in gm.graph.nodes:
         _check_tag(node, known, inlined="ac_graph_id" in node.meta)
@@ -56,16 +66,20 @@ def verify(gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], 
         _check_canonical(gm, set(parameters))
     _check_sparse_ops(gm, lowered="lowered" in reached)
     if os.environ.get("SPARSELORA_VERIFY", "0") not in ("", "0"):
-        _check_outputs(gm, captured)
+        _check_outputs(gm, captured, narrowed)
 
 
-def _check_interface(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
+def _check_interface(gm: fx.GraphModule, captured: fx.GraphModule, added: int) -> None:
     before, after = (
         [node.name for node in module.graph.nodes if node.op == "placeholder"] for module in (captured, gm)
     )
     if before != after:
         raise VerificationError(f"the inputs changed: {set(before) ^ set(after) or 'their order'}")
-    structures = [flattened(_output(module).args[0])[1] for module in (captured, gm)]
+    returned = _output(gm).args[0]
+    if added:
+        assert isinstance(returned, tuple | list), "positions of rows are added to several outputs"
+        returned = returned[:-added]
+    structures = [flattened(each)[1] for each in (_output(captured).args[0], returned)]
     if structures[0] != structures[1]:
         raise VerificationError(f"the outputs changed from {structures[0]} to {structures[1]}")
 
@@ -107,15 +121,16 @@ def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
             raise VerificationError(f"{node.name} could be recomputed: a near tie would choose other channels")
 
 
-def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule) -> None:
+def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule, narrowed: set[int]) -> None:
     expected = [tensor_value(node) for node in flattened(_output(captured).args[0])[0]]
     found = fake_outputs(gm)
     if found is None:
         return
     leaves, _ = flattened(_output(gm).args[0])
     actual = [found.get(node.name) if isinstance(node, fx.Node) else None for node in leaves]
-    for before, after in zip(expected, actual, strict=True):
-        if isinstance(before, Tensor) and isinstance(after, Tensor):
+    # Positions of rows come last; outputs that are narrowed differ on purpose.
+    for index, (before, after) in enumerate(zip(expected, actual, strict=False)):
+        if index not in narrowed and isinstance(before, Tensor) and isinstance(after, Tensor):
             shapes = [tuple(size_hint(size) for size in value.shape) for value in (before, after)]
             if shapes[0] != shapes[1] or before.dtype != after.dtype:
                 raise VerificationError(f"an output of {before.dtype} {shapes[0]} became {after.dtype} {shapes[1]}")

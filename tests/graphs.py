@@ -19,6 +19,7 @@ from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import render_graph
 from sparse_compile.graph import copy_graph_module, op_name
 from sparse_compile.kernels.channel_selection import record_channels
+from sparse_compile.loss_rows import restored
 from sparse_compile.passes.base import Pass, PassContext, PassOutcome
 from sparse_compile.pipeline import PipelineResult, passes, run_pipeline
 from sparse_compile.reference import MaskedAttention, MaskedFFN, masked_dense, output_mask_from_labels
@@ -85,7 +86,7 @@ def run_passes(captured: Captured, *names: str) -> dict[str, PassOutcome]:
         before = render(captured)
         outcomes[name] = by_name[name].run(captured.gm, captured.ctx)
         stages |= set(by_name[name].ensures)
-        verify(captured.gm, original, stages, captured.ctx.parameters)
+        verify(captured.gm, original, stages, captured.ctx.parameters, captured.ctx.loss_rows)
         if not outcomes[name].changed:
             assert render(captured) == before, f"{name} changed the graph and did not say so"
     captured.gm.recompile()
@@ -170,7 +171,8 @@ def run_rewritten(
         order = [each for each in passes() if each.name in only] if only else None
         result = run_pipeline(gm, ctx, order=order)
         seen.extend((result, ctx))
-        return aot_eager(result.gm or result.canonical, example_inputs)
+        compiled = aot_eager(result.sparse or result.exact or result.canonical, example_inputs)
+        return restored(compiled, gm, ctx.loss_rows) if ctx.loss_rows else compiled
 
     torch._dynamo.reset()
     value = torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
@@ -203,7 +205,7 @@ def assert_like_masked_dense(
     """
     with record_channels() as chosen:
         ran = run_rewritten(model, *args, config=config)
-    assert ran.result.gm is not None, ran.result.rejections
+    assert ran.result.sparse is not None, ran.result.rejections
     kept = {site: found[0] for site, found in chosen.items()}
     actual = gradients_of(ran.value, model)
     with masked_dense(sites(kept), output_mask_from_labels(labels)):

@@ -141,7 +141,8 @@ def test_flops_agree_with_torchs_counter(
 
 
 def test_flops_of_a_sparse_step(benchmarks: dict[str, ModuleType], measure: ModuleType, tiny: Any) -> None:
-    flops = measure.rewritten_flops(benchmarks["workloads"].base_model(tiny), tiny, "o2")
+    base = benchmarks["workloads"].base_model(tiny)
+    flops = measure.rewritten_flops(base, tiny, "o2:")
     # Of four blocks, the two in the middle have a sparse feed-forward part; attention this narrow does not pay.
     assert (flops.sites, flops.sparse_sites) == (8, 2)
     tokens, hidden, kv = tiny.batch * tiny.length, tiny.hidden, tiny.hidden // 2
@@ -153,6 +154,23 @@ def test_flops_of_a_sparse_step(benchmarks: dict[str, ModuleType], measure: Modu
     context = tiny.batch * (tiny.length - tiny.output - 1)
     assert flops.weights_before - flops.weights_after == pytest.approx(2 * 4 * ffn * context * (1 - 3 / 256))
     assert 1 < flops.limit < flops.weights_limit
+    # The head, the last feed-forward part and the last output projection run for the rows of the loss, both ways.
+    exact = measure.rewritten_flops(base, tiny, "exact:select_loss_rows")
+    ignored = tiny.batch * (tiny.length - tiny.output)
+    assert exact.weights_before - exact.weights_after == pytest.approx(
+        4 * ignored * (hidden * tiny.vocab + ffn + hidden * hidden)
+    )
+    both = measure.rewritten_flops(base, tiny, "o2")
+    assert both.weights_after == pytest.approx(flops.weights_after + exact.weights_after - flops.weights_before)
+
+
+def test_arms_are_presets_with_passes(measure: ModuleType) -> None:
+    assert measure.options_of("o2") == {"preset": "o2", "disable": [], "start_step": 0}
+    assert "select_loss_rows" in measure.options_of("o2:")["disable"]
+    assert "select_loss_rows" not in measure.options_of("exact:select_loss_rows")["disable"]
+    for unknown in ("o3", "exact:find_ffn", "eager:"):
+        with pytest.raises(ValueError, match=f"no arm {unknown!r}"):
+            measure.options_of(unknown)
 
 
 # --- Workloads and the program ----------------------------------------------------------------------------------------
@@ -228,7 +246,7 @@ def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
         "inductor": measure.ArmTimes(9.0, (2.0, 2.2, 1.8), 4.5, 1),
         "o2": measure.ArmTimes(12.0, (1.0, 1.1, 0.9), 4.6, 1),
     }
-    flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=None, sites=8, sparse_sites=2)
+    flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=1e9, sites=8, sparse_sites=2)
     alone = measure.Alone(12.0, 4.0, 3 * 2**20, 5 * 2**20)
     surroundings = benchmarks["rows"].environment(["--quick"])
     return cpu._row(tiny, "o2", times, flops, alone, counted={"linear": 1, "attention": 1}, **surroundings)
@@ -237,7 +255,7 @@ def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
 def test_efficiency_is_the_ratio_to_inductor_over_the_flop_limit(row: Any) -> None:
     assert row.ratios["inductor"].median == pytest.approx(2.0)
     assert row.flops_limit == 2.5
-    assert row.flops_limit_weights is None
+    assert row.flops_limit_weights == 2.0
     assert row.efficiency == pytest.approx(0.8)
     assert list(row.ratios) == ["inductor"]
     assert row.command == "benchmarks/cpu.py --quick"
@@ -248,7 +266,7 @@ def test_table(benchmarks: dict[str, ModuleType], row: Any) -> None:
     assert len(header) == len(line)
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
     assert cells[:2] == ["o2", "1.000 s"]
-    assert cells[3:] == ["-", "2.00x", "2.50x", "-", "0.80", "2/8", "12.0 s", "3 MiB", "12.0/4.0 s"]
+    assert cells[3:] == ["-", "2.00x", "2.50x", "2.00x", "0.80", "2/8", "12.0 s", "3 MiB", "12.0/4.0 s"]
 
 
 def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any, tmp_path: Path) -> None:

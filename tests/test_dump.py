@@ -26,7 +26,7 @@ from models import batch, fp64_decoder
 import sparse_compile.backend
 sparse_compile.backend.compile_with_inductor = aot_eager
 options = {"layer_sparsity": {"1.mlp": 0.5, "1.self_attn": 0.5}}
-torch.compile(fp64_decoder(layers=2), backend="sparselora", options=options)(**batch(61))
+torch.compile(fp64_decoder(layers=3), backend="sparselora", options=options)(**batch(61))
 """
 TIMES = {"milliseconds"}
 

@@ -60,6 +60,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "put_rows, cpu_index": (OPS.put_rows, (x(3, 5), x(3, 2, seed=2), ROWS, CONTEXT, index(0, 4), "cpu_index")),
     "put_rows, no output": (OPS.put_rows, (x(0, 5), x(3, 5), index(), index(0, 1, 2))),
     "put_rows, no context": (OPS.put_rows, (x(3, 5), x(0, 1), index(0, 1, 2), index(), index(2))),
+    "select_rows": (OPS.select_rows, (x(6, 5), ROWS)),
+    "select_rows, heads": (OPS.select_rows, (x(6, 2, 5), ROWS)),
+    "select_rows, none": (OPS.select_rows, (x(3, 5), index())),
+    "place_rows": (OPS.place_rows, (x(3, 5), ROWS, 6)),
+    "place_rows, none": (OPS.place_rows, (x(0, 5), index(), 6)),
     "low_rank_product": (OPS.low_rank_product, (frozen(4, 7), frozen(7, 2), frozen(2, 9))),
     "low_rank_product, bf16": (OPS.low_rank_product, (frozen(4, 7).bfloat16(), frozen(7, 2), frozen(2, 9))),
     "low_rank_product, no rows": (OPS.low_rank_product, (frozen(0, 7), frozen(7, 2), frozen(2, 9))),
@@ -99,6 +104,10 @@ def test_opcheck_of_a_split() -> None:
     torch.library.opcheck(OPS.split_tokens.default, (MASK,))
 
 
+def test_opcheck_of_rows_of_the_loss() -> None:
+    torch.library.opcheck(OPS.loss_rows.default, (torch.tensor([-100, 3, 4, -100]), -100))
+
+
 def test_shuffled_mask_is_random_and_keeps_counts() -> None:
     eligible = random_mask(4, 32, seed=3)
     mask = random_mask(4, 32, seed=5) & eligible
@@ -111,7 +120,12 @@ def test_shuffled_mask_is_random_and_keeps_counts() -> None:
 
 
 def test_every_op_is_checked() -> None:
-    checked = {name.split(",")[0] for name in CALLS} | {"given_output_mask", "split_tokens", "shuffled_mask"}
+    checked = {name.split(",")[0] for name in CALLS} | {
+        "given_output_mask",
+        "split_tokens",
+        "shuffled_mask",
+        "loss_rows",
+    }
     schemas = (schema.name.split("::") for schema in torch._C._jit_get_all_schemas())
     assert checked == {name for library, name in schemas if library == "sparselora"}
 

@@ -14,7 +14,8 @@ from sparse_compile.passes import PASS_NAMES
 from sparse_compile.passes.base import Numerics, Pass, PassContext, PassOutcome
 from sparse_compile.pipeline import passes, run_pipeline
 
-SPARSE = {"layer_sparsity": {"body.0": 0.5}}
+# Sparsity without the exact optimisations, which have a test of their own below.
+SPARSE = {"preset": "none", "layer_sparsity": {"body.0": 0.5}}
 
 
 class MLP(nn.Module):
@@ -68,7 +69,7 @@ def test_a_whole_run() -> None:
     captured = captured_with(**SPARSE)
     before = render_graph(captured.gm.graph, captured.ctx.parameters)
     result = run_pipeline(captured.gm, captured.ctx)
-    assert result.gm is not None and result.rejections == ()
+    assert result.sparse is not None and result.rejections == ()
     changed = [record.name for record in result.records if record.changed]
     assert changed == ["canonicalize_linears", "insert_predictors", "sparsify_ffn", "lower_sparse_ops"]
     assert [record.name for record in result.records] == list(PASS_NAMES)
@@ -81,10 +82,28 @@ def test_a_whole_run() -> None:
     assert result.canonical is not captured.gm
 
 
-@pytest.mark.parametrize("options", [{"preset": "none"}, {"preset": "exact"}, {"layer_sparsity": {"body.0": 0.0}}])
+@pytest.mark.parametrize("options", [{"preset": "none"}, {"preset": "none", "layer_sparsity": {"body.0": 0.0}}])
 def test_a_plan_of_nothing_compiles_what_was_captured(options: dict[str, object]) -> None:
     captured = captured_with(**options)
-    assert run_pipeline(captured.gm, captured.ctx).gm is None
+    result = run_pipeline(captured.gm, captured.ctx)
+    assert result.sparse is None and result.exact is None
+
+
+def test_an_exact_optimisation_runs_in_both_phases() -> None:
+    captured = captured_with(layer_sparsity=SPARSE["layer_sparsity"])
+    result = run_pipeline(captured.gm, captured.ctx)
+    graphs = (result.canonical, result.exact, result.sparse)
+    texts = [render_graph(graph.graph, captured.ctx.parameters) for graph in graphs if graph is not None]
+    assert ["select_rows" in text for text in texts] == [False, True, True]
+    assert ["gathered_linear" in text for text in texts] == [False, False, True]
+
+
+def test_preset_none_leaves_out_what_only_saves_work() -> None:
+    captured = captured_with(**SPARSE)
+    records = {record.name: record for record in run_pipeline(captured.gm, captured.ctx).records}
+    optimising = {each.name for each in passes() if each.optimises}
+    assert optimising and all(records[name].skipped == "preset 'none'" for name in optimising)
+    assert not any(record.skipped for name, record in records.items() if name not in optimising)
 
 
 @pytest.mark.parametrize("name", PASS_NAMES)
@@ -100,9 +119,15 @@ def test_disable(name: str) -> None:
     for skipped, reason in needs.items():
         assert records[skipped].skipped == reason
     # The model has a feed-forward site alone. An analysis that is left out has found nothing, and the rest goes on.
-    not_needed = ("inline_checkpoint_bodies", "find_attention", "factor_dora_norm")
-    not_needed += ("sparsify_attention", "lower_sparse_ops")
-    assert (result.gm is not None) == (name in not_needed)
+    not_needed = (
+        "select_loss_rows",
+        "factor_dora_norm",
+        "inline_checkpoint_bodies",
+        "find_attention",
+        "sparsify_attention",
+        "lower_sparse_ops",
+    )
+    assert (result.sparse is not None) == (name in not_needed)
 
 
 def test_a_failing_exact_pass_is_left_out() -> None:
@@ -110,7 +135,7 @@ def test_a_failing_exact_pass_is_left_out() -> None:
     with pytest.warns(UserWarning, match="canonicalize_linears failed, the pass is left out. Runtime") as seen:
         result = run_pipeline(captured.gm, captured.ctx, order=replaced("canonicalize_linears", fails))
     assert len(seen) == 1
-    assert result.gm is None and result.canonical is captured.gm
+    assert result.sparse is None and result.canonical is captured.gm
     assert [(r.rule, r.node, r.reason) for r in result.rejections] == [
         ("canonicalize_linears", "graph", "RuntimeError: lost the thread")
     ]
@@ -121,7 +146,7 @@ def test_a_failure_after_the_plan_undoes_all_that_approximates(name: str) -> Non
     captured = captured_with(**SPARSE)
     with pytest.warns(UserWarning, match=f"{name} failed, this graph runs dense") as seen:
         result = run_pipeline(captured.gm, captured.ctx, order=replaced(name, fails))
-    assert len(seen) == 1 and result.gm is None
+    assert len(seen) == 1 and result.sparse is None
     assert captured.ctx.plan.sites == () and captured.ctx.selections == {}
     assert "sparselora" not in render_graph(result.canonical.graph, captured.ctx.parameters)
     later = [r for r in result.records[PASS_NAMES.index(name) + 1 :] if r.numerics == "approximate"]

@@ -21,7 +21,7 @@ from sparse_compile.pipeline import passes, run_pipeline
 from sparse_compile.verify import STAGES, VerificationError, verify
 
 OPS = torch.ops.sparselora
-CONFIG = {"layer_sparsity": {"body.0": 0.5}}
+CONFIG = {"preset": "none", "layer_sparsity": {"body.0": 0.5}}
 
 
 class MLP(nn.Module):
@@ -160,20 +160,20 @@ def test_falls_back_with_one_warning(broken: Callable[..., None], monkeypatch: p
     if after == "canonicalize_linears":
         # An exact pass is left out, and with it what needs canonical linears.
         assert {record.name for record in result.records if record.skipped.startswith("needs")} >= {"find_projections"}
-    assert result.gm is None and not captured.ctx.plan.sparse_sites and captured.ctx.selections == {}
+    assert result.sparse is None and not captured.ctx.plan.sparse_sites and captured.ctx.selections == {}
     verify(result.canonical, captured.gm, {"captured"}, captured.ctx.parameters)
 
 
 @pytest.mark.parametrize("broken", ONLY_ON_REQUEST, ids=lambda each: each.__name__)
 def test_outputs_are_checked_on_request_only(broken: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSELORA_VERIFY", "0")
-    assert run(broken, strict=True)[1].gm is not None
+    assert run(broken, strict=True)[1].sparse is not None
 
 
 def test_a_sound_pipeline_passes_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSELORA_VERIFY", "1")
     captured = capture(Head(MLP()), *tokens(), config=SparseLoRAConfig(strict=True, **CONFIG))
-    assert run_pipeline(captured.gm, captured.ctx).gm is not None
+    assert run_pipeline(captured.gm, captured.ctx).sparse is not None
 
 
 def test_fallback_trains_like_eager() -> None:
@@ -183,7 +183,7 @@ def test_fallback_trains_like_eager() -> None:
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
         ctx = capture_context(gm, example_inputs, SparseLoRAConfig(**CONFIG))
         result = run_pipeline(gm, ctx, order=order_with(splits_twice, "sparsify_ffn"))
-        return aot_eager(result.gm or result.canonical, example_inputs)
+        return aot_eager(result.sparse or result.canonical, example_inputs)
 
     with pytest.warns(UserWarning, match="this graph runs dense"):
         loss = torch.compile(model, backend=backend, fullgraph=True)(*inputs)

@@ -49,6 +49,7 @@ def check(
     inputs: dict[str, Tensor],
     sites: dict[str, float],
     tolerance: Tolerance | None = None,
+    disable: tuple[str, ...] = ("select_loss_rows",),
 ) -> Any:
     """Assert that loss and gradients are those of the oracle at the channels chosen."""
 
@@ -58,9 +59,9 @@ def check(
 
     torch.manual_seed(0)
     with record_channels() as chosen:
-        ran = run_rewritten(loss, **inputs, config=SparseLoRAConfig(layer_sparsity=sites))
-    assert ran.result.gm is not None, ran.result.rejections
-    assert len(ran.ctx.plan.sparse_sites) == len(sites), ran.result.rejections
+        ran = run_rewritten(loss, **inputs, config=SparseLoRAConfig(layer_sparsity=sites, disable=disable))
+    assert ran.result.sparse is not None, ran.result.rejections
+    assert not disable or len(ran.ctx.plan.sparse_sites) == len(sites), ran.result.rejections
     ran.value.backward()
     actual = gradients(model)
     names = {f".{name}": found[0] for name, found in chosen.items()}
@@ -87,7 +88,8 @@ def test_every_kind_of_decoder(name: str) -> None:
 
 @pytest.mark.parametrize("shape", ["right", "packed"])
 def test_every_shape_of_batch(shape: str) -> None:
-    check(decoder(replace(DecoderConfig(), bias=True)), batch(61, **BATCHES[shape]), SITES)
+    """With the end of the model on the rows of the loss alone, whose last FFN leaves the plan."""
+    check(decoder(replace(DecoderConfig(), bias=True)), batch(61, **BATCHES[shape]), SITES, disable=())
 
 
 @pytest.mark.parametrize("targets", [ATTENTION_TARGETS, FFN_TARGETS, ("q_proj", "o_proj", "up_proj"), ("down_proj",)])
@@ -143,3 +145,25 @@ def test_llama(bias: bool) -> None:
     model = with_lora(tiny_llama(layers=2, dtype=torch.float64, bias=bias), ALL_TARGETS, dora=True)
     make_dora_traceable()
     check(model, batch(97, padding="right"), SITES, tolerance=HF)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_exact_passes_alone(dropout: float, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the backend: the loss and the gradients of eager, with the end of the model on rows of the loss alone."""
+    monkeypatch.setenv("SPARSELORA_VERIFY", "1")
+    model = decoder(replace(DecoderConfig(), bias=True), dropout=dropout)
+    inputs = batch(61, padding="right")
+    torch.manual_seed(0)
+    expected = model(**inputs)[0]
+    expected.backward()
+    gradients_expected = gradients(model)
+    torch.manual_seed(0)
+    compiled = torch.compile(model, backend="sparselora", fullgraph=True, options={"preset": "exact"})
+    loss = compiled(**inputs)[0]
+    loss.backward()
+    (graph,) = aot_eager_inductor.graphs
+    called = [str(node.target) for node in graph.graph.nodes]
+    assert called.count("sparselora.dora_norm.default") == 14 and "sparselora.loss_rows.default" in called
+    assert_close_rms(loss, expected)
+    for name, gradient in gradients(model).items():
+        assert_close_rms(gradient, gradients_expected[name], name=name)

@@ -26,7 +26,7 @@ def check(config: DecoderConfig, layer_sparsity: dict[str, float], inputs: dict[
         ran = run_rewritten(
             lambda **kwargs: model(**kwargs)[0], **inputs, config=SparseLoRAConfig(layer_sparsity=layer_sparsity)
         )
-    assert ran.result.gm is not None, ran.result.rejections
+    assert ran.result.sparse is not None, ran.result.rejections
     ran.value.backward()
     actual = gradients(model)
     kept: dict[str, Any] = {name: found[0] for name, found in chosen.items() if ":" not in name}

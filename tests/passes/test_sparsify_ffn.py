@@ -123,7 +123,7 @@ def test_conv1d() -> None:
 def test_without_context_nothing_is_lost() -> None:
     model, (ids, _) = Head(MLP(FUNCTIONS["silu gate"])), tokens()
     ran = run_rewritten(model, ids, ids, config=SparseLoRAConfig(layer_sparsity={"0": 0.75}))
-    assert ran.result.gm is not None
+    assert ran.result.sparse is not None
     expected = gradients_of(model(ids, ids), model)
     assert_close_rms(ran.value, model(ids, ids))
     for name, gradient in gradients_of(ran.value, model).items():
@@ -211,7 +211,7 @@ def backend_of(config: SparseLoRAConfig) -> Callable[..., Any]:
 
     def backend(gm: Any, example_inputs: Any) -> Any:
         result = run_pipeline(gm, capture_context(gm, example_inputs, config))
-        assert result.gm is not None
-        return aot_eager(result.gm, example_inputs)
+        assert result.sparse is not None
+        return aot_eager(result.sparse, example_inputs)
 
     return backend
