@@ -11,6 +11,7 @@ PASS_NAMES: tuple[str, ...] = (
     "select_loss_rows",
     "order_adapter_products",
     "fuse_adapters",
+    "factor_dora_norm",
     "insert_predictors",
     "sparsify_ffn",
     "sparsify_attention",

@@ -47,7 +47,7 @@ def adapters_by_input(graph: fx.Graph, ctx: PassContext) -> list[list[Adapter]]:
     and gradient mode, and in one activation checkpoint. Two dropouts of a tensor are two tensors.
     """
     branches = {
-        branch.a: (projection, branch) for projection in ctx.projections.values() for branch in projection.branches
+        branch.a: (projection, branch) for projection in ctx.projections.values() for branch in projection.adapters
     }
     groups: dict[Hashable, list[Adapter]] = {}
     region = 0

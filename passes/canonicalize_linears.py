@@ -17,7 +17,6 @@ is compiled as it was captured: the canonical copy is dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -30,6 +29,7 @@ from sparse_compile.graph import (
     calls_torch,
     forward_to,
     op_name,
+    strip_transposes,
     take_over,
     tensor_value,
 )
@@ -37,7 +37,6 @@ from sparse_compile.ir import Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _MATMULS = {"matmul", "mm", "__matmul__"}
-_TRANSPOSES = {"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"}
 _VIEWS = {"view", "reshape"}
 
 
@@ -100,7 +99,7 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rej
     x_value, weight_value = tensor_value(x), tensor_value(weight)
     if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() < 2:
         return 0
-    parameter, transposes = _strip_transposes(weight)
+    parameter, transposes = strip_transposes(weight)
     if parameter.name not in ctx.parameters:
         return 0
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
@@ -152,37 +151,3 @@ def _shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
 def _transposed(value: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return value.t()
-
-
-def _strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
-    """Follow transposes of a matrix back to what they transpose; return it and their number."""
-    count = 0
-    while True:
-        is_transpose = (calls_torch(node) and op_name(node) in _TRANSPOSES) or (
-            node.target is getattr and node.args[1] in ("T", "mT")
-        )
-        value = tensor_value(node)
-        if not is_transpose or value is None or value.dim() != 2:
-            return node, count
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        source_value = tensor_value(source)
-        if source_value is None or source_value.dim() != 2:
-            return node, count
-        # `permute(0, 1)` and `transpose(0, 0)` move nothing.
-        count += _swaps(node)
-        node = source
-
-
-def _swaps(node: fx.Node) -> int:
-    """Return 1 where `node` exchanges the two dimensions, 0 where it moves nothing."""
-    if op_name(node) == "permute":
-        order: Any = argument(node, 1, "dims")
-        if isinstance(order, int):
-            order = node.args[1:]
-        return int([dim % 2 for dim in order] == [1, 0])
-    if op_name(node) in ("transpose", "swapaxes", "swapdims"):
-        # `transpose` names its dimensions dim0 and dim1, `swapaxes` axis0 and axis1.
-        first, second = (*node.args[1:], *node.kwargs.values())
-        return int(first % 2 != second % 2)  # type: ignore[operator]
-    return 1

@@ -67,9 +67,10 @@ def site_name(projections: tuple[Projection, ...]) -> str:
 
 
 def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:
-    """Return the nodes of a projection that read its input: the base product, casts, dropouts and the branches."""
+    """Return the nodes of a projection that read its input: its products, casts, dropouts and the adapters."""
     own = {nodes[projection.base]}
-    frontier = [nodes[branch.a] for branch in projection.branches]
+    frontier = [nodes[name] for name in projection.products[1:]]
+    frontier += [nodes[branch.a] for branch in projection.adapters]
     while frontier:
         node = frontier.pop()
         own.add(node)

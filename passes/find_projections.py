@@ -6,6 +6,8 @@
     %scaled = mul(%b, s)
     %output = add(%base, %scaled)
 
+A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
+
 A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on
 the attention alone. Anything else that is added to the base product is left to the analyses that read the output.
 
@@ -15,15 +17,16 @@ stand-ins).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
-from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
-from sparse_compile.ir import LoRABranch, Projection, Rejection
+from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, strip_casts, tensor_value
+from sparse_compile.ir import DoRATerm, LoRABranch, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.dora_term import dora_term
+from sparse_compile.passes.lora_branch import is_sum, match_branch
 
-_ADDS = {"add", "iadd", "add_", "__add__", "__iadd__"}
 _ADAPTER_WRAPPERS = {"base_layer", "weight", "parametrizations", "original"}
 
 
@@ -42,23 +45,27 @@ class FindProjections:
         """Read the graph."""
         ctx.projections = {}
         rejections: list[Rejection] = []
+        taken: set[str] = set()
         for node in gm.graph.nodes:
-            if node.target is not LINEAR:
+            if node.target is not LINEAR or node.name in taken:
                 continue
             found = _projection(node, ctx)
             if isinstance(found, Projection):
                 ctx.projections[node.name] = found
+                taken.update(found.products)
             elif found is not None:
                 rejections.append(found)
-        branches = sum(len(projection.branches) for projection in ctx.projections.values())
+        branches = sum(len(projection.adapters) for projection in ctx.projections.values())
         return PassOutcome(False, {"projections": len(ctx.projections), "branches": branches}, tuple(rejections))
 
 
-def strip_casts(node: fx.Node) -> fx.Node:
-    """Follow dtype casts back to what they cast."""
-    while calls_torch(node) and op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+@dataclass
+class _Chain:
+    """What is added behind a base product, as far as it was followed."""
+
+    output: fx.Node
+    branches: list[LoRABranch] = field(default_factory=list)
+    dora: list[DoRATerm] = field(default_factory=list)
 
 
 def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | None:
@@ -76,7 +83,7 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
         return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
     if parameter.value is None:
         return Rejection("find_projections", parameter.path, "its weight is not at hand while compiling")
-    output, branches = _branches(node, source, ctx)
+    chain = _branches(node, source, ctx)
     out_features, in_features = (int(size) for size in value.shape)
     return Projection(
         name=_module_name(parameter.path),
@@ -85,10 +92,11 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
         weight=weight.name,
         transposed=transposed,
         bias=bias.name if isinstance(bias, fx.Node) else None,
-        branches=branches,
-        output=output.name,
+        branches=tuple(chain.branches),
+        output=chain.output.name,
         in_features=in_features,
         out_features=out_features,
+        dora=tuple(chain.dora),
     )
 
 
@@ -99,60 +107,31 @@ def _module_name(path: str) -> str:
     return ".".join(parts)
 
 
-def _branches(base: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, tuple[LoRABranch, ...]]:
-    """Follow the additions behind a base product for as long as LoRA branches of the same input are added."""
-    output = base
-    branches: list[LoRABranch] = []
+def _branches(base: fx.Node, source: fx.Node, ctx: PassContext) -> _Chain:
+    """Follow the additions behind a base product for as long as adapters of the same input are added."""
+    chain = _Chain(base)
     while True:
-        # PEFT casts the sum back to the base dtype between two adapters.
-        step = output
-        while len(step.users) == 1 and op_name(user := next(iter(step.users))) in CASTS and calls_torch(user):
-            step = user
-        addition = next(iter(step.users)) if len(step.users) == 1 else None
-        if addition is None or op_name(addition) not in _ADDS or addition.kwargs.get("alpha", 1) != 1:
-            return output, tuple(branches)
-        others = [arg for arg in addition.args if arg is not step]
-        branch = _branch(others[0], source, ctx) if len(others) == 1 and isinstance(others[0], fx.Node) else None
-        if branch is None:
-            return output, tuple(branches)
-        output = addition
-        branches.append(branch)
+        branch = _added_branch(chain.output, source, ctx)
+        if branch is not None:
+            chain.output, found = branch
+            chain.branches.append(found)
+            continue
+        term = dora_term(chain.output, base, source, ctx)
+        if term is None:
+            return chain
+        chain.output, decomposed = term
+        chain.dora.append(decomposed)
 
 
-def _branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABranch | None:
-    b = _strip_scale(output)
-    if not _is_trained_linear(b, ctx):
+def _added_branch(running: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, LoRABranch] | None:
+    """Return the addition that is all that reads a running sum, and the LoRA branch that it adds."""
+    # PEFT casts the sum back to the base dtype between two adapters.
+    step = running
+    while len(step.users) == 1 and op_name(user := next(iter(step.users))) in CASTS and calls_torch(user):
+        step = user
+    addition = next(iter(step.users)) if len(step.users) == 1 else None
+    if addition is None or not is_sum(addition):
         return None
-    a = _strip_scale(argument(b, 0, "input"))
-    if not _is_trained_linear(a, ctx):
-        return None
-    x, dropout = strip_casts(argument(a, 0, "input")), None
-    shared = strip_casts(source)
-    # A dropout that the base product reads as well belongs to the block, not to the adapter.
-    if x is not shared and calls_torch(x) and op_name(x) == "dropout":
-        dropout, x = x.name, strip_casts(x.args[0])  # type: ignore[arg-type]
-    if x is not shared:
-        return None
-    return LoRABranch(a=a.name, b=b.name, output=output.name, dropout=dropout)
-
-
-def _strip_scale(node: fx.Node) -> fx.Node:
-    """Follow casts and products with a number back to what they scale."""
-    while True:
-        node = strip_casts(node)
-        if not (calls_torch(node) and op_name(node) in ("mul", "__mul__", "imul")):
-            return node
-        tensors = [arg for arg in node.args if isinstance(arg, fx.Node) and tensor_value(arg) is not None]
-        if len(tensors) != 1:
-            return node
-        node = tensors[0]
-
-
-def _is_trained_linear(node: fx.Node, ctx: PassContext) -> bool:
-    if node.target is not LINEAR:
-        return False
-    weight = strip_casts(argument(node, 1, "weight"))
-    if op_name(weight) == "t":
-        weight = strip_casts(weight.args[0])  # type: ignore[arg-type]
-    parameter = ctx.parameters.get(weight.name)
-    return parameter is not None and parameter.trained
+    others = [arg for arg in addition.args if arg is not step]
+    branch = match_branch(others[0], source, ctx) if len(others) == 1 and isinstance(others[0], fx.Node) else None
+    return None if branch is None else (addition, branch)

@@ -77,7 +77,7 @@ class FuseAdapters:
 def _gathered_products(ctx: PassContext) -> set[str]:
     """Return the products with A whose columns a sparse feed-forward block gathers: they must stay products."""
     outputs = [plan.site.output for plan in ctx.plan.sparse_sites if isinstance(plan.site, FFNSite)]
-    return {branch.a for projection in outputs for branch in projection.branches}
+    return {branch.a for projection in outputs for branch in projection.adapters}
 
 
 def _reason_to_leave(adapter: Adapter, group: int, readers: int, gathered: set[str]) -> str:

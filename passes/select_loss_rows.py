@@ -37,7 +37,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from sparse_compile.cost import node_flops
+from sparse_compile.cost import frozen_products, node_flops
 from sparse_compile.graph import (
     TAG,
     Rewriter,
@@ -94,7 +94,7 @@ class SelectLossRows:
             segment = find_loss_segment(gm.graph, ctx)
         except DeclinedError as declined:
             return PassOutcome(False, {}, (Rejection(self.name, *declined.args),))
-        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, ctx.projections.keys()).run()
+        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, frozen_products(ctx.projections.values())).run()
         ctx.plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.plan.sites))
         stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(ctx.loss_rows.outputs)}
         return PassOutcome(True, stats, segment.stops)

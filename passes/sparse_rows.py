@@ -31,6 +31,13 @@ class SparseRows:
         devices = {parameter.value.device.type for parameter in ctx.parameters.values() if parameter.value is not None}
         self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.autocast, device) for device in devices}
 
+    @property
+    def roles(self) -> fx.Node:
+        """The tokens' roles, (B, S) bool, true at output tokens."""
+        split = self.rows[0].args[0]
+        assert isinstance(split, fx.Node)
+        return argument(split, 0, "mask")  # type: ignore[no-any-return]
+
     def split(self, x: fx.Node, columns: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """Flatten the tokens of `x` (..., C) and split them: (n, C) and (N - n, k or C)."""
         flat = self.rewriter.method("reshape", x, -1, hinted_shape(x)[-1])
@@ -46,21 +53,19 @@ class SparseRows:
         here.
         """
         merged = self.rewriter.call(_OPS.put_rows.default, output, context, *self.rows, columns)
-        return self.rewriter.method("reshape", merged, *self._leading_sizes(source), width)
+        return self.rewriter.method("reshape", merged, *self.leading_sizes(source), width)
 
-    def gathered(self, x: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
-        """Insert the base product of some output channels, bias included."""
-        base = self.nodes[projection.base]
-        y = self.rewriter.call(_OPS.gathered_linear.default, self.cast(x, base), self._weight(projection), channels)
-        return self._with_bias(y, projection, base, channels)
+    def gathered(self, x: fx.Node, product: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
+        """Insert a product with the frozen weight, of some output channels; with its bias, where it has one."""
+        weight = self._weight(projection)
+        y = self.rewriter.call(_OPS.gathered_linear.default, self.cast(x, product), weight, channels)
+        return self._with_bias(y, product, channels)
 
-    def gathered_input(self, h: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
-        """Insert the base product of some input channels, bias included."""
-        base = self.nodes[projection.base]
-        y = self.rewriter.call(
-            _OPS.gathered_input_linear.default, self.cast(h, base), self._weight(projection), channels
-        )
-        return self._with_bias(y, projection, base, None)
+    def gathered_input(self, h: fx.Node, product: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
+        """Insert a product with the frozen weight, of some input channels; with its bias, where it has one."""
+        weight = self._weight(projection)
+        y = self.rewriter.call(_OPS.gathered_input_linear.default, self.cast(h, product), weight, channels)
+        return self._with_bias(y, product, None)
 
     def cast(self, x: fx.Node, at: fx.Node) -> fx.Node:
         """Cast an operand as autocast would at the node `at`: custom ops ignore it."""
@@ -102,15 +107,16 @@ class SparseRows:
         weight = self.nodes[projection.weight]
         return self.rewriter.method("t", weight) if projection.transposed else weight
 
-    def _with_bias(self, y: fx.Node, projection: Projection, base: fx.Node, channels: fx.Node | None) -> fx.Node:
-        if projection.bias is None:
+    def _with_bias(self, y: fx.Node, product: fx.Node, channels: fx.Node | None) -> fx.Node:
+        bias = argument(product, 2, "bias")
+        if bias is None:
             return y
-        bias = self.nodes[projection.bias]
         if channels is not None:
             bias = self.rewriter.call(torch.index_select, bias, 0, channels)
-        return self.rewriter.call(torch.add, y, self.cast(bias, base))
+        return self.rewriter.call(torch.add, y, self.cast(bias, product))
 
-    def _leading_sizes(self, like: fx.Node) -> Sequence[fx.Node | int]:
+    def leading_sizes(self, like: fx.Node) -> Sequence[fx.Node | int]:
+        """Return the sizes of all dimensions of `like` but the last, symbolic ones as nodes."""
         value = tensor_value(like)
         assert value is not None
         return [

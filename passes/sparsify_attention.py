@@ -7,7 +7,9 @@
 
 The base outputs of q, k and v are zero outside the kept channels; the base output projection reads its input with the
 channels that are not kept zeroed. LoRA branches stay dense and untouched: only base products are replaced. A kept
-channel d of key/value head j keeps channel d of the query heads that read head j.
+channel d of key/value head j keeps channel d of the query heads that read head j. Of a DoRA adapter the frozen product
+of its own is replaced in the same way, and the bias that it takes off the base output is off already where a channel is
+dropped.
 
 Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3); the gradients are the exact gradients of the sparse
 function (the authors' code passes none through the base path).
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparse_compile.graph import Rewriter, take_over
+from sparse_compile.graph import Rewriter, argument, take_over
 from sparse_compile.ir import AttentionSite, Projection, SitePlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.sparse_rows import SparseRows
@@ -60,23 +62,59 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> None:
     with rewriter.before(first, site.name):
         kept_q = rewriter.call(_OPS.expand_kv_channels.default, kept_qk, site.head_dim, site.groups)
         kept_o = rewriter.call(_OPS.expand_kv_channels.default, kept_vo, site.value_head_dim, site.groups)
-        output, context = rows.split(rows.nodes[site.source])
+        segments = rows.split(rows.nodes[site.source])
     for projection, kept in zip(inputs, (kept_q, kept_qk, kept_vo), strict=True):
-        base = rows.nodes[projection.base]
-        with rewriter.before(base, site.name):
-            source = rows.nodes[site.source]
-            dense = rows.dense(base, {source: output})
-            merged = rows.merge(dense, rows.gathered(context, projection, kept), source, projection.out_features, kept)
-        take_over(base, merged)
+        for name in projection.products:
+            # A DoRA adapter with dropout multiplies an input of its own.
+            shared = segments if name == projection.base else None
+            _rewrite_input(rows.nodes[name], projection, kept, shared, rows, site.name)
+        for term in projection.dora:
+            if term.unbiased is not None:
+                _drop_bias(rows.nodes[term.unbiased], projection, kept, rows, site.name)
     # Where only rows of the loss are left of the output projection, none of them is context: it stays dense.
     if site.output in plan.projections:
-        _rewrite_output(site.output, kept_o, rows, site.name)
+        for name in site.output.products:
+            _rewrite_output(rows.nodes[name], site.output, kept_o, rows, site.name)
 
 
-def _rewrite_output(projection: Projection, kept: fx.Node, rows: SparseRows, site: str) -> None:
-    base, source = rows.nodes[projection.base], rows.nodes[projection.source]
-    with rows.rewriter.before(base, site):
+def _rewrite_input(
+    product: fx.Node,
+    projection: Projection,
+    kept: fx.Node,
+    segments: tuple[fx.Node, fx.Node] | None,
+    rows: SparseRows,
+    site: str,
+) -> None:
+    """Have a product with the weight of q, k or v compute the kept channels alone, for context tokens."""
+    source = argument(product, 0, "input")
+    with rows.rewriter.before(product, site):
+        output, context = segments or rows.split(source)
+        dense = rows.dense(product, {source: output})
+        sparse = rows.gathered(context, product, projection, kept)
+        merged = rows.merge(dense, sparse, source, projection.out_features, kept)
+    take_over(product, merged)
+
+
+def _drop_bias(unbiased: fx.Node, projection: Projection, kept: fx.Node, rows: SparseRows, site: str) -> None:
+    """Have DoRA take the bias off where the sparse base product has one: a dropped channel has lost it."""
+    call, method = rows.rewriter.call, rows.rewriter.method
+    with rows.rewriter.before(unbiased, site):
+        source = rows.nodes[projection.source]
+        roles = method("reshape", rows.roles, *rows.leading_sizes(source), 1)
+        bias = argument(unbiased, 1, "other")
+        channels = call(torch.zeros_like, bias, dtype=torch.bool)
+        channels = call(torch.index_fill, channels, 0, kept, True)
+        bias = call(torch.where, call(torch.logical_or, roles, channels), bias, 0.0)
+        less = call(torch.sub, argument(unbiased, 0, "input"), bias)
+    take_over(unbiased, less)
+
+
+def _rewrite_output(product: fx.Node, projection: Projection, kept: fx.Node, rows: SparseRows, site: str) -> None:
+    """Have a product with the weight of o read the kept channels alone, for context tokens."""
+    source = argument(product, 0, "input")
+    with rows.rewriter.before(product, site):
         output, context = rows.split(source, kept)
-        dense = rows.dense(base, {source: output})
-        merged = rows.merge(dense, rows.gathered_input(context, projection, kept), source, projection.out_features)
-    take_over(base, merged)
+        dense = rows.dense(product, {source: output})
+        sparse = rows.gathered_input(context, product, projection, kept)
+        merged = rows.merge(dense, sparse, source, projection.out_features)
+    take_over(product, merged)

@@ -7,7 +7,8 @@
 
 Adapters belong to the layer: on gate and up the rows of B that are kept are used, on down the columns of A. The thin
 product with A of an in-projection runs on all tokens before the split, so that a dropout before it stays as drawn. The
-elementwise region is copied for each role; a per-channel vector in it is gathered.
+elementwise region is copied for each role; a per-channel vector in it is gathered. Of a DoRA adapter on gate or up, the
+scale and the bias that it takes off are gathered too; a frozen product of its own is computed as the base product is.
 
 Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): the intermediate channels that are not kept count as
 zero for context tokens; the gradients are the exact gradients of that function.
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparse_compile.graph import LINEAR, Rewriter, argument, hinted_shape, take_over
+from sparse_compile.graph import LINEAR, Rewriter, argument, hinted_shape, take_over, tensor_value
 from sparse_compile.ir import FFNSite, Projection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.sparse_rows import SparseRows
@@ -59,9 +60,11 @@ def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
         source = nodes[site.source]
         output.values[source], context.values[source] = rows.split(source)
         for projection in site.inputs:
-            for branch in projection.branches:
-                thin = nodes[branch.a]
-                output.values[thin], context.values[thin] = rows.split(thin)
+            whole = [nodes[branch.a] for branch in projection.adapters]
+            whole += [argument(nodes[name], 0, "input") for name in projection.products[1:]]
+            for node in whole:
+                if node not in output.values:
+                    output.values[node], context.values[node] = rows.split(node)
         merged = rows.merge(output.run(), context.run(), source, site.output.out_features)
     return take_over(end, merged)
 
@@ -90,10 +93,11 @@ class _Segment:
             if self.kept is None:
                 self._copy(nodes[projection.base])
             else:
-                self.values[nodes[projection.base]] = self.rows.gathered(source, projection, self.kept)
-            self._copy_branches(projection, self.kept, gather_outputs=True)
+                base = nodes[projection.base]
+                self.values[base] = self.rows.gathered(source, base, projection, self.kept)
+            self._copy_adapters(projection, gather_outputs=True)
         for name in self.site.vectors:
-            self._gather_vector(nodes[name])
+            self._take_vector(nodes[name], self.site.channels)
         for name in self.site.region:
             self._copy(nodes[name])
         last = self.site.output
@@ -101,23 +105,35 @@ class _Segment:
         if self.kept is None:
             self._copy(nodes[last.base])
         else:
-            self.values[nodes[last.base]] = self.rows.gathered_input(hidden, last, self.kept)
-        self._copy_branches(last, self.kept, gather_outputs=False)
+            self.values[nodes[last.base]] = self.rows.gathered_input(hidden, nodes[last.base], last, self.kept)
+        self._copy_adapters(last, gather_outputs=False)
         return self.values[nodes[last.output]]
 
     def _copy(self, node: fx.Node) -> None:
         if node not in self.values:
             self.values[node] = self.rows.dense(node, self.values)
 
-    def _copy_branches(self, projection: Projection, kept: fx.Node | None, *, gather_outputs: bool) -> None:
-        """Copy what lies between a base product and the projection's output: branches, scales, casts, additions."""
+    def _copy_adapters(self, projection: Projection, *, gather_outputs: bool) -> None:
+        """Copy what lies between a base product and the projection's output: adapters, scales, casts, additions."""
         nodes = self.rows.nodes
-        gathered = {nodes[branch.b if gather_outputs else branch.a] for branch in projection.branches}
-        for node in self._between(projection):
-            if node in gathered and kept is not None:
-                self.values[node] = self._gathered_adapter(node, kept, dim=0 if gather_outputs else 1)
-            else:
+        gathered = {nodes[branch.b if gather_outputs else branch.a] for branch in projection.adapters}
+        products = {nodes[name] for name in projection.products[1:]}
+        channels = projection.out_features if gather_outputs else None
+        between = self._between(projection)
+        for node in between:
+            if node.target is not LINEAR:
+                for operand in node.all_input_nodes:
+                    if operand not in self.values and operand not in between and _is_per_channel(operand):
+                        self._take_vector(operand, channels)
                 self._copy(node)
+            elif self.kept is None or node not in gathered | products:
+                self._copy(node)
+            elif node in products:
+                product = self.rows.gathered if gather_outputs else self.rows.gathered_input
+                x = self.values[argument(node, 0, "input")]
+                self.values[node] = product(x, node, projection, self.kept)
+            else:
+                self.values[node] = self._gathered_adapter(node, self.kept, dim=0 if gather_outputs else 1)
 
     def _between(self, projection: Projection) -> list[fx.Node]:
         """Return the nodes on the way from the segment's values to the projection's output, in graph order.
@@ -147,10 +163,16 @@ class _Segment:
             bias = call(torch.index_select, bias, 0, kept)
         return self.rows.product(self.values[x], weight, bias, width)
 
-    def _gather_vector(self, node: fx.Node) -> None:
+    def _take_vector(self, node: fx.Node, channels: int | None) -> None:
+        """Take the kept ones of a tensor of one value a channel; `channels` is None where all of them are read."""
         shape = hinted_shape(node)
-        if self.kept is not None and shape and shape[-1] == self.site.channels:
+        if self.kept is not None and shape and shape[-1] == channels:
             self.values[node] = self.rows.rewriter.call(torch.index_select, node, len(shape) - 1, self.kept)
         # For flattened tokens a vector's leading dimensions of size 1 must go, or the result would gain dimensions.
         if len(shape) > 2:
             self.values[node] = self.rows.rewriter.method("reshape", self.values.get(node, node), -1)
+
+
+def _is_per_channel(node: fx.Node) -> bool:
+    """Tell whether a node holds a tensor that is one row at most."""
+    return tensor_value(node) is not None and set(hinted_shape(node)[:-1]) <= {1}

@@ -17,6 +17,7 @@ from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.loss_rows import restored
 from sparse_compile.passes.base import PassContext
+from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import passes, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
@@ -28,6 +29,9 @@ from sparse_compile.torch_private import (
     install_value_guard,
     is_control_flow_exception,
 )
+
+# Dynamo imports this module when it looks up the backend's name, before it traces anything.
+make_dora_traceable()
 
 _LOG = logging.getLogger(__name__)
 _matched: set[SparseLoRAConfig] = set()
@@ -54,6 +58,7 @@ def sparselora(
     Raises:
         ValueError: an invalid option, or (strict) a site name that matches nothing. TorchDynamo wraps it.
     """
+    make_dora_traceable()  # PEFT may have been imported since: then for what is traced from now on
     config = SparseLoRAConfig.from_options(options)
     ctx = capture_context(gm, example_inputs, config)
 

@@ -9,7 +9,7 @@ any batch; `sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,18 @@ ASSUMED_CONTEXT_SHARE = 0.75
 
 
 def projection_flops(projection: Projection, kept_share: float = 1.0) -> float:
-    """Return the FLOPs of the frozen product for one token, forward and gradient of the input.
+    """Return the FLOPs of the frozen products for one token, forward and gradient of the input.
 
     Args:
         projection: the layer.
         kept_share: fraction of the channels that are computed.
     """
-    return 4.0 * projection.in_features * projection.out_features * kept_share
+    return 4.0 * projection.in_features * projection.out_features * kept_share * len(projection.products)
+
+
+def frozen_products(projections: Iterable[Projection]) -> set[str]:
+    """Return the names of the nodes that multiply with a frozen weight."""
+    return {name for projection in projections for name in projection.products}
 
 
 def site_flops(plan: SitePlan) -> sympy.Expr:
@@ -113,14 +118,30 @@ def step_flops(graph: fx.Graph) -> float:
     """Return the FLOPs of the matrix products of one training step, at the sizes seen at tracing.
 
     Counts every `linear` and `matmul` (gradients only where they are needed) and softmax attention with half of its
-    scores (causal), five products backward for two forward, as fused attention kernels execute it.
+    scores (causal), five products backward for two forward, as fused attention kernels execute it. Of what is detached
+    before it reaches an output, as DoRA's norm is, only the forward counts.
     """
-    return sum(node_flops(node) for node in graph.nodes)
+    differentiated: set[fx.Node] = set()
+    frontier = [graph.output_node()]
+    while frontier:
+        node = frontier.pop()
+        if node not in differentiated and op_name(node) != "detach":
+            differentiated.add(node)
+            frontier += node.all_input_nodes
+    return sum(node_flops(node, differentiated=node in differentiated) for node in graph.nodes)
 
 
-def node_flops(node: fx.Node) -> float:
-    """Return the FLOPs of a node in a training step, at the sizes seen at tracing: 0 for all but products."""
+def node_flops(node: fx.Node, *, differentiated: bool = True) -> float:
+    """Return the FLOPs of a node in a training step, at the sizes seen at tracing: 0 for all but products.
+
+    Args:
+        node: the node.
+        differentiated: whether a gradient may reach it.
+    """
     value = tensor_value(node)
+    if op_name(node) == "dora_norm":
+        weight, a, *_ = node.all_input_nodes
+        return 2.0 * math.prod(hinted_shape(weight)) * hinted_shape(a)[0]
     if value is None:
         return 0.0
     if op_name(node) == "scaled_dot_product_attention":
@@ -133,7 +154,8 @@ def node_flops(node: fx.Node) -> float:
     if len(operands) < 2:
         return 0.0
     forward = 2.0 * math.prod(hinted_shape(node)) * hinted_shape(operands[0])[-1]
-    gradients = sum(bool(_value(operand).requires_grad) for operand in operands) if value.requires_grad else 0
+    is_trained = differentiated and value.requires_grad
+    gradients = sum(bool(_value(operand).requires_grad) for operand in operands) if is_trained else 0
     return forward * (1 + gradients)
 
 

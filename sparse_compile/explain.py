@@ -13,6 +13,7 @@ import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.capture import capture_context, count_tokens, trained_parameters
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.graph import hinted_shape, tensor_value
+from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import run_pipeline
 from sparse_compile.report import GraphReport, Report, graph_report
 from sparse_compile.torch_private import compile_id
@@ -43,6 +44,7 @@ def explain(
     """
     options = config if isinstance(config, SparseLoRAConfig) else SparseLoRAConfig.from_options(config)
     graphs: list[GraphReport] = []
+    make_dora_traceable()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ctx = capture_context(gm, example_inputs, options)

@@ -21,6 +21,9 @@ LINEAR = torch._C._nn.linear
 CASTS = frozenset({"to", "type", "float", "double", "half", "bfloat16", "type_as"})
 """Names of the calls that change the dtype (or the device) of a tensor and nothing else."""
 
+TRANSPOSES = frozenset({"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"})
+"""Names of the calls that may exchange the two dimensions of a matrix."""
+
 
 def value_of(node: fx.Node) -> Any:
     """Return the example value Dynamo recorded for `node` (a FakeTensor for a tensor), or None."""
@@ -74,6 +77,60 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def strip_casts(node: fx.Node) -> fx.Node:
+    """Follow dtype casts back to what they cast."""
+    while calls_torch(node) and op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
+    """Follow transposes of a matrix back to what they transpose; return it and their number."""
+    count = 0
+    while True:
+        is_transpose = (calls_torch(node) and op_name(node) in TRANSPOSES) or (
+            node.target is getattr and node.args[1] in ("T", "mT")
+        )
+        value = tensor_value(node)
+        if not is_transpose or value is None or value.dim() != 2:
+            return node, count
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        source_value = tensor_value(source)
+        if source_value is None or source_value.dim() != 2:
+            return node, count
+        # `permute(0, 1)` and `transpose(0, 0)` move nothing.
+        count += _swaps(node)
+        node = source
+
+
+def _swaps(node: fx.Node) -> int:
+    """Return 1 where `node` exchanges the two dimensions, 0 where it moves nothing."""
+    if op_name(node) == "permute":
+        order: Any = argument(node, 1, "dims")
+        if isinstance(order, int):
+            order = node.args[1:]
+        return int([dim % 2 for dim in order] == [1, 0])
+    if op_name(node) in ("transpose", "swapaxes", "swapdims"):
+        # `transpose` names its dimensions dim0 and dim1, `swapaxes` axis0 and axis1.
+        first, second = (*node.args[1:], *node.kwargs.values())
+        return int(first % 2 != second % 2)  # type: ignore[operator]
+    return 1
+
+
+def stored_matrix(node: fx.Node) -> tuple[fx.Node, bool]:
+    """Follow casts, detaches and transposes of a matrix back to what is stored; tell whether that is the transpose."""
+    count = 0
+    while True:
+        matrix, transposes = strip_transposes(strip_casts(node))
+        count += transposes
+        if op_name(matrix) == "detach" and isinstance(matrix.args[0], fx.Node):
+            matrix = matrix.args[0]
+        if matrix is node:
+            return node, count % 2 == 1
+        node = matrix
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -51,6 +51,24 @@ class LoRABranch:
 
 
 @dataclass(frozen=True)
+class DoRATerm:
+    """What a weight-decomposed adapter (DoRA) adds to a layer's output: (v - 1) y' + v s (x A') B'.
+
+    v holds a number for each output channel, the trained magnitude over the norm of the row of W + s B A. y' is the
+    output so far without the bias, or x W' of the adapter's own x, which was dropped out.
+
+    Attributes:
+        branch: the low-rank branch, scaled by v at its end.
+        product: the frozen product of the dropped-out x, or None.
+        unbiased: the output so far less the bias, or None.
+    """
+
+    branch: LoRABranch
+    product: NodeName | None
+    unbiased: NodeName | None
+
+
+@dataclass(frozen=True)
 class Projection:
     """A frozen linear layer y = x W' + b with its LoRA branches.
 
@@ -61,10 +79,11 @@ class Projection:
         weight: placeholder of the weight.
         transposed: whether the placeholder holds W' (in, out), as Conv1D layers do.
         bias: the node added as bias, or None.
-        branches: the LoRA branches added to it, in order.
-        output: the node that carries base and branches.
+        branches: the LoRA branches added to it, in order; those of DoRA terms are not among them.
+        output: the node that carries base, branches and DoRA terms.
         in_features: width of x.
         out_features: width of y.
+        dora: the DoRA terms added to it, in order. Only without any is y the sum of base and branches.
     """
 
     name: str
@@ -77,6 +96,17 @@ class Projection:
     output: NodeName
     in_features: int
     out_features: int
+    dora: tuple[DoRATerm, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[LoRABranch, ...]:
+        """Every low-rank branch, those of DoRA terms last."""
+        return (*self.branches, *(term.branch for term in self.dora))
+
+    @property
+    def products(self) -> tuple[NodeName, ...]:
+        """Every product with the frozen weight, the base first."""
+        return (self.base, *(term.product for term in self.dora if term.product is not None))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sparse_compile.graph import copy_graph_module
 from sparse_compile.ir import Rejection, SparsityPlan
 from sparse_compile.passes.base import InvalidOptionError, Numerics, Pass, PassContext, PassOutcome
 from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
+from sparse_compile.passes.factor_dora_norm import FactorDoRANorm
 from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
 from sparse_compile.passes.find_projections import FindProjections
@@ -51,6 +52,7 @@ def passes() -> tuple[Pass, ...]:
         SelectLossRows(),  # before the sparse passes: what it narrows needs no sparsity any more
         OrderAdapterProducts(),  # needs the plan: a sparse site is never merged
         FuseAdapters(),  # after it: a merged adapter has no product of its own left
+        FactorDoRANorm(),  # after the analyses, which follow the norm's vector and not what it is computed from
         InsertPredictors(),  # before the rewrites: scores read the inputs of sites, which the rewrites keep
         SparsifyFFN(),
         SparsifyAttention(),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -310,7 +310,8 @@ class MaskedFFN:
 class MaskedAttention:
     """Sparsify one attention block by masking the base outputs of q, k, v and the base input of o.
 
-    Modules that wrap a `base_layer` (PEFT's LoRA layers) are unwrapped: adapters stay dense.
+    Modules that wrap a `base_layer` (PEFT's LoRA layers) are unwrapped: adapters stay dense. DoRA's scale of a channel
+    multiplies the masked base output and the dense branch.
 
     Attributes:
         q: Query projection, output n_kv * groups * head_dim wide.
@@ -356,11 +357,13 @@ def masked_dense(sites: Sequence[MaskedFFN | MaskedAttention], output_mask: Tens
             if isinstance(site, MaskedFFN):
                 _mask_input(stack, site.out_projection, output_mask, site.kept)
                 continue
-            q, k, v, o = (_base_layer(module) for module in (site.q, site.k, site.v, site.o))
-            _mask_output(stack, q, output_mask, expand_kv_channels(site.kept_qk, site.head_dim, site.groups))
-            _mask_output(stack, k, output_mask, site.kept_qk)
-            _mask_output(stack, v, output_mask, site.kept_vo)
-            _mask_input(stack, o, output_mask, expand_kv_channels(site.kept_vo, site.head_dim, site.groups))
+            kept_q = expand_kv_channels(site.kept_qk, site.head_dim, site.groups)
+            for module, kept in ((site.q, kept_q), (site.k, site.kept_qk), (site.v, site.kept_vo)):
+                _mask_output(stack, _base_layer(module), output_mask, kept)
+                _mask_dora(stack, module, output_mask, kept)
+            kept_o = expand_kv_channels(site.kept_vo, site.head_dim, site.groups)
+            _mask_input(stack, _base_layer(site.o), output_mask, kept_o)
+            _mask_dora(stack, site.o, output_mask, None)
         yield
 
 
@@ -381,6 +384,33 @@ def _mask_output(stack: ExitStack, module: nn.Module, output_mask: Tensor, kept:
     """Hook a module so that it returns its output masked."""
     handle = module.register_forward_hook(lambda _, args, output: _masked(output, output_mask, kept))
     stack.callback(handle.remove)
+
+
+def _mask_dora(stack: ExitStack, module: nn.Module, output_mask: Tensor, kept: Tensor | None) -> None:
+    """Hook the DoRA layers of a PEFT module so that every product with the frozen weight that they read is masked.
+
+    Without dropout they read the output so far, and take the whole bias off it: what a dropped channel has lost is put
+    back before. With dropout they multiply the weight themselves: the masked layer is run for them.
+
+    Args:
+        stack: Removes the hooks.
+        module: PEFT's wrapper, or any other module, which has none.
+        output_mask: Bool, (B, S) or (N,).
+        kept: The output channels that context tokens keep; None where it is the input that is masked.
+    """
+
+    def hook(_: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        layer, result = kwargs["base_layer"], kwargs["base_result"]
+        if result is None:
+            result = layer(args[0])
+        if layer.bias is not None and kept is not None:
+            whole = layer.bias.expand(*result.shape)
+            result = result + (whole - _masked(whole, output_mask, kept))
+        return args, {**kwargs, "base_result": result}
+
+    for layer in getattr(module, "lora_magnitude_vector", {}).values():
+        handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+        stack.callback(handle.remove)
 
 
 def _masked(x: Tensor, output_mask: Tensor, kept: Tensor) -> Tensor:

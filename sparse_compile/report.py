@@ -17,6 +17,7 @@ from sparse_compile.cost import (
     CONTEXT,
     LOSS,
     OUTPUT,
+    frozen_products,
     loss_row_flops,
     node_flops,
     predictor_flops,
@@ -115,11 +116,12 @@ def graph_report(
         tokens: numbers of tokens to give FLOPs for.
     """
     dense = step_flops(result.canonical.graph)
-    of_weights = sum(node_flops(node) for node in result.canonical.graph.nodes if node.name in ctx.projections)
+    frozen = frozen_products(ctx.projections.values())
+    of_weights = sum(node_flops(node) for node in result.canonical.graph.nodes if node.name in frozen)
     counts = {CONTEXT: tokens.context, OUTPUT: tokens.output, LOSS: tokens.loss}
     passes, current = [], dense
     for record in result.records:
-        change = _flops_change(record.name, ctx) if record.changed else sympy.Integer(0)
+        change = _flops_change(record, ctx) if record.changed else sympy.Integer(0)
         after = current + float(change.subs(counts))
         passes.append(PassReport(record, current, after))
         current = after
@@ -129,7 +131,7 @@ def graph_report(
         roles=ctx.roles.origin if ctx.roles else None,
         tokens=tokens,
         projections=len(ctx.projections),
-        adapters=sum(len(projection.branches) for projection in ctx.projections.values()),
+        adapters=sum(len(projection.adapters) for projection in ctx.projections.values()),
         sites=_sites(result, ctx),
         passes=tuple(passes),
         orders=ctx.product_orders,
@@ -149,9 +151,12 @@ def _saved_on_weights(result: PipelineResult, ctx: PassContext) -> sympy.Expr:
     return sum(saved, sympy.Integer(0))
 
 
-def _flops_change(name: str, ctx: PassContext) -> sympy.Expr:
+def _flops_change(record: PassRecord, ctx: PassContext) -> sympy.Expr:
+    name = record.name
     if name == "insert_predictors":
         return predictor_flops(ctx.plan, ctx.config.predictor_rank)
+    if name == "factor_dora_norm":
+        return sympy.Integer(-record.stats["saved_flops"])
     if name == "select_loss_rows" and ctx.loss_rows is not None:
         return -loss_row_flops(ctx.loss_rows)[0]
     if name == "order_adapter_products":
@@ -175,7 +180,7 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 total=plan.total,
                 provider=_provider(plan, ctx),
                 reason=f"{rewrite} did not run" if left_out else plan.reason,
-                adapters=sum(len(projection.branches) for projection in plan.site.projections),
+                adapters=sum(len(projection.adapters) for projection in plan.site.projections),
             )
         )
     return tuple(sites)

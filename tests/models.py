@@ -108,12 +108,19 @@ def with_lora(
     dropout: float = 0.0,
     b_scale: float = 0.1,
     seed: int = 1,
+    dora: bool = False,
 ) -> nn.Module:
     """Add PEFT adapters whose B is not zero, as after some training: otherwise half of their gradients vanish."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        use_dora=dora,
+        # What this adds is for models that generate.
+        task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -123,6 +130,10 @@ def with_lora(
             fill_normal(parameter, parameter.shape[1] ** -0.5, generator)
         elif "lora_B" in name:
             fill_normal(parameter, b_scale, generator)
+        elif "magnitude" in name:
+            # PEFT starts with the norm of the frozen row, so that the channel's scale would be nearly 1.
+            scales = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
+            parameter.data.mul_(scales.to(parameter.dtype))
     return peft_model.train()
 
 

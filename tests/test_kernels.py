@@ -12,7 +12,7 @@ from torch import Tensor
 import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
 from models import normal, random_mask
 from sparse_compile import reference as oracle
-from sparse_compile.kernels import channel_selection, gathered_linear, token_rows
+from sparse_compile.kernels import channel_selection, dora_norm, gathered_linear, token_rows
 from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
 from sparse_compile.kernels.channel_selection.reference import spaced_rows
 from sparse_compile.kernels.merged_linear.reference import ASSOCIATIONS
@@ -95,6 +95,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         OPS.predicted_norms,
         (frozen(6, 7), MASK.reshape(-1), frozen(7, 2), frozen(2, 9), frozen(9)),
     ),
+    "dora_norm": (OPS.dora_norm, (frozen(6, 7), frozen(2, 7), frozen(6, 2), 0.5)),
+    "dora_norm, bf16 weight": (OPS.dora_norm, (frozen(6, 7).bfloat16(), frozen(2, 7).float(), frozen(6, 2), 0.5)),
+    "dora_norm, transposed weight": (OPS.dora_norm, (frozen(7, 6).t(), frozen(2, 7), frozen(6, 2), 1.0)),
+    "dora_norm, no rows": (OPS.dora_norm, (frozen(0, 7), frozen(2, 7), frozen(0, 2), 1.0)),
     "top_channels": (OPS.top_channels, (frozen(9), 4, "site")),
     "top_channels, one": (OPS.top_channels, (frozen(9), 1, "site")),
     "spaced_rows": (OPS.spaced_rows, (MASK, 2)),
@@ -365,6 +369,36 @@ def test_scores_are_fp32_under_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         product = channel_selection.low_rank_product(rows, a, b)
     assert product.dtype == torch.float32 and torch.equal(product, rows.float() @ a @ b)
+
+
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapters", FLOATS, ids=str)
+@pytest.mark.parametrize("weights", FLOATS, ids=str)
+def test_dora_norm_against_loops(weights: torch.dtype, adapters: torch.dtype) -> None:
+    w, a, b = frozen(11, 5).to(weights), frozen(3, 5, seed=2).to(adapters), frozen(11, 3, seed=3).to(adapters)
+    norms = OPS.dora_norm(w, a, b, 1.5)
+    assert norms.dtype == (torch.float64 if torch.float64 in (weights, adapters) else torch.float32)
+    for j in range(11):
+        row = [w[j, i].double() + 1.5 * (b[j].double() * a[:, i].double()).sum() for i in range(5)]
+        assert_close_rms(norms[j], torch.stack(row).square().sum().sqrt())
+
+
+@pytest.mark.parametrize("elements", [1, 5, 11, 23, 54, 55, 1000])
+def test_dora_norm_in_blocks_of_rows(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dora_norm.op._BLOCK, "cpu", elements)
+    operands = frozen(11, 5), frozen(3, 5, seed=2), frozen(11, 3, seed=3), 1.5
+    assert_close_rms(OPS.dora_norm(*operands), dora_norm.reference.dora_norm(*operands))
+
+
+def test_dora_norm_is_not_rounded_by_autocast() -> None:
+    operands = frozen(11, 5).float(), frozen(3, 5, seed=2).float(), frozen(11, 3, seed=3).float(), 1.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (
+            torch.equal(OPS.dora_norm(*operands), (norms := OPS.dora_norm(*operands))) and norms.dtype == torch.float32
+        )
+    assert torch.equal(norms, OPS.dora_norm(*operands))
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------

@@ -125,6 +125,42 @@ def test_masked_attention_by_loop(kv_heads: int, flat: bool) -> None:
     assert not torch.allclose(run(), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_by_its_formula(bias: bool, dropout: float) -> None:
+    """Every product with the frozen weight is masked with its bias; branches and the scale of a channel are not."""
+    model = with_lora(fp64_decoder(layers=1, adapters=(), bias=bias), ("q_proj", "o_proj"), dora=True, dropout=dropout)
+    attention = model.base_model.model.layers[0].self_attn
+    q, o, groups, d = attention.q_proj, attention.o_proj, 2, 8
+    kept = torch.tensor([0, 3, d + 1])
+    x, output_mask = normal(2, 5, 32), random_mask(2, 5)
+    keep = torch.zeros(32, dtype=torch.bool)
+    keep[[(c // d * groups + g) * d + c % d for c in kept.tolist() for g in range(groups)]] = True
+    selected = (output_mask[..., None] | keep).double()
+
+    def formula(layer: nn.Module, masks: tuple[Tensor | float, Tensor | float]) -> Tensor:
+        read, written = masks
+        w, b = layer.base_layer.weight, layer.base_layer.bias if bias else torch.zeros(32, dtype=torch.float64)
+        low_a, low_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        scale = layer.scaling["default"]
+        v = layer.lora_magnitude_vector["default"].weight / (w + scale * low_b @ low_a).norm(dim=1)
+        torch.manual_seed(0)
+        dropped = F.dropout(x, dropout)
+        branch = scale * dropped @ low_a.T @ low_b.T
+        if not dropout:
+            return written * b + v * (written * (read * x @ w.T) + branch)
+        return written * (read * x @ w.T + b) + (v - 1) * (written * (read * dropped @ w.T)) + v * branch
+
+    sites = [MaskedAttention(q, attention.k_proj, attention.v_proj, o, kept, kept, d, groups)]
+    for layer, masks in ((q, (1.0, selected)), (o, (selected, 1.0))):
+        with masked_dense(sites, output_mask):
+            torch.manual_seed(0)
+            actual = layer(x)
+        close(actual, formula(layer, masks))
+        torch.manual_seed(0)
+        close(layer(x), formula(layer, (1.0, 1.0)))
+
+
 def test_masking_selects_and_never_multiplies() -> None:
     down = nn.Linear(3, 2)
     x = torch.tensor([[1.0, math.inf, math.nan]], requires_grad=True)

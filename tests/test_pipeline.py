@@ -123,6 +123,7 @@ def test_disable(name: str) -> None:
         "select_loss_rows",
         "order_adapter_products",
         "fuse_adapters",
+        "factor_dora_norm",
         "inline_checkpoint_bodies",
         "find_attention",
         "sparsify_attention",

@@ -13,6 +13,7 @@ from graphs import Captured, capture, rejections, run_passes
 from models import normal
 from sparse_compile.ir import Projection
 from sparse_compile.passes.base import PassOutcome
+from sparse_compile.peft_support import make_dora_traceable
 
 PASSES = ("canonicalize_linears", "find_projections")
 
@@ -41,6 +42,7 @@ def peft_model(dtype: torch.dtype = torch.float32, autocast_adapter: bool = True
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], **options)
+    make_dora_traceable()
     return get_peft_model(TwoLayers().to(dtype), config, autocast_adapter_dtype=autocast_adapter).train()
 
 
@@ -94,6 +96,57 @@ def test_casts_between_a_bf16_base_and_fp32_adapters() -> None:
     assert len(only(captured).branches) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dora(dropout: float, dtype: torch.dtype) -> None:
+    captured, outcome = find(peft_model(dtype, use_dora=True, lora_dropout=dropout), torch.ones(2, 3, 4, dtype=dtype))
+    projection = only(captured)
+    (term,) = projection.dora
+    assert projection.branches == () and projection.adapters == (term.branch,)
+    assert outcome.stats == {"projections": 1, "branches": 1} and not outcome.rejections
+    assert (term.branch.dropout is not None) == (term.product is not None) == bool(dropout)
+    assert (term.unbiased is None) == bool(dropout)
+    assert projection.products == (projection.base, *([term.product] if dropout else []))
+    by_name = {node.name: node for node in captured.gm.graph.nodes}
+    addition = by_name[projection.output]
+    assert addition.args[0] is by_name[projection.base] and by_name[term.branch.output].args[1] == 4.0
+
+
+def test_dora_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        captured, _ = find(peft_model(use_dora=True), torch.ones(2, 3, 4))
+    assert len(only(captured).dora) == 1
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("first", [True, False], ids=["dora", "lora"])
+def test_two_adapters_some_of_them_dora(first: bool, second: bool) -> None:
+    from peft import LoraConfig
+
+    model = peft_model(use_dora=first)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"], use_dora=second))
+    model.base_model.set_adapter(["default", "second"])
+    captured, _ = find(model, torch.ones(2, 3, 4))
+    projection = only(captured)
+    assert len(projection.dora) == first + second and len(projection.adapters) == 2
+    assert next(iter(captured.gm.graph.output_node().all_input_nodes)).args[0].name == projection.output
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dora_on_conv1d(dropout: float) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    base = nn.Sequential(Conv1D(6, 4), nn.LayerNorm(6))
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, fan_in_fan_out=True, lora_dropout=dropout)
+    model = get_peft_model(base, config)
+    make_dora_traceable()
+    captured, _ = find(model, torch.ones(2, 3, 4))
+    projection = only(captured)
+    assert projection.transposed and len(projection.dora) == 1
+    assert len(projection.products) == (2 if dropout else 1)
+
+
 @pytest.mark.parametrize("how", ["merged", "disabled"])
 def test_merged_and_disabled_adapters_leave_a_bare_layer(how: str) -> None:
     model = peft_model()
@@ -124,6 +177,8 @@ class ByHand(nn.Module):
         self.w = nn.Parameter(normal(6, 4), requires_grad=False)
         self.a = nn.Parameter(normal(4, 2))  # (in, r)
         self.b = nn.Parameter(normal(2, 6))  # (r, out)
+        self.v = nn.Parameter(normal(6))
+        self.bias = nn.Parameter(normal(6), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.combine(self, x)
@@ -150,6 +205,48 @@ BRANCHES: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], int]] = {
     "a number added": (lambda m, x: m.base(x) + 1.0, 0),
     "a residual": (lambda m, x: m.base(x) + m.base(x), 0),
 }
+
+
+def low(m: ByHand, x: Tensor) -> Tensor:
+    return x @ m.a @ m.b
+
+
+def biased(m: ByHand, x: Tensor) -> Tensor:
+    return F.linear(x, m.w, m.bias)
+
+
+DORA: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], int]] = {
+    "a vector of one dimension": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y + m.v * low(m, x)), 1),
+    "branch first": (lambda m, x: (y := m.base(x)) + (low(m, x) * 0.5 * m.v + y * (m.v - 1)), 1),
+    "sum first": (lambda m, x: ((m.v - 1) * (y := m.base(x)) + m.v * low(m, x)) + y, 1),
+    "a bias taken off": (lambda m, x: (y := biased(m, x)) + ((m.v - 1) * (y - m.bias) + m.v * low(m, x)), 1),
+    "a bias left on": (lambda m, x: (y := biased(m, x)) + ((m.v - 1) * y + m.v * low(m, x)), 1),
+    # Near misses.
+    "a scale of the tokens": (lambda m, x: (y := m.base(x)) + ((x.mean((0, 1)).sum() * m.v) * y + m.v * low(m, x)), 0),
+    "one scale for all channels": (lambda m, x: (y := m.base(x)) + ((m.v.sum() - 1) * y + m.v.sum() * low(m, x)), 0),
+    "the base read once more": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y + m.v * low(m, x)) + y.relu(), 0),
+    "another tensor taken off": (lambda m, x: (y := biased(m, x)) + ((m.v - 1) * (y - m.v) + m.v * low(m, x)), 0),
+    "the bias taken off twice": (
+        lambda m, x: (y := biased(m, x)) + ((m.v - 1) * torch.sub(y, m.bias, alpha=2) + m.v * low(m, x)),
+        0,
+    ),
+    "another product": (lambda m, x: m.base(x) + ((m.v - 1) * m.base(x.relu()) + m.v * low(m, x)), 0),
+    "an adapter of another tensor": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y + m.v * low(m, x + 1)), 0),
+    "no adapter": (lambda m, x: (y := m.base(x)) + (m.v * y + m.v * y.relu()), 0),
+    "three terms": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y + m.v * low(m, x) + m.v), 0),
+    "a term taken off": (lambda m, x: (y := m.base(x)) - ((m.v - 1) * y + m.v * low(m, x)), 0),
+    "a difference": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y - m.v * low(m, x)), 0),
+}
+
+
+@pytest.mark.parametrize("name", DORA)
+def test_dora_written_by_hand(name: str) -> None:
+    function, count = DORA[name]
+    captured, outcome = find(ByHand(function), normal(2, 3, 4))
+    projection = next(iter(captured.ctx.projections.values()))
+    assert len(projection.dora) == count and not projection.branches and not outcome.rejections
+    if not count:
+        assert projection.output == projection.base
 
 
 @pytest.mark.parametrize("name", BRANCHES)

@@ -1,0 +1,93 @@
+"""Let TorchDynamo trace PEFT's DoRA layers: without it, one decoder block with four adapters is 18 graphs.
+
+PEFT's DoRA layer asks two helpers for its frozen weight: one dequantises it where it is quantised, the other transposes
+it where it is stored as (in, out). The first looks at the module name of the weight's class, the second constructs an
+`nn.Parameter`; Dynamo traces neither, so the whole layer falls back to eager. What is traced in their place here gives
+the same values and gradients for plain weights, and leaves every other weight to PEFT.
+
+The substitution holds for the whole process, whichever backend compiles: it changes what Dynamo traces, never what the
+helpers do when they are called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOG = logging.getLogger(__name__)
+_substituted: set[Callable[..., Any]] = set()
+
+
+def make_dora_traceable() -> bool:
+    """Have Dynamo trace substitutes for PEFT's weight helpers; return whether it does from now on.
+
+    Does nothing where PEFT has not been imported. A helper that is missing, or has another signature, is left alone.
+    May be called again.
+    """
+    if "peft" not in sys.modules:
+        return False
+    done = [_substitute(module, name, make) for module, name, make in _HELPERS]
+    return all(done)
+
+
+def _substitute(module: str, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    helper = getattr(sys.modules.get(module), name, None)
+    if not isinstance(helper, FunctionType):
+        _LOG.debug("PEFT has no function %s.%s: DoRA layers are traced without it", module, name)
+        return False
+    if helper in _substituted:
+        return True
+    substitute = make(helper)
+    expected, found = (
+        [(each.name, each.default) for each in inspect.signature(function).parameters.values()]
+        for function in (substitute, helper)
+    )
+    if expected != found:
+        _LOG.debug("PEFT's %s takes %s: DoRA layers are traced as they are", name, inspect.signature(helper))
+        return False
+    try:
+        torch.compiler.substitute_in_graph(helper)(substitute)
+    except (TypeError, ValueError) as error:  # someone else has substituted it
+        _LOG.debug("PEFT's %s cannot be substituted: %s", name, error)
+        return False
+    _substituted.add(helper)
+    return True
+
+
+def _dequantisation(helper: Callable[..., Any]) -> Callable[..., Any]:
+    # Untraced: a call of the helper itself would be substituted again, without end.
+    as_peft_does: Callable[..., Any] = torch.compiler.disable(helper)  # type: ignore[no-untyped-call]
+
+    def dequantize_module_weight(module: nn.Module) -> Any:
+        # Exact types: each kind of quantised or sharded weight is a class of its own. HQQ keeps its bytes in `W_q`.
+        if hasattr(module, "W_q"):
+            return as_peft_does(module)
+        weight = module.weight
+        if type(weight) is nn.Parameter or type(weight) is Tensor:
+            return weight
+        return as_peft_does(module)
+
+    return dequantize_module_weight
+
+
+def _transposition(_: Callable[..., Any]) -> Callable[..., Any]:
+    def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+        if not fan_in_fan_out:
+            return weight
+        # PEFT makes a parameter of its own of a parameter: no gradient flows back to the weight.
+        return weight.detach().T if isinstance(weight, nn.Parameter) else weight.T
+
+    return transpose
+
+
+_HELPERS = (
+    ("peft.utils.integrations", "dequantize_module_weight", _dequantisation),
+    ("peft.utils.other", "transpose", _transposition),
+)
