@@ -71,7 +71,7 @@ def sparselora(
     dump = GraphDump(root, compile_id(gm)) if root else None
     result = run_pipeline(gm, ctx, dump)
     phase = session.phase
-    report = graph_report(result, ctx, compile_id(gm), phase, count_tokens(gm, example_inputs, ctx))
+    report = graph_report(result, ctx, compile_id(gm), phase, count_tokens(result.canonical, example_inputs, ctx))
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
