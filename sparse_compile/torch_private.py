@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 
 def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
@@ -200,6 +201,28 @@ def frame_key(gm: fx.GraphModule) -> int:
     """Return Dynamo's number of the frame a graph was captured from, equal for all its recompilations."""
     found = gm.meta.get("dynamo_compile_id")
     return int(getattr(found, "frame_id", None) or 0)
+
+
+def backend_name(module: nn.Module) -> str | None:
+    """Return the name of the backend that a module was compiled for, in place or wrapped; None for an eager module.
+
+    Returns None as well where the name cannot be told: nothing may rest on a module's being eager.
+    """
+    compiled = getattr(module, "_compiled_call_impl", None)
+    context = getattr(module, "dynamo_ctx", None)
+    if compiled is not None:
+        context = inspect.getclosurevars(compiled).nonlocals.get("self")
+    backend = getattr(context, "callback", None)
+    # The compiler stands inside wrappers of Dynamo's own, each of which holds the next.
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    name = getattr(backend, "compiler_name", None)
+    return name if isinstance(name, str) else None
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the forward hooks of a module by the number that their handles know them by; a change takes effect."""
+    return module._forward_hooks
 
 
 def is_control_flow_exception(error: Exception) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from decoder import rope
 from models import ALL_TARGETS, Fp64Decoder, batch, fp64_decoder, gradients, tiny_llama, with_lora
@@ -25,9 +28,11 @@ from oracle import (
     told,
     train_step,
 )
-from sparse_compile import token_roles
+from sparse_compile import SparseLoRACallback, explain, token_roles
+from sparse_compile.checkpointing import without_input_hooks
 from sparse_compile.kernels.channel_selection import record_channels
-from tolerances import Tolerance
+from sparse_compile.torch_private import forward_hooks
+from tolerances import Tolerance, assert_close_rms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -142,3 +147,208 @@ def test_two_forwards_with_roles_of_their_own_before_one_backward(
     expected = {name: steps[0].gradients[name] + steps[1].gradients[name] for name in steps[0].gradients}
     assert_same_step(actual, Step(steps[0].loss + steps[1].loss, expected), torch.float64)
     assert aot_eager_inductor.runs == [2]
+
+
+# --- Neither ----------------------------------------------------------------------------------------------------------
+
+
+def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(aot_eager_inductor: Any) -> None:
+    model = checkpointed_llama(use_reentrant=True)
+    inputs = batch(97)
+    call = compiled(model)
+    with told() as messages:
+        steps = [train_step(model, call, inputs) for _ in range(4)]
+    assert not any(aot_eager_inductor.sparse)
+    assert_same_step(steps[-1], train_step(model, model, inputs), torch.float64, tolerance=HF_FP64)
+    (message,) = messages
+    assert "training runs dense" in message
+    for way_out in ("model.disable_input_require_grads()", "SparseLoRACallback", "token_roles(labels=...)"):
+        assert way_out in message
+
+
+def test_explain_of_a_model_that_is_cut_behind_its_embedding() -> None:
+    model = checkpointed_llama(use_reentrant=True)
+    report = explain(model, **batch(97), config={"layer_sparsity": SPARSITY})
+    assert len(report.sites) == len(SPARSITY) and not any(site.sparsity for site in report.sites)
+    assert any("disable_input_require_grads" in rejection.reason for rejection in report.rejections)
+
+
+# --- Trainer ----------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What a run of the trainer gave: losses, and where the adapters ended."""
+
+    losses: list[float]
+    parameters: dict[str, Tensor]
+
+
+STEPS = 3
+
+
+def run_trainer(model: nn.Module, folder: Path, **arguments: Any) -> Run:
+    settings = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0, report_to=[], save_strategy="no", logging_steps=1,
+        disable_tqdm=True, use_cpu=True, **arguments,
+    )  # fmt: skip
+    rows = batch(97, rows=8, length=12)
+    data = [{name: values[i] for name, values in rows.items()} for i in range(8)]
+    trainer = Trainer(model, settings, train_dataset=data, callbacks=[SparseLoRACallback()])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trained = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    return Run(losses, trained)
+
+
+def llama(dtype: torch.dtype = torch.float64, *, compiled: bool = True) -> nn.Module:
+    model = with_lora(tiny_llama(layers=2, dtype=dtype), ALL_TARGETS)
+    if compiled:
+        model.compile(backend="sparselora", options={"layer_sparsity": SPARSITY, "start_step": 0, "strict": True})
+    return model
+
+
+def checkpointing(use_reentrant: bool) -> dict[str, Any]:
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(forward_hooks(module)) for module in model.modules())
+
+
+def reentrant(model: nn.Module) -> set[object]:
+    functions = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
+    return {function.keywords.get("use_reentrant") for function in functions if function is not None}
+
+
+def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    expected = run_trainer(llama(), tmp_path)
+    start = dict(llama(compiled=False).named_parameters())
+    caplog.set_level(logging.INFO, "sparse_compile.checkpointing")
+    for use_reentrant in (True, False):
+        torch._dynamo.reset()
+        caplog.clear()
+        model = llama()
+        with told() as messages, record_channels() as record:
+            actual = run_trainer(model, tmp_path, **checkpointing(use_reentrant))
+        assert messages == []
+        assert {len(choices) for choices in record.values()} == {STEPS}, "a choice was made again in a recomputation"
+        assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+        for name, value in expected.parameters.items():
+            # Parameters move by their gradients.
+            moved, wanted = actual.parameters[name] - start[name], value - start[name]
+            assert wanted.any()
+            assert_close_rms(moved, wanted, tolerance=HF_FP64, name=name)
+        (told_once,) = [record for record in caplog.records if record.name == "sparse_compile.checkpointing"]
+        assert "took off the hook" in told_once.message
+        # All is as the trainer had left it.
+        assert hooks_of(model) == 1 and reentrant(model) == {use_reentrant}
+        model.disable_input_require_grads()
+        assert hooks_of(model) == 0
+    assert aot_eager_inductor.sparse == [True] * 3, "one graph each, sparse"
+    marked = [any("ac_graph_id" in node.meta for node in gm.graph.nodes) for gm in aot_eager_inductor.graphs]
+    assert marked == [False, True, True]
+
+
+def test_trainer_with_bf16_autocast(tmp_path: Path, aot_eager_inductor: Any) -> None:
+    expected = run_trainer(llama(torch.float32), tmp_path, bf16=True)
+    torch._dynamo.reset()
+    with told() as messages, record_channels() as record:
+        actual = run_trainer(llama(torch.float32), tmp_path, bf16=True, **checkpointing(use_reentrant=True))
+    assert messages == []
+    assert aot_eager_inductor.sparse == [True, True]
+    assert {len(choices) for choices in record.values()} == {STEPS}
+    assert actual.losses == pytest.approx(expected.losses, rel=2e-2)
+
+
+# --- Hooks ------------------------------------------------------------------------------------------------------------
+
+
+def hooked_llama(use_reentrant: bool = True, *, backend: str | None = "sparselora") -> nn.Module:
+    model = checkpointed_llama(use_reentrant)
+    if backend is not None:
+        model.compile(backend=backend)
+    return model
+
+
+def test_runs_that_end_in_an_error_leave_nothing_behind() -> None:
+    model, callback = hooked_llama(), SparseLoRACallback()
+    arguments = (TrainingArguments(use_cpu=True), TrainerState(), TrainerControl())
+    for _ in range(2):  # no `on_train_end` between
+        callback.on_train_begin(*arguments, model=model)
+        assert hooks_of(model) == 0 and reentrant(model) == {False}
+    callback.on_train_end(*arguments)
+    assert hooks_of(model) == 1 and reentrant(model) == {True}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_however_often_the_hook_was_put_on(wrapped: bool) -> None:
+    # PEFT hooks a model that checkpoints already, and the handle of the first hook is lost.
+    model = tiny_llama(layers=1)
+    model.gradient_checkpointing_enable()
+    model = with_lora(model)
+    assert hooks_of(model) == 2
+    if wrapped:
+        model = torch.compile(model, backend="sparselora")
+    else:
+        model.compile(backend="sparselora")
+    with without_input_hooks(model):
+        assert hooks_of(model) == 0
+    assert hooks_of(model) == 2
+
+
+def test_blocks_that_run_eagerly_train_without_the_hook() -> None:
+    model = hooked_llama()
+    inputs = batch(97)
+    expected = train_step(model, model._call_impl, inputs)
+    with without_input_hooks(model):
+        assert hooks_of(model) == 0
+        actual = train_step(model, model._call_impl, inputs)
+    assert_same_step(actual, expected, torch.float64)
+
+
+def test_hooks_that_do_more_stay() -> None:
+    model, seen = hooked_llama(), []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad_(True)))
+    embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(False))
+    embedding.register_forward_hook(lambda module, args, output: module.requires_grad_(True))
+    embedding.register_forward_hook(lambda module, args, kwargs, output: output.requires_grad_(), with_kwargs=True)
+    with without_input_hooks(model):
+        assert hooks_of(model) == 4
+    assert hooks_of(model) == 5
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_hooks_of_models_that_are_not_compiled_for_this_backend_stay(backend: str | None) -> None:
+    model = hooked_llama(backend=backend)
+    with without_input_hooks(model):
+        assert hooks_of(model) == 1 and reentrant(model) == {True}
+
+
+def test_hooks_of_models_with_checkpoints_of_their_own_stay(caplog: pytest.LogCaptureFixture) -> None:
+    def own_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=True, **kwargs)
+
+    caplog.set_level(logging.INFO, "sparse_compile.checkpointing")
+    model = hooked_llama()
+    model.get_base_model().model.layers[0]._gradient_checkpointing_func = own_checkpoint
+    with without_input_hooks(model):
+        assert hooks_of(model) == 1
+    assert "not torch.utils.checkpoint.checkpoint" in caplog.text
+
+
+def test_hooks_of_models_that_are_not_of_transformers_stay() -> None:
+    model = fp64_decoder(layers=1)
+    model.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    model.compile(backend="sparselora")
+    with without_input_hooks(model):
+        assert hooks_of(model) == 1
+
+
+def test_what_is_set_meanwhile_is_kept() -> None:
+    model = hooked_llama()
+    undo = without_input_hooks(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "debug": False})
+    undo.close()
+    assert reentrant(model) == {False}
