@@ -26,6 +26,7 @@ from sparse_compile.torch_private import (
     install_identity_guards,
     install_value_guard,
     is_control_flow_exception,
+    saving_what_is_marked,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ def _compile_sparse(
     """Compile the rewritten graph; None, with a warning, where that fails."""
     assert result.gm is not None
     try:
-        return compile_with_inductor(result.gm, example_inputs, config.inductor, mode)
+        with saving_what_is_marked():
+            return compile_with_inductor(result.gm, example_inputs, config.inductor, mode)
     except Exception as error:
         if config.strict or is_control_flow_exception(error):
             raise

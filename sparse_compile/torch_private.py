@@ -9,7 +9,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +210,9 @@ def backend_name(module: nn.Module) -> str | None:
     """
     compiled = getattr(module, "_compiled_call_impl", None)
     context = getattr(module, "dynamo_ctx", None)
-    if compiled is not None:
+    if inspect.isfunction(compiled):
         context = inspect.getclosurevars(compiled).nonlocals.get("self")
-    backend = getattr(context, "callback", None)
+    backend: Any = getattr(context, "callback", None)
     # The compiler stands inside wrappers of Dynamo's own, each of which holds the next.
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
@@ -249,6 +249,17 @@ def compile_with_inductor(
         compiled = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     assert callable(compiled), "ahead-of-time compilation to a file was not asked for"
     return compiled
+
+
+def saving_what_is_marked() -> AbstractContextManager[Any]:
+    """Have the partitioner save what is marked MUST_SAVE under any activation memory budget, while a graph is compiled.
+
+    With a budget of 0 it saves a graph's inputs and nothing else, marked or not. The least budget above it recomputes
+    all the rest as well.
+    """
+    from torch._functorch import config
+
+    return config.patch(activation_memory_budget=max(config.activation_memory_budget, 1e-6))  # type: ignore[no-any-return]
 
 
 @functools.cache

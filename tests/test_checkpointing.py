@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -124,6 +125,16 @@ def test_roles_closed_before_the_backward(aot_eager_inductor: Any) -> None:
     inputs = batch(61)
     step, kept = sparse_step(model, through_stack(model, compiled(Stack(model))), inputs)
     assert kept.keys() == SPARSITY.keys()
+    assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
+
+
+def test_inductor_recomputes_what_the_forward_chose() -> None:
+    """The same, compiled for real: what the partitioner saves reaches the generated backward."""
+    model = fp64_decoder(layers=1)
+    inputs = batch(61)
+    call = compiled(Stack(model), layer_sparsity={"layers.0.mlp": 0.6})
+    step, kept = sparse_step(model, through_stack(model, call), inputs)
+    assert len(kept) == 1
     assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
 
 
@@ -352,3 +363,64 @@ def test_what_is_set_meanwhile_is_kept() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "debug": False})
     undo.close()
     assert reentrant(model) == {False}
+
+
+# --- Activation memory budget -----------------------------------------------------------------------------------------
+
+
+def saved_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
+    """Run a forward; return its value, and the bytes of what autograd saved."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), sum(storages.values())
+
+
+@pytest.mark.parametrize(("given", "least"), [(False, 0.4), (True, 0.0)], ids=["roles of the loss", "closed roles"])
+def test_a_memory_budget_recomputes_no_choice_and_no_roles(given: bool, least: float, aot_eager_inductor: Any) -> None:
+    from torch._functorch import config
+
+    model, inputs = fp64_decoder(layers=2), batch(61)
+    everything = 0
+    for budget in (1.0, least):
+        torch._dynamo.reset()
+        with config.patch(activation_memory_budget=budget), record_channels() as record:
+            call = compiled(model)
+            if given:
+                with token_roles(labels=inputs["labels"]):
+                    logits, saved = saved_bytes(lambda call=call: call(inputs["input_ids"])[1])
+                loss = F.cross_entropy(logits[:, :-1].reshape(-1, 61), inputs["labels"][:, 1:].reshape(-1))
+            else:
+                loss, saved = saved_bytes(lambda call=call: call(**inputs)[0])
+            with token_roles(output_mask=torch.ones(3, 16, dtype=torch.bool)):
+                loss.backward()
+        step = Step(loss.detach(), gradients(model))
+        assert {len(choices) for choices in record.values()} == {1}, "a choice was made again in the backward"
+        kept = kept_from({site: choices[0] for site, choices in record.items()})
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=f"budget {budget}")
+        everything = everything or saved
+        assert budget == 1.0 or saved < 0.7 * everything
+    assert all(aot_eager_inductor.sparse)
+
+
+def test_the_example_of_the_documentation(repo_root: Path, aot_eager_inductor: Any) -> None:
+    from torch._functorch import config
+
+    blocks = re.findall(
+        "```python\n(.*?)```", (repo_root / "docs" / "memory.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    (example,) = (block for block in blocks if "activation_memory_budget = 0.4" in block)
+    saved = []
+    for code in (example, example.replace("= 0.4", "= 1.0")):
+        torch._dynamo.reset()
+        model = with_lora(tiny_llama(layers=1), ALL_TARGETS)
+        with config.patch(activation_memory_budget=1.0), told():
+            saved.append(
+                saved_bytes(lambda code=code, model=model: exec(code, {"model": model, "batch": batch(97)}))[1]
+            )
+        assert all(gradient.any() for gradient in gradients(model).values())
+    assert saved[0] < 0.9 * saved[1]

@@ -35,6 +35,8 @@ NAMES: dict[str, str] = {
     "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols": "fake_outputs",
     "torch._dynamo.exc.RestartAnalysis": "is_control_flow_exception",
     "torch._dynamo.exc.SkipFrame": "is_control_flow_exception",
+    "torch._functorch.config.activation_memory_budget": "saving_what_is_marked",
+    "torch.nn.Module._compiled_call_impl": "backend_name",
     "torch._inductor.list_mode_options": "compile_with_inductor",
     "torch._inductor.compile_fx.compile_fx": "compile_with_inductor",
     "torch.compiler.config.cache_key_tag": "compile_with_inductor",
