@@ -78,6 +78,41 @@ def test_without_the_hook_it_is_one_sparse_graph(use_reentrant: bool, aot_eager_
     assert_differs(step, expected_dense)
 
 
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
+    """Run a forward; return its value, and the bytes of what autograd saved beside the model's parameters."""
+    storages: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+def test_a_checkpoint_saves_roles_and_choices_beside_its_input(aot_eager_inductor: Any) -> None:
+    inputs = batch(97)
+    saved = {}
+    for name, options in (("dense", {"layer_sparsity": {}}), ("sparse", {})):
+        torch._dynamo.reset()
+        model = checkpointed_llama(use_reentrant=False)
+        model.disable_input_require_grads()
+        call = compiled(model, **options)
+        with record_channels() as record:
+            outputs, saved[name] = saved_bytes(model, lambda call=call: call(**inputs))
+        outputs.loss.backward()
+    assert aot_eager_inductor.sparse == [False, True]
+    indices = inputs["labels"].numel() + sum(len(choices[0]) for choices in record.values())
+    assert saved["sparse"] <= saved["dense"] + 8 * indices
+    model.gradient_checkpointing_disable()
+    torch._dynamo.reset()
+    assert saved["sparse"] < 0.4 * saved_bytes(model, lambda: compiled(model)(**inputs))[1]
+
+
 # --- Given roles ------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +163,7 @@ def test_roles_closed_before_the_backward(aot_eager_inductor: Any) -> None:
     assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
 
 
+@pytest.mark.slow
 def test_inductor_recomputes_what_the_forward_chose() -> None:
     """The same, compiled for real: what the partitioner saves reaches the generated backward."""
     model = fp64_decoder(layers=1)
@@ -368,18 +404,6 @@ def test_what_is_set_meanwhile_is_kept() -> None:
 # --- Activation memory budget -----------------------------------------------------------------------------------------
 
 
-def saved_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
-    """Run a forward; return its value, and the bytes of what autograd saved."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        return call(), sum(storages.values())
-
-
 @pytest.mark.parametrize(("given", "least"), [(False, 0.4), (True, 0.0)], ids=["roles of the loss", "closed roles"])
 def test_a_memory_budget_recomputes_no_choice_and_no_roles(given: bool, least: float, aot_eager_inductor: Any) -> None:
     from torch._functorch import config
@@ -392,10 +416,10 @@ def test_a_memory_budget_recomputes_no_choice_and_no_roles(given: bool, least: f
             call = compiled(model)
             if given:
                 with token_roles(labels=inputs["labels"]):
-                    logits, saved = saved_bytes(lambda call=call: call(inputs["input_ids"])[1])
+                    logits, saved = saved_bytes(model, lambda call=call: call(inputs["input_ids"])[1])
                 loss = F.cross_entropy(logits[:, :-1].reshape(-1, 61), inputs["labels"][:, 1:].reshape(-1))
             else:
-                loss, saved = saved_bytes(lambda call=call: call(**inputs)[0])
+                loss, saved = saved_bytes(model, lambda call=call: call(**inputs)[0])
             with token_roles(output_mask=torch.ones(3, 16, dtype=torch.bool)):
                 loss.backward()
         step = Step(loss.detach(), gradients(model))
@@ -420,7 +444,7 @@ def test_the_example_of_the_documentation(repo_root: Path, aot_eager_inductor: A
         model = with_lora(tiny_llama(layers=1), ALL_TARGETS)
         with config.patch(activation_memory_budget=1.0), told():
             saved.append(
-                saved_bytes(lambda code=code, model=model: exec(code, {"model": model, "batch": batch(97)}))[1]
+                saved_bytes(model, lambda code=code, model=model: exec(code, {"model": model, "batch": batch(97)}))[1]
             )
         assert all(gradient.any() for gradient in gradients(model).values())
     assert saved[0] < 0.9 * saved[1]
