@@ -104,13 +104,24 @@ def _compile_sparse(
     assert result.gm is not None
     try:
         with saving_what_is_marked():
-            return compile_with_inductor(result.gm, example_inputs, config.inductor, mode)
+            return compile_with_inductor(result.gm, example_inputs, _inductor_options(result.gm, config), mode)
     except Exception as error:
         if config.strict or is_control_flow_exception(error):
             raise
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"sparselora: the sparse graph did not compile, so it runs dense. {reason}", stacklevel=2)
         return None
+
+
+def _inductor_options(gm: fx.GraphModule, config: SparseLoRAConfig) -> Mapping[str, Any]:
+    """Return the user's options for Inductor, after a default of ours for graphs with checkpoints.
+
+    The partitioner puts each recomputation right before the backward that needs it. Inductor's reordering for peak
+    memory tears them apart: what is recomputed of a dense block is then held through the whole backward (measured).
+    """
+    if not any("ac_graph_id" in node.meta for node in gm.graph.nodes):
+        return config.inductor
+    return {"reorder_for_peak_memory": False, **config.inductor}
 
 
 def _watched(

@@ -113,6 +113,33 @@ def test_a_checkpoint_saves_roles_and_choices_beside_its_input(aot_eager_inducto
     assert saved["sparse"] < 0.4 * saved_bytes(model, lambda: compiled(model)(**inputs))[1]
 
 
+@pytest.mark.parametrize(
+    ("layers", "given", "expected"),
+    [
+        ("Stack", {}, {"reorder_for_peak_memory": False}),
+        ("Stack", {"reorder_for_peak_memory": True}, {"reorder_for_peak_memory": True}),
+        ("ModuleList", {}, {}),
+    ],
+)
+def test_recomputations_stay_where_they_are_needed(
+    layers: str, given: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: list[Any], options: dict[str, Any], mode: str | None) -> Any:
+        seen.append(dict(options))
+        return gm.forward
+
+    monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
+    model, inputs = fp64_decoder(layers=1), batch(61)
+    options = {"layer_sparsity": {"layers.0.mlp": 0.6}, "inductor": given}
+    if layers == "Stack":
+        through_stack(model, compiled(Stack(model), **options))(**inputs)
+    else:
+        compiled(model, **options)(**inputs)
+    assert seen == [expected]
+
+
 # --- Given roles ------------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ NAMES: dict[str, str] = {
     "torch._dynamo.exc.SkipFrame": "is_control_flow_exception",
     "torch._functorch.config.activation_memory_budget": "saving_what_is_marked",
     "torch.nn.Module._compiled_call_impl": "backend_name",
+    "torch._inductor.config.reorder_for_peak_memory": "an option that backend.py gives to Inductor",
     "torch._inductor.list_mode_options": "compile_with_inductor",
     "torch._inductor.compile_fx.compile_fx": "compile_with_inductor",
     "torch.compiler.config.cache_key_tag": "compile_with_inductor",
