@@ -5,6 +5,7 @@
     python benchmarks/cpu.py --arms inductor,o2 --layers 4 --hidden 2048 --ffn 8192 --heads 32 --kv-heads 8
     python benchmarks/cpu.py --workload csr-mini --arms inductor,exact,exact:select_loss_rows,o1,o1:
     python benchmarks/cpu.py --memory --profile 15          # also peak memory, warm caches, and where the time goes
+    python benchmarks/cpu.py --memory --checkpointing       # the same with activation checkpointing in all arms
 
 All arms live in one process on one copy of the frozen weights and step in turns (A B C A B C ...); ratios are taken
 within a round. Predictors and channel selection are part of a step, compilation is not. Each arm appends a row to
@@ -84,7 +85,9 @@ def run(workload: Workload, arms: Sequence[str], args: argparse.Namespace) -> li
         for arm, step in steps.items():
             print(f"\n{arm}\n{_profile(step, args.profile)}", flush=True)
     counted = counted_flops(workload)
-    flops = {arm: rewritten_flops(base, workload, arm) for arm in arms if arm not in PEERS}
+    # A recomputed forward is work that `explain` does not count.
+    planned = [] if workload.checkpointing else [arm for arm in arms if arm not in PEERS]
+    flops = {arm: rewritten_flops(base, workload, arm) for arm in planned}
     return [
         _row(workload, arm, times, flops.get(arm), alone.get(arm), counted=dataclasses.asdict(counted), **surroundings)
         for arm in arms
@@ -133,7 +136,7 @@ def _workload(name: str, args: argparse.Namespace) -> Workload:
         raise ValueError(f"no workload {name!r}; there are {', '.join(WORKLOADS)}")
     sizes = dict(QUICK_SIZES) if args.quick else {}
     sizes.update({size: getattr(args, size) for size in SIZES if getattr(args, size) is not None})
-    return dataclasses.replace(WORKLOADS[name], dtype=args.dtype, **sizes)
+    return dataclasses.replace(WORKLOADS[name], dtype=args.dtype, checkpointing=args.checkpointing, **sizes)
 
 
 def _arms(given: str | None, workload: Workload) -> list[str]:
@@ -162,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_positive, default=10, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds between the first calls and the measured ones")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the frozen weights")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute each block in the backward, in all arms"
+    )
     parser.add_argument("--threads", type=_positive, help="threads of torch; default: its own choice")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a look rather than a result")
     parser.add_argument(

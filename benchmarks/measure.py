@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -196,12 +197,15 @@ class Alone:
         first_call_warm: the same in the second process.
         peak_bytes: most memory resident while the second process took warm steps, frozen weights included.
         peak_bytes_compiling: most memory resident at any time in the first process.
+        step_bytes: most bytes of tensors that a step had at once, beside those that live longer (weights, adapters and
+            their optimizer's state).
     """
 
     first_call_cold: float
     first_call_warm: float
     peak_bytes: int
     peak_bytes_compiling: int
+    step_bytes: int
 
 
 def measure_alone(workload: Workload, arm: str, threads: int) -> Alone:
@@ -213,12 +217,12 @@ def measure_alone(workload: Workload, arm: str, threads: int) -> Alone:
         for _ in range(2):
             with ProcessPoolExecutor(1, mp_context=context) as executor:
                 runs.append(executor.submit(_alone, workload, arm, threads, Path(folder)).result())
-    (cold, compiling, _), (warm, _, peak) = runs
-    return Alone(cold, warm, peak, compiling)
+    (cold, compiling, _, _), (warm, _, peak, tensors) = runs
+    return Alone(cold, warm, peak, compiling, tensors)
 
 
-def _alone(workload: Workload, arm: str, threads: int, caches: Path) -> tuple[float, int, int]:
-    """Return the seconds of the first call, and the peaks of memory up to its end and after it."""
+def _alone(workload: Workload, arm: str, threads: int, caches: Path) -> tuple[float, int, int, int]:
+    """Return the seconds of the first call, the peaks of memory up to its end and after it, and a step's tensors."""
     torch.set_num_threads(threads)
     model = compiled_arm(adapted_model(base_model(workload), workload), arm)
     step = training_step(model, make_batch(workload))
@@ -231,7 +235,19 @@ def _alone(workload: Workload, arm: str, threads: int, caches: Path) -> tuple[fl
         forget_peak()
         for _ in range(3):
             step()
-        return first, whole, peak_bytes()
+        return first, whole, peak_bytes(), step_bytes(step)
+
+
+def step_bytes(step: Step) -> int:
+    """Return the most bytes that PyTorch's allocator had given out in a step at once, beyond those at its start.
+
+    Unlike what is resident, this holds neither what a compiler left behind nor what `malloc` keeps for later.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def peak_bytes() -> int:

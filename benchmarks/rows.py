@@ -140,7 +140,8 @@ def _git(*arguments: str) -> str | None:
 def table(rows: Sequence[Row]) -> str:
     """Lay rows out as a table with one line per arm."""
     cells = [("arm", "step", "20%..80%", *(f"vs {peer}" for peer in ("eager", "inductor")))]
-    cells[0] += ("FLOP limit", "weights only", "efficiency", "sparse sites", "first call", "peak memory", "cold/warm")
+    cells[0] += ("FLOP limit", "weights only", "efficiency", "sparse sites", "first call")
+    cells[0] += ("peak memory", "of a step", "cold/warm")
     for row in rows:
         time, flops, alone = row.step_seconds, row.flops, row.alone
         cells.append(
@@ -155,6 +156,7 @@ def table(rows: Sequence[Row]) -> str:
                 "-" if flops is None else f"{flops.sparse_sites}/{flops.sites}",
                 f"{row.first_call_seconds:.1f} s",
                 "-" if alone is None else f"{alone.peak_bytes / 2**20:.0f} MiB",
+                "-" if alone is None else f"{alone.step_bytes / 2**20:.0f} MiB",
                 "-" if alone is None else f"{alone.first_call_cold:.1f}/{alone.first_call_warm:.1f} s",
             )
         )

@@ -32,6 +32,7 @@ class Workload:
         rank: rank of the adapters.
         targets: linear layers that carry adapters.
         dtype: key of `DTYPES`; of the frozen weights. PEFT keeps adapters in fp32.
+        checkpointing: whether each block is recomputed in the backward.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Workload:
     rank: int = 32
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     dtype: str = "fp32"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
@@ -110,7 +112,12 @@ def adapted_model(base: nn.Module, workload: Workload) -> nn.Module:
     config = LoraConfig(
         r=workload.rank, lora_alpha=2 * workload.rank, target_modules=list(workload.targets), task_type="CAUSAL_LM"
     )
-    return get_peft_model(copied, config).train()
+    model = get_peft_model(copied, config).train()
+    if workload.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # What only re-entrant checkpointing needs would cut the graph.
+        model.disable_input_require_grads()
+    return model
 
 
 def make_batch(workload: Workload) -> dict[str, Tensor]:

@@ -17,13 +17,14 @@ Before an FFN site (x: its input, act and *: its own elementwise region):
 Before an attention site: the norms of q, k and v over context tokens; score of a key/value channel for V and O: ||v||;
 for Q and K: ||k|| times the mean of ||q|| over the query heads that read it.
 
-Approximate by intent (SparseLoRA, arXiv 2506.16500, sections 3.1 and 3.2). Nothing inserted here is differentiated; the
-choice is marked MUST_SAVE, so that no recomputation ever makes another one.
+Approximate by intent (SparseLoRA, arXiv 2506.16500, sections 3.1 and 3.2). Nothing inserted here is differentiated;
+roles and choices are marked MUST_SAVE, so that no recomputation ever reads others or makes another one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
         weights = rewriter.call(torch.logical_not, mask)
         if attended is not None:
             weights = rewriter.call(torch.logical_and, weights, attended)
+    for node in takewhile(lambda node: node is not top, rewriter.graph.nodes):
+        if node.op != "placeholder":
+            # The first node may be a checkpoint's, whose marks these have taken over. Roles are those of the forward:
+            # read again in the backward they may have closed, and another split would have other sizes.
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            node.meta.pop("ac_graph_id", None)
     ctx.rows = (rows[0].name, rows[1].name)
     return weights
 

@@ -55,14 +55,7 @@ class TraceRoles:
             return PassOutcome(False, {"given": 1})
         ctx.roles = _from_losses(gm.graph, padding, rejections) or _from_comparison(gm.graph, ctx, padding)
         if ctx.roles is None and not rejections:
-            rejections.append(
-                Rejection(
-                    self.name,
-                    "graph",
-                    "neither a cross-entropy nor labels compared with ignore_index are in the graph; pass `labels` to "
-                    "the model, or open `token_roles(labels=...)` around the forward",
-                )
-            )
+            rejections.append(Rejection(self.name, "graph", _reason_without_labels(gm.graph, ctx)))
         return PassOutcome(False, {"losses": len(ctx.roles.loss) if ctx.roles else 0}, tuple(rejections))
 
 
@@ -102,6 +95,29 @@ def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> 
         if _is_labels(root):
             return TokenRoles("labels", ((root.name, 1),), ctx.config.ignore_index, padding)
     return None
+
+
+def _reason_without_labels(graph: fx.Graph, ctx: PassContext) -> str:
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.name not in ctx.parameters]
+    if not any(_was_made_to_require_gradients(tensor_value(node)) for node in inputs):
+        return (
+            "neither a cross-entropy nor labels compared with ignore_index are in the graph; pass `labels` to the "
+            "model, or open `token_roles(labels=...)` around the forward"
+        )
+    return (
+        "the labels are in another graph, because TorchDynamo cuts the model where a hook makes the embedding's output "
+        "require gradients (`enable_input_require_grads`, which transformers and PEFT call for gradient "
+        "checkpointing). Compiled checkpointing does without it: before the first step call "
+        "`model.disable_input_require_grads()`, or train with `SparseLoRACallback` in transformers' Trainer, or open "
+        "`token_roles(labels=...)` around the forward"
+    )
+
+
+def _was_made_to_require_gradients(value: Tensor | None) -> bool:
+    """Tell whether an input is an activation that was computed without gradients and requires them all the same."""
+    return (
+        value is not None and value.is_floating_point() and value.dim() >= 3 and value.requires_grad and value.is_leaf
+    )
 
 
 class _UntraceableError(Exception):

@@ -28,6 +28,7 @@ from sparse_compile.torch_private import (
     install_identity_guards,
     install_value_guard,
     is_control_flow_exception,
+    saving_what_is_marked,
 )
 
 # Dynamo imports this module when it looks up the backend's name, before it traces anything.
@@ -77,7 +78,7 @@ def sparselora(
     dump = GraphDump(root, compile_id(gm)) if root else None
     result = run_pipeline(gm, ctx, dump)
     phase = session.phase
-    report = graph_report(result, ctx, compile_id(gm), phase, count_tokens(gm, example_inputs, ctx))
+    report = graph_report(result, ctx, compile_id(gm), phase, count_tokens(result.canonical, example_inputs, ctx))
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
@@ -116,7 +117,8 @@ def _compile_rewritten(
         if graph is None or compiled is not None:
             continue
         try:
-            compiled = compile_with_inductor(graph, example_inputs, config.inductor, mode)
+            with saving_what_is_marked():
+                compiled = compile_with_inductor(graph, example_inputs, _inductor_options(graph, config), mode)
         except Exception as error:
             if config.strict or is_control_flow_exception(error):
                 raise
@@ -126,6 +128,17 @@ def _compile_rewritten(
         reasons = " ".join(dict.fromkeys(failed.values()))
         warnings.warn(f"sparselora: the {kinds} graph did not compile, so it runs {instead}. {reasons}", stacklevel=2)
     return compiled
+
+
+def _inductor_options(gm: fx.GraphModule, config: SparseLoRAConfig) -> Mapping[str, Any]:
+    """Return the user's options for Inductor, after a default of ours for graphs with checkpoints.
+
+    The partitioner puts each recomputation right before the backward that needs it. Inductor's reordering for peak
+    memory tears them apart: what is recomputed of a dense block is then held through the whole backward (measured).
+    """
+    if not any("ac_graph_id" in node.meta for node in gm.graph.nodes):
+        return config.inductor
+    return {"reorder_for_peak_memory": False, **config.inductor}
 
 
 def _watched(

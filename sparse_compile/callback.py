@@ -1,22 +1,24 @@
-"""Tell the schedule where a `transformers.Trainer` run stands.
+"""Tell the schedule where a `transformers.Trainer` run stands, and have its checkpointing work with the compiler.
 
 This module imports transformers; `sparse_compile` itself does not, and loads the class on first use.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .checkpointing import without_input_hooks
 from .session import Session, session_for
 
 __all__ = ["SparseLoRACallback"]
 
 
 class SparseLoRACallback(TrainerCallback):
-    """Supply the length of the run and the position in it, so that fractional starts and ends work.
+    """Supply the length of the run and the position in it, and let activation checkpointing be compiled.
 
         model.compile(backend="sparselora", options={"start_step": 0.1, "end_step": 0.9})
         Trainer(model, args, train_dataset=data, callbacks=[SparseLoRACallback()]).train()
@@ -24,10 +26,14 @@ class SparseLoRACallback(TrainerCallback):
     The trainer's own `global_step` overrides the counted steps before each optimizer step, so that a run which resumes
     from a checkpoint resumes its phase too. The model may be compiled before or after the trainer is made, and may be
     wrapped by accelerate: what ties them together is its trained parameters.
+
+    With `gradient_checkpointing=True`, re-entrant or not, a hook would cut the model's graph behind the embedding. It
+    is off while a run lasts, where that changes no gradient (`checkpointing.without_input_hooks`).
     """
 
     def __init__(self) -> None:
         self._session: Session | None = None
+        self._undo = ExitStack()
 
     def on_train_begin(
         self,
@@ -38,10 +44,19 @@ class SparseLoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Find the session of the model, or make it, and give it the run's length and position."""
+        self._undo.close()  # of a run that an error ended
         trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Nothing is trained: no graph of this model can be sparse, and there is nothing to tie a session to.
         self._session = session_for(trained) if trained else None
         self._give_position(state)
+        if model is not None and trained:
+            self._undo = without_input_hooks(model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring back what was taken off the model."""
+        self._undo.close()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

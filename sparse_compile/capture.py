@@ -75,7 +75,7 @@ def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext)
     """Count the tokens of a batch.
 
     Where the labels are no input of the graph, or only a stand-in is at hand, the share that the cost model assumes is
-    taken of the tokens seen at tracing.
+    taken of the tokens seen at tracing. The graph is one that the passes went over, in which sites are found by name.
     """
     mask = roles.current_roles() if ctx.roles and ctx.roles.origin == "given" else None
     loss = None

@@ -56,7 +56,8 @@ def explain(
             nonlocal seen
             if result is not None and not seen:
                 seen = True
-                graphs.append(graph_report(result, ctx, compile_id(gm), "sparse", count_tokens(gm, inputs, ctx)))
+                tokens = count_tokens(result.canonical, inputs, ctx)
+                graphs.append(graph_report(result, ctx, compile_id(gm), "sparse", tokens))
             return [_zeros(node) for node in _outputs(gm)]
 
         return stand_in

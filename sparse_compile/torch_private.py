@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 
 def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
@@ -226,6 +227,28 @@ def frame_key(gm: fx.GraphModule) -> int:
     return int(getattr(found, "frame_id", None) or 0)
 
 
+def backend_name(module: nn.Module) -> str | None:
+    """Return the name of the backend that a module was compiled for, in place or wrapped; None for an eager module.
+
+    Returns None as well where the name cannot be told: nothing may rest on a module's being eager.
+    """
+    compiled = getattr(module, "_compiled_call_impl", None)
+    context = getattr(module, "dynamo_ctx", None)
+    if inspect.isfunction(compiled):
+        context = inspect.getclosurevars(compiled).nonlocals.get("self")
+    backend: Any = getattr(context, "callback", None)
+    # The compiler stands inside wrappers of Dynamo's own, each of which holds the next.
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    name = getattr(backend, "compiler_name", None)
+    return name if isinstance(name, str) else None
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the forward hooks of a module by the number that their handles know them by; a change takes effect."""
+    return module._forward_hooks
+
+
 def is_control_flow_exception(error: Exception) -> bool:
     """Tell whether an exception is how Dynamo restarts or skips an analysis, which a backend must let through."""
     from torch._dynamo import exc
@@ -250,6 +273,17 @@ def compile_with_inductor(
         compiled = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     assert callable(compiled), "ahead-of-time compilation to a file was not asked for"
     return compiled
+
+
+def saving_what_is_marked() -> AbstractContextManager[Any]:
+    """Have the partitioner save what is marked MUST_SAVE under any activation memory budget, while a graph is compiled.
+
+    With a budget of 0 it saves a graph's inputs and nothing else, marked or not. The least budget above it recomputes
+    all the rest as well.
+    """
+    from torch._functorch import config
+
+    return config.patch(activation_memory_budget=max(config.activation_memory_budget, 1e-6))  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.graph import TAG, calls_torch, op_name, tensor_value
 from sparse_compile.ir import LossRows
 from sparse_compile.torch_private import fake_outputs, flattened, size_hint
@@ -23,6 +24,12 @@ STAGES = (
 """What the graph and its facts have gone through, in the order in which a full run reaches it."""
 
 _OPS = torch.ops.sparselora
+_NEVER_AGAIN = {
+    _OPS.top_channels.default: "a near tie would choose other channels",
+    _OPS.given_output_mask.default: "the roles may have closed by then",
+    _OPS.split_tokens.default: "each split is a host synchronisation",
+}
+"""Ops whose result is saved for the backward, with what would happen if it were computed again."""
 
 
 class VerificationError(AssertionError):
@@ -117,8 +124,9 @@ def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
                 raise VerificationError(f"{node.name} does not use the rows of the one split")
             if lowered and "provider" not in node.kwargs:
                 raise VerificationError(f"{node.name} has no provider")
-        if node.target is _OPS.top_channels.default and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
-            raise VerificationError(f"{node.name} could be recomputed: a near tie would choose other channels")
+        reason = _NEVER_AGAIN.get(node.target)
+        if reason and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
+            raise VerificationError(f"{node.name} could be recomputed: {reason}")
 
 
 def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule, narrowed: set[int]) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -236,6 +237,34 @@ def test_program_appends_rows(benchmarks: dict[str, ModuleType], repo_root: Path
     assert "--arms eager" in row["command"]
 
 
+def test_checkpointing_is_said_in_the_label_and_leaves_no_hook(benchmarks: dict[str, ModuleType], tiny: Any) -> None:
+    workloads = benchmarks["workloads"]
+    checkpointed = dataclasses.replace(tiny, checkpointing=True)
+    assert checkpointed.label == f"{tiny.label} checkpointing=True"
+    base = workloads.base_model(tiny)
+    for workload in (tiny, checkpointed):
+        model = workloads.adapted_model(base, workload)
+        layers = [module for module in model.modules() if "gradient_checkpointing" in vars(module)]
+        assert any(layer.gradient_checkpointing for layer in layers) == workload.checkpointing
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_bytes_of_a_step_are_those_alive_at_once(measure: ModuleType) -> None:
+    kept = []
+
+    def step() -> float:
+        for _ in range(3):
+            torch.zeros(1000, dtype=torch.float64).sum()
+        kept.append(torch.zeros(500, dtype=torch.float64))
+        return 0.0
+
+    assert 8000 <= measure.step_bytes(step) < 8000 + 500
+    kept.clear()
+    first = torch.zeros(4000, dtype=torch.float64)
+    assert 8000 <= measure.step_bytes(lambda: float(torch.zeros(1000, dtype=torch.float64).sum())) < 8000 + 500
+    del first
+
+
 # --- Rows, table and picture ------------------------------------------------------------------------------------------
 
 
@@ -247,7 +276,7 @@ def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
         "o2": measure.ArmTimes(12.0, (1.0, 1.1, 0.9), 4.6, 1),
     }
     flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=1e9, sites=8, sparse_sites=2)
-    alone = measure.Alone(12.0, 4.0, 3 * 2**20, 5 * 2**20)
+    alone = measure.Alone(12.0, 4.0, 3 * 2**20, 5 * 2**20, 2**20)
     surroundings = benchmarks["rows"].environment(["--quick"])
     return cpu._row(tiny, "o2", times, flops, alone, counted={"linear": 1, "attention": 1}, **surroundings)
 
@@ -266,7 +295,7 @@ def test_table(benchmarks: dict[str, ModuleType], row: Any) -> None:
     assert len(header) == len(line)
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
     assert cells[:2] == ["o2", "1.000 s"]
-    assert cells[3:] == ["-", "2.00x", "2.50x", "2.00x", "0.80", "2/8", "12.0 s", "3 MiB", "12.0/4.0 s"]
+    assert cells[3:] == ["-", "2.00x", "2.50x", "2.00x", "0.80", "2/8", "12.0 s", "3 MiB", "1 MiB", "12.0/4.0 s"]
 
 
 def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any, tmp_path: Path) -> None:

@@ -259,19 +259,6 @@ def test_autocast(where: str) -> None:
 # --- Gradient checkpointing -------------------------------------------------------------------------------------------
 
 
-def test_hugging_face_gradient_checkpointing(aot_eager_inductor: Any) -> None:
-    model = with_lora(llama(dtype=torch.float64), ALL_TARGETS)
-    model.gradient_checkpointing_enable()
-    model.disable_input_require_grads()
-    call = compiled(model)
-    for kind in ("ragged", "left"):
-        inputs = masked(batch(97, **BATCHES[kind]))
-        step, kept = sparse_step(model, call, inputs)
-        assert len(kept) == len(SPARSITY)
-        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, tolerance=HF_FP64, what=kind)
-    assert all(aot_eager_inductor.sparse)
-
-
 class CheckpointedLayer(decoder.DecoderLayer):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import CheckpointPolicy
 
 from graphs import Head, aot_eager, capture, frozen, lora, stand_in_pass, tokens
 from sparse_compile.capture import capture_context
@@ -67,6 +68,10 @@ def lets_a_choice_be_recomputed(gm: fx.GraphModule, ctx: PassContext) -> None:
     del node_named(gm, "top_channels").meta["recompute"]
 
 
+def lets_a_split_be_recomputed(gm: fx.GraphModule, ctx: PassContext) -> None:
+    node_named(gm, "split_tokens").meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def inserts_without_a_tag(gm: fx.GraphModule, ctx: PassContext) -> None:
     node = node_named(gm, "embedding")
     with gm.graph.inserting_after(node):
@@ -111,6 +116,7 @@ BROKEN: dict[Callable[[fx.GraphModule, PassContext], None], tuple[str, str]] = {
     splits_twice: ("sparsify_ffn", "tokens are split by role more than once"),
     takes_rows_of_no_split: ("sparsify_ffn", "does not use the rows of the one split"),
     lets_a_choice_be_recomputed: ("insert_predictors", "could be recomputed: a near tie would choose other channels"),
+    lets_a_split_be_recomputed: ("insert_predictors", "could be recomputed: each split is a host synchronisation"),
     inserts_without_a_tag: ("canonicalize_linears", "was inserted without a tag: use Rewriter"),
     uses_before_definition: ("canonicalize_linears", "the graph is malformed"),
     leaves_a_matmul: ("canonicalize_linears", "and is no linear"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from graphs import IGNORE, Captured, capture, frozen, rejections, run_passes, tokens
-from models import BATCHES, batch, tiny_llama
+from models import BATCHES, batch, normal, tiny_llama
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.ir import TokenRoles
 from sparse_compile.passes.base import PassOutcome
@@ -151,6 +151,22 @@ def test_no_loss() -> None:
     captured, outcome = trace(lambda z, x: z.sum(), tokens()[0])
     assert captured.ctx.roles is None
     assert len(outcome.rejections) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "is_cut"),
+    [
+        (lambda x: x.requires_grad_(), True),
+        (lambda x: x.requires_grad_() * 2, False),  # behind trained layers: any graph break
+        (lambda x: x, False),
+    ],
+)
+def test_a_graph_that_is_cut_behind_a_hooked_embedding(make: Callable[[Tensor], Tensor], is_cut: bool) -> None:
+    captured = capture(lambda x: x.sum(), make(normal(2, 3, 4)))
+    outcome = run_passes(captured, *PASSES)["trace_roles"]
+    (reason,) = rejections(outcome)
+    assert ("disable_input_require_grads" in reason) == is_cut
+    assert "open `token_roles(labels=...)`" in reason
 
 
 def test_given_roles_come_first() -> None:
