@@ -118,7 +118,9 @@ class _Matcher:
         return self._reason(x, base, low, up) or self._layer(x, weight, bias, projection, branch)
 
     def _reason(self, x: fx.Node, base: fx.Node, low: fx.Node, up: fx.Node) -> str:
-        if low.target is not LINEAR or any(argument(product, 2, "bias") is not None for product in (low, up)):
+        if low.target is not LINEAR:
+            return "the adapter is fused with others"
+        if any(argument(product, 2, "bias") is not None for product in (low, up)):
             return "the adapter has a bias"
         values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
         value = values[0]

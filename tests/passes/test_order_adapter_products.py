@@ -323,6 +323,13 @@ def test_a_second_run_changes_nothing() -> None:
     assert not outcome.changed and not outcome.rejections and not outcome.stats
 
 
+def test_fused_adapters_are_left_alone() -> None:
+    model = Model()
+    captured = capture(model, normal(2, 10, 64).float())
+    run_passes(captured, *ANALYSES, "fuse_adapters")
+    assert rejections(run_passes(captured, PASS)[PASS]) == ["the adapter is fused with others"] * 3
+
+
 def test_a_graph_without_adapters() -> None:
     captured, outcome = order(Layer(16, 16, lambda m, x: m.layer.base_layer(x) * m.extra), given())
     assert not outcome.changed and not outcome.rejections and captured.ctx.product_orders == ()
