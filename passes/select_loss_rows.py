@@ -39,6 +39,7 @@ from torch import Tensor, fx
 
 from sparse_compile.cost import frozen_products, node_flops
 from sparse_compile.graph import (
+    LINEAR,
     TAG,
     Rewriter,
     argument,
@@ -94,9 +95,9 @@ class SelectLossRows:
             segment = find_loss_segment(gm.graph, ctx)
         except DeclinedError as declined:
             return PassOutcome(False, {}, (Rejection(self.name, *declined.args),))
+        stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(segment.outputs)}
         ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, frozen_products(ctx.projections.values())).run()
         ctx.plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.plan.sites))
-        stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(ctx.loss_rows.outputs)}
         return PassOutcome(True, stats, segment.stops)
 
 
@@ -168,6 +169,8 @@ class _Narrowing:
                 node.replace_input_with(old, new)
             if op_name(node) == "dropout":
                 self._draw_for_all(node, place, inner)
+            elif node.target is LINEAR and self.shapes[first][-1] == 1:
+                self._outer_product(node)
             elif op_name(node) in VIEWS or (op_name(node) == "getitem" and first in self.shapes):
                 same = self.shapes[first][len(operands[0].lead) :] == inner
                 self._view(node, taken[first], None if same else inner)
@@ -248,6 +251,27 @@ class _Narrowing:
             drawn = self.rewriter.method("flatten", drawn, 0, len(place.lead) - 1)
         drawn = self.rewriter.call(torch.index_select, drawn, 0, self._numbered(place.numbering))
         node.target, node.args, node.kwargs = torch.mul, (node.args[0], drawn), {}
+
+    def _outer_product(self, node: fx.Node) -> None:
+        """Multiply one column with one row element by element.
+
+        The gradient of `mm` looks at strides: with one column it would compare the number of rows with 1, which no
+        guard can decide.
+        """
+        value = tensor_value(node)
+        assert value is not None
+        x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        # A linear layer casts its operands under autocast, a product of elements does not.
+        x, weight, bias = (
+            operand if tensor_value(operand) is None or tensor_value(operand).dtype == value.dtype  # type: ignore[union-attr]
+            else self.rewriter.method("to", operand, value.dtype)
+            for operand in (x, weight, bias)
+        )  # fmt: skip
+        row = self.rewriter.method("t", weight)
+        if bias is None:
+            node.target, node.args, node.kwargs = torch.mul, (x, row), {}
+        else:
+            node.target, node.args, node.kwargs = torch.addcmul, (bias, x, row), {}
 
     def _view(self, node: fx.Node, operand: fx.Node, inner: Sizes | None) -> None:
         """Have a view or a slice see (R, *inner); `inner` is None where only leading dimensions changed."""

@@ -217,6 +217,27 @@ def test_a_sum_without_rows_is_zero() -> None:
     assert ran.value == 0 and not any(gradient.any() for gradient in gradients_of(ran.value, model).values())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_of_rank_one(bias: bool) -> None:
+    """One column: the gradient of a matrix product would compare the number of rows with 1."""
+    model = Tail(Block(), Narrow(bias))
+    model.head.lora_A, model.head.lora_B = (nn.Parameter(torch.ones(s).double()) for s in ((1, 8), (11, 1)))
+    frozen(model)
+    check(model, *tokens(), linears=12)
+
+
+class Narrow(nn.Module):
+    """A bottleneck of width one."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 1), lora(1, 8, bias=bias)
+        frozen(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x))
+
+
 def test_a_trained_head_gets_its_whole_gradient() -> None:
     model = Tail(Block())
     model.head.base_layer.weight.requires_grad_(True)
