@@ -223,7 +223,7 @@ def test_adapters_of_rank_one(bias: bool) -> None:
     model = Tail(Block(), Narrow(bias))
     model.head.lora_A, model.head.lora_B = (nn.Parameter(torch.ones(s).double()) for s in ((1, 8), (11, 1)))
     frozen(model)
-    check(model, *tokens(), linears=12)
+    check(model, *tokens(), linears=13)
 
 
 class Narrow(nn.Module):
