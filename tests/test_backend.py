@@ -25,12 +25,6 @@ from sparse_compile.session import session_for
 SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def _told_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_told", set())
-    monkeypatch.setattr(backend, "_matched", set())
-
-
 def compiled(model: Any, dynamic: bool | None = False, **options: Any) -> Any:
     return torch.compile(model, backend="sparselora", dynamic=dynamic, options={"layer_sparsity": SITES, **options})
 

@@ -11,18 +11,13 @@ from torch.nn import functional as F  # noqa: N812
 
 from models import DecoderConfig, Fp64Decoder, Kept, batch, fp64_decoder, gradients, masked_sites
 from oracle import assert_same_step, kept_from, oracle_step, sparse_step, told, train_step
-from sparse_compile import backend
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.reference import masked_dense, output_mask_from_labels
 from sparse_compile.session import session_for
 
+pytestmark = pytest.mark.usefixtures("aot_eager_inductor")
+
 SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def _told_nothing_yet(monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any) -> None:
-    monkeypatch.setattr(backend, "_told", set())
-    monkeypatch.setattr(backend, "_matched", set())
 
 
 def compiled(model: Any, dynamic: bool | None = False, **options: Any) -> Any:
@@ -260,7 +255,7 @@ def test_labels_that_are_absent_leave_the_model_dense_with_one_warning() -> None
 
 
 def test_a_trained_layer_declines_its_site_alone() -> None:
-    model = Fp64Decoder(DecoderConfig(layers=1))
+    model = Fp64Decoder(DecoderConfig(layers=2))
     model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
     inputs = batch(61)
     step, kept = sparse_step(model, compiled(model, layer_sparsity={"layers.0.self_attn": 0.5}), inputs)

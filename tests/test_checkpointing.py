@@ -131,7 +131,7 @@ def test_recomputations_stay_where_they_are_needed(
         return gm.forward
 
     monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
-    model, inputs = fp64_decoder(layers=1), batch(61)
+    model, inputs = fp64_decoder(layers=2), batch(61)
     options = {"layer_sparsity": {"layers.0.mlp": 0.6}, "inductor": given}
     if layers == "Stack":
         through_stack(model, compiled(Stack(model), **options))(**inputs)
@@ -193,7 +193,7 @@ def test_roles_closed_before_the_backward(aot_eager_inductor: Any) -> None:
 @pytest.mark.slow
 def test_inductor_recomputes_what_the_forward_chose() -> None:
     """The same, compiled for real: what the partitioner saves reaches the generated backward."""
-    model = fp64_decoder(layers=1)
+    model = fp64_decoder(layers=2)
     inputs = batch(61)
     call = compiled(Stack(model), layer_sparsity={"layers.0.mlp": 0.6})
     step, kept = sparse_step(model, through_stack(model, call), inputs)
@@ -358,7 +358,7 @@ def test_runs_that_end_in_an_error_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_however_often_the_hook_was_put_on(wrapped: bool) -> None:
     # PEFT hooks a model that checkpoints already, and the handle of the first hook is lost.
-    model = tiny_llama(layers=1)
+    model = tiny_llama(layers=2)
     model.gradient_checkpointing_enable()
     model = with_lora(model)
     assert hooks_of(model) == 2
@@ -413,7 +413,7 @@ def test_hooks_of_models_with_checkpoints_of_their_own_stay(caplog: pytest.LogCa
 
 
 def test_hooks_of_models_that_are_not_of_transformers_stay() -> None:
-    model = fp64_decoder(layers=1)
+    model = fp64_decoder(layers=2)
     model.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     model.compile(backend="sparselora")
     with without_input_hooks(model):
@@ -468,7 +468,7 @@ def test_the_example_of_the_documentation(repo_root: Path, aot_eager_inductor: A
     saved = []
     for code in (example, example.replace("= 0.4", "= 1.0")):
         torch._dynamo.reset()
-        model = with_lora(tiny_llama(layers=1), ALL_TARGETS)
+        model = with_lora(tiny_llama(layers=2), ALL_TARGETS)
         with config.patch(activation_memory_budget=1.0), told():
             saved.append(
                 saved_bytes(model, lambda code=code, model=model: exec(code, {"model": model, "batch": batch(97)}))[1]

@@ -15,7 +15,7 @@ SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
 
 def test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase(aot_eager_inductor: Any) -> None:
     """Ten dense steps, ten sparse ones, ten dense ones again; each of another length and with other prompts."""
-    model = fp64_decoder(layers=1)
+    model = fp64_decoder(layers=2)
     options = {"layer_sparsity": SITES, "strict": True, "start_step": 10, "end_step": 20}
     call = torch.compile(model, backend="sparselora", options=options)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -36,7 +36,7 @@ def test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase(aot_eager_indu
 
 
 def test_batch_sizes_and_extreme_splits_change_without_recompilation(aot_eager_inductor: Any) -> None:
-    model = fp64_decoder(layers=1)
+    model = fp64_decoder(layers=2)
     call = torch.compile(model, backend="sparselora", options={"layer_sparsity": SITES, "strict": True})
     shapes: list[dict[str, Any]] = [
         {"rows": 2, "length": 9},
@@ -56,7 +56,7 @@ def test_batch_sizes_and_extreme_splits_change_without_recompilation(aot_eager_i
 
 
 def test_prompts_alone_never_recompile(aot_eager_inductor: Any) -> None:
-    model = fp64_decoder(layers=1)
+    model = fp64_decoder(layers=2)
     call = torch.compile(model, backend="sparselora", options={"layer_sparsity": SITES, "strict": True})
     for prompt in range(8):
         train_step(model, call, batch(61, rows=2, length=7, prompts=[prompt, 7 - prompt] if prompt else [0, 6]))
