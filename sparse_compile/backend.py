@@ -193,6 +193,8 @@ def _tell_declined(session: Session, report: GraphReport) -> None:
     sites = {site.name: site.reason for site in dense if site.reason}
     lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
     if lines:
+        if not report.roles:
+            lines += summary_of(tuple(each for each in report.rejections if each.rule == "trace_roles"), most=2)
         warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)
 
 

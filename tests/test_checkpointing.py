@@ -29,7 +29,7 @@ from oracle import (
     told,
     train_step,
 )
-from sparse_compile import SparseLoRACallback, explain, token_roles
+from sparse_compile import SparseLoRACallback, SparseLoRAConfig, explain, token_roles
 from sparse_compile.checkpointing import without_input_hooks
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.torch_private import forward_hooks
@@ -226,16 +226,21 @@ def test_two_forwards_with_roles_of_their_own_before_one_backward(
 # --- Neither ----------------------------------------------------------------------------------------------------------
 
 
-def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(aot_eager_inductor: Any) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "another model is sparse"])
+def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(
+    elsewhere: bool, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SparseLoRAConfig(layer_sparsity=SPARSITY, strict=True)
+    monkeypatch.setattr("sparse_compile.backend._matched", {config} if elsewhere else set())
     model = checkpointed_llama(use_reentrant=True)
     inputs = batch(97)
     call = compiled(model)
     with told() as messages:
-        steps = [train_step(model, call, inputs) for _ in range(4)]
+        steps = [train_step(model, call, inputs) for _ in range(3)]
     assert not any(aot_eager_inductor.sparse)
     assert_same_step(steps[-1], train_step(model, model, inputs), torch.float64, tolerance=HF_FP64)
     (message,) = messages
-    assert "training runs dense" in message
+    assert ("stay dense" if elsewhere else "training runs dense") in message
     for way_out in ("model.disable_input_require_grads()", "SparseLoRACallback", "token_roles(labels=...)"):
         assert way_out in message
 

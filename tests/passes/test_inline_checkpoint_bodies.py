@@ -60,7 +60,7 @@ class Checkpointed(nn.Module):
 
 def marks(gm: torch.fx.GraphModule) -> dict[str, tuple[Any, Any]]:
     return {
-        node.name: (node.meta["recompute"], node.meta["ac_graph_id"])
+        node.name: (node.meta["recompute"], node.meta.get("ac_graph_id"))
         for node in gm.graph.nodes
         if "recompute" in node.meta
     }
