@@ -262,4 +262,4 @@ def test_a_trained_layer_declines_its_site_alone() -> None:
     assert list(kept) == ["layers.0.self_attn"]
     assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
     names = {site.name for site in session_for([p for p in model.parameters() if p.requires_grad]).reports[-1].sites}
-    assert names == {"layers.0.self_attn"}
+    assert "layers.0.self_attn" in names and "layers.0.mlp" not in names
