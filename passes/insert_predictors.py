@@ -24,7 +24,6 @@ roles and choices are marked MUST_SAVE, so that no recomputation ever reads othe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.config import kept_count
-from sparse_compile.graph import Rewriter, hinted_shape, hoist, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph import Rewriter, hinted_shape, hoist, nodes_by_name, op_name, save_what_precedes, tensor_value
 from sparse_compile.ir import AttentionSite, FFNSite, Projection, SitePlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
@@ -101,12 +100,8 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
         weights = rewriter.call(torch.logical_not, mask)
         if attended is not None:
             weights = rewriter.call(torch.logical_and, weights, attended)
-    for node in takewhile(lambda node: node is not top, rewriter.graph.nodes):
-        if node.op != "placeholder":
-            # The first node may be a checkpoint's, whose marks these have taken over. Roles are those of the forward:
-            # read again in the backward they may have closed, and another split would have other sizes.
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            node.meta.pop("ac_graph_id", None)
+    # The first node may be a checkpoint's, whose marks these have taken over.
+    save_what_precedes(top)
     ctx.rows = (rows[0].name, rows[1].name)
     return weights
 

@@ -47,6 +47,7 @@ from sparse_compile.graph import (
     hinted_shape,
     hoist,
     op_name,
+    save_what_precedes,
     set_argument,
     tensor_value,
     value_of,
@@ -150,8 +151,11 @@ class _Narrowing:
             self._narrow(node, places[node])
         set_argument(loss, 1, "target", kept)
         kept.meta["example_value"] = self._fewer_rows(value, 1)
+        outputs = self._add_outputs()
+        # The first node may be a checkpoint's, whose marks these have taken over.
+        save_what_precedes(self.top)
         erase_unused(target)
-        return LossRows(self.segment.names, self._add_outputs(), sum(flops.values()), of_weights)
+        return LossRows(self.segment.names, outputs, sum(flops.values()), of_weights)
 
     def _narrow(self, node: fx.Node, place: Place) -> None:
         """Have a node compute the rows of the loss."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
+from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.torch_private import copy_dynamo_attributes, size_hint
 
@@ -251,6 +253,18 @@ def hoist(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> 
             hoist(rewriter, operand, copies)
         copies[node] = rewriter.copy(node, lambda operand: copies.get(operand, operand))
     return copies[node]
+
+
+def save_what_precedes(end: fx.Node) -> None:
+    """Mark every call before `end` to be saved for the backward, whatever checkpoint it took its marks from.
+
+    What stands at the top of a graph is of the forward: read again in the backward, roles may have closed, and a
+    data-dependent size would be another symbol.
+    """
+    for node in takewhile(lambda node: node is not end, end.graph.nodes):
+        if node.op != "placeholder":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            node.meta.pop("ac_graph_id", None)
 
 
 def set_argument(node: fx.Node, position: int, name: str, value: Argument) -> None:

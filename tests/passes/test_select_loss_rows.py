@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from decoder import ALL_TARGETS, DecoderConfig, Fp64Decoder, LoRALinear, variants
 from graphs import (
@@ -33,6 +34,7 @@ from graphs import (
 from models import BATCHES, batch, tiny_llama, with_lora
 from oracle import assert_same_step, oracle_step, sparse_step, train_step
 from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.graph import op_name
 from sparse_compile.passes.base import PassOutcome
 from sparse_compile.pipeline import passes
 from tolerances import Tolerance, assert_close_rms
@@ -215,6 +217,23 @@ def test_a_sum_without_rows_is_zero() -> None:
     ids, labels = tokens(context=6)
     ran = run_rewritten(model, ids, labels, config=EXACT)
     assert ran.value == 0 and not any(gradient.any() for gradient in gradients_of(ran.value, model).values())
+
+
+class CheckpointedFromTheFirstOp(Tail):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = checkpoint(lambda ids: self.body(self.embed(ids).cumsum(1)), input_ids, use_reentrant=False)
+        return self.loss(self.head(hidden), labels)
+
+
+def test_rows_are_saved_where_the_first_op_is_a_checkpoints() -> None:
+    """Found again in the backward they would have a size of their own."""
+    model = CheckpointedFromTheFirstOp(Block())
+    check(model, *tokens(), linears=9)
+    captured = capture(model, *tokens(), config=EXACT)
+    run_passes(captured, "inline_checkpoint_bodies", *ANALYSES, PASS)
+    marked = {op_name(node): node.meta.get("recompute") for node in captured.gm.graph.nodes}
+    assert marked["loss_rows"] == CheckpointPolicy.MUST_SAVE
+    assert marked["cumsum"] not in (None, CheckpointPolicy.MUST_SAVE)
 
 
 @pytest.mark.parametrize("bias", [False, True])
