@@ -4,6 +4,7 @@
     python benchmarks/cpu.py --workload math10k-mini        # a result
     python benchmarks/cpu.py --arms inductor,o2 --layers 4 --hidden 2048 --ffn 8192 --heads 32 --kv-heads 8
     python benchmarks/cpu.py --workload csr-mini --arms inductor,exact,exact:select_loss_rows,o1,o1:
+    python benchmarks/cpu.py --arms eager,inductor,dora/eager,dora/exact --layers 2        # DoRA against LoRA
     python benchmarks/cpu.py --memory --profile 15          # also peak memory, warm caches, and where the time goes
     python benchmarks/cpu.py --memory --checkpointing       # the same with activation checkpointing in all arms
 
@@ -23,23 +24,24 @@ from pathlib import Path
 
 import torch
 from measure import (
+    DORA,
     PEERS,
     Alone,
     ArmTimes,
     Flops,
     Step,
-    compiled_arm,
+    arm_model,
+    check_arm,
     counted_flops,
     interleaved,
     measure_alone,
-    options_of,
     paired_ratio,
     rewritten_flops,
     spread,
     training_step,
 )
 from rows import Row, append_rows, environment, table
-from workloads import DTYPES, QUICK_SIZES, WORKLOADS, Workload, adapted_model, base_model, make_batch
+from workloads import DTYPES, QUICK_SIZES, WORKLOADS, Workload, base_model, make_batch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = tuple(f.name for f in dataclasses.fields(Workload) if f.type == "int")
@@ -77,7 +79,7 @@ def run(workload: Workload, arms: Sequence[str], args: argparse.Namespace) -> li
             alone[arm] = measure_alone(workload, arm, torch.get_num_threads())
     base = base_model(workload)
     batch = make_batch(workload)
-    steps = {arm: training_step(compiled_arm(adapted_model(base, workload), arm), batch) for arm in arms}
+    steps = {arm: training_step(arm_model(base, workload, arm), batch) for arm in arms}
     print(f"{workload.label}: {', '.join(arms)} in turns", flush=True)
     with tempfile.TemporaryDirectory() as caches:
         times = interleaved(steps, Path(caches), args.steps, args.warm_up)
@@ -85,8 +87,9 @@ def run(workload: Workload, arms: Sequence[str], args: argparse.Namespace) -> li
         for arm, step in steps.items():
             print(f"\n{arm}\n{_profile(step, args.profile)}", flush=True)
     counted = counted_flops(workload)
-    # A recomputed forward is work that `explain` does not count.
-    planned = [] if workload.checkpointing else [arm for arm in arms if arm not in PEERS]
+    # The limit is that of a LoRA step. A recomputed forward is work that `explain` does not count.
+    rewritten = [arm for arm in arms if arm not in PEERS and not arm.startswith(DORA)]
+    planned = [] if workload.checkpointing else rewritten
     flops = {arm: rewritten_flops(base, workload, arm) for arm in planned}
     return [
         _row(workload, arm, times, flops.get(arm), alone.get(arm), counted=dataclasses.asdict(counted), **surroundings)
@@ -142,8 +145,7 @@ def _workload(name: str, args: argparse.Namespace) -> Workload:
 def _arms(given: str | None, workload: Workload) -> list[str]:
     arms = list(dict.fromkeys(given.split(","))) if given else [*PEERS, workload.preset]
     for arm in arms:
-        if arm not in PEERS:
-            options_of(arm)
+        check_arm(arm)
     return arms
 
 
@@ -159,8 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", default="math10k-mini", help=f"comma list of {', '.join(WORKLOADS)}")
     parser.add_argument(
         "--arms",
-        help="comma list of eager, inductor, presets and presets with some optimising passes alone (`o2:` with none, "
-        "`exact:select_loss_rows` with one); default: eager, inductor and the workload's preset",
+        help="comma list of eager, inductor, presets, presets with some optimising passes alone (`o2:` with none, "
+        "`exact:select_loss_rows` with one), and each of them with DoRA adapters (`dora/exact`); default: eager, "
+        "inductor and the workload's preset",
     )
     parser.add_argument("--steps", type=_positive, default=10, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds between the first calls and the measured ones")

@@ -25,6 +25,8 @@ from workloads import Workload, adapted_model, base_model, make_batch
 
 PRESETS = ("none", "exact", "o1", "o2")
 PEERS = ("eager", "inductor")
+DORA = "dora/"
+"""What an arm begins with whose adapters are DoRA's: `dora/exact` beside `inductor`, which has LoRA's."""
 
 Step = Callable[[], float]
 """Takes one training step and returns the loss."""
@@ -77,12 +79,20 @@ def options_of(arm: str) -> dict[str, Any]:
     return {"preset": preset, "disable": left_out, "start_step": 0}
 
 
-def compiled_arm(model: nn.Module, arm: str) -> nn.Module:
-    """Compile a model in place as the arm of that name; sparse from the first step on."""
-    if arm == "inductor":
+def check_arm(arm: str) -> None:
+    """Raise `ValueError` for an arm that there is not."""
+    if arm.removeprefix(DORA) not in PEERS:
+        options_of(arm.removeprefix(DORA))
+
+
+def arm_model(base: nn.Module, workload: Workload, arm: str) -> nn.Module:
+    """Return a model with adapters, compiled as the arm of that name; sparse from the first step on."""
+    model = adapted_model(base, workload, dora=arm.startswith(DORA))
+    name = arm.removeprefix(DORA)
+    if name == "inductor":
         model.compile(backend="inductor")
-    elif arm != "eager":
-        model.compile(backend="sparselora", options=options_of(arm))
+    elif name != "eager":
+        model.compile(backend="sparselora", options=options_of(name))
     return model
 
 
@@ -224,7 +234,7 @@ def measure_alone(workload: Workload, arm: str, threads: int) -> Alone:
 def _alone(workload: Workload, arm: str, threads: int, caches: Path) -> tuple[float, int, int, int]:
     """Return the seconds of the first call, the peaks of memory up to its end and after it, and a step's tensors."""
     torch.set_num_threads(threads)
-    model = compiled_arm(adapted_model(base_model(workload), workload), arm)
+    model = arm_model(base_model(workload), workload, arm)
     step = training_step(model, make_batch(workload))
     with empty_caches(caches):
         start = time.perf_counter()

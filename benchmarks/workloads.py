@@ -102,15 +102,19 @@ def base_model(workload: Workload) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])
 
 
-def adapted_model(base: nn.Module, workload: Workload) -> nn.Module:
-    """Put LoRA adapters on a copy of the base that shares its weights: any number of arms costs the memory of one."""
+def adapted_model(base: nn.Module, workload: Workload, *, dora: bool = False) -> nn.Module:
+    """Put adapters on a copy of the base that shares its weights: any number of arms costs the memory of one."""
     from peft import LoraConfig, get_peft_model
 
     weights = [*base.parameters(), *base.buffers()]
     copied = copy.deepcopy(base, memo={id(weight): weight for weight in weights})
     torch.manual_seed(0)
     config = LoraConfig(
-        r=workload.rank, lora_alpha=2 * workload.rank, target_modules=list(workload.targets), task_type="CAUSAL_LM"
+        r=workload.rank,
+        lora_alpha=2 * workload.rank,
+        target_modules=list(workload.targets),
+        task_type="CAUSAL_LM",
+        use_dora=dora,
     )
     model = get_peft_model(copied, config).train()
     if workload.checkpointing:

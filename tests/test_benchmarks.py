@@ -169,6 +169,7 @@ def test_arms_are_presets_with_passes(measure: ModuleType) -> None:
     assert measure.options_of("o2") == {"preset": "o2", "disable": [], "start_step": 0}
     assert "select_loss_rows" in measure.options_of("o2:")["disable"]
     assert "select_loss_rows" not in measure.options_of("exact:select_loss_rows")["disable"]
+    measure.check_arm("dora/eager")
     for unknown in ("o3", "exact:find_ffn", "eager:"):
         with pytest.raises(ValueError, match=f"no arm {unknown!r}"):
             measure.options_of(unknown)
