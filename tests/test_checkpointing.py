@@ -335,7 +335,8 @@ def test_trainer_with_bf16_autocast(tmp_path: Path, aot_eager_inductor: Any) -> 
     with told() as messages, record_channels() as record:
         actual = run_trainer(llama(torch.float32), tmp_path, bf16=True, **checkpointing(use_reentrant=True))
     assert messages == []
-    assert aot_eager_inductor.sparse == [True, True]
+    # Every step of both runs was compiled and sparse. How often a run compiles is held in test_recompilation.
+    assert all(aot_eager_inductor.sparse) and sum(aot_eager_inductor.runs) == 2 * STEPS
     assert {len(choices) for choices in record.values()} == {STEPS}
     assert actual.losses == pytest.approx(expected.losses, rel=2e-2)
 
