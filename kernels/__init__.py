@@ -3,6 +3,8 @@
 from sparse_compile.kernels import (
     channel_selection,
     dora_norm,
+    flop_formulas,
+    frozen_linear,
     gathered_linear,
     loss_rows,
     merged_linear,
@@ -10,4 +12,14 @@ from sparse_compile.kernels import (
     token_rows,
 )
 
-__all__ = ["channel_selection", "dora_norm", "gathered_linear", "loss_rows", "merged_linear", "roles", "token_rows"]
+__all__ = [
+    "channel_selection",
+    "dora_norm",
+    "flop_formulas",
+    "frozen_linear",
+    "gathered_linear",
+    "loss_rows",
+    "merged_linear",
+    "roles",
+    "token_rows",
+]

@@ -23,10 +23,12 @@ class OpCall:
     Attributes:
         device: device type, such as `"cpu"`.
         dtype: dtype of the activations.
+        columns: width of the result, where it is known and a provider may care.
     """
 
     device: str
     dtype: torch.dtype
+    columns: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ PASS_NAMES: tuple[str, ...] = (
     "sparsify_ffn",
     "sparsify_attention",
     "lower_sparse_ops",
+    "lower_frozen_linears",
 )
 """The names that `disable=` takes, in the order of `pipeline.passes()`; a test holds the two together."""
 

@@ -26,6 +26,7 @@ from sparse_compile.passes.find_projections import FindProjections
 from sparse_compile.passes.fuse_adapters import FuseAdapters
 from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
 from sparse_compile.passes.insert_predictors import InsertPredictors
+from sparse_compile.passes.lower_frozen_linears import LowerFrozenLinears
 from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
 from sparse_compile.passes.order_adapter_products import OrderAdapterProducts
 from sparse_compile.passes.plan_sparsity import PlanSparsity
@@ -37,6 +38,10 @@ from sparse_compile.verify import VerificationError, verify
 
 if TYPE_CHECKING:
     from sparse_compile.dump import GraphDump
+
+
+_SPARSE_STAGES = {"predictors", "sparse", "lowered"}
+"""What the graph of the dense phase never goes through."""
 
 
 def passes() -> tuple[Pass, ...]:
@@ -57,6 +62,7 @@ def passes() -> tuple[Pass, ...]:
         SparsifyFFN(),
         SparsifyAttention(),
         LowerSparseOps(),  # last: a choice for each op that is left
+        LowerFrozenLinears(),  # and for each dense product: all passes before it read them as `linear`
     )
 
 
@@ -197,28 +203,43 @@ class _Runner:
     def _run(self, each: Pass) -> PassOutcome:
         work = self.current if each.analysis else copy_graph_module(self.current)
         outcome = each.run(work, self.ctx)
+        reached = self.stages | set(each.ensures)
         if outcome.changed:
-            verify(work, self.captured, self.stages | set(each.ensures), self.ctx.parameters, self.ctx.loss_rows)
-            work.recompile()
-            self.current = work
-            if each.numerics is Numerics.EXACT and not self.ctx.selections:
-                self.exact = work
+            self._check(work, reached)
+            if each.numerics is Numerics.EXACT:
+                exact = work
+                if self.ctx.selections:
+                    # Behind the sparse passes the dense phase has a graph of its own, for which an optimisation is too.
+                    exact = self._optimised_exact(each) if each.optimises else self.exact
+                self.exact = exact
                 self.optimised |= each.optimises
-                if not self.optimised:
+                if not self.optimised and not self.ctx.selections:
                     self.canonical = work
-        self.stages |= set(each.ensures)
+            self.current = work
+        self.stages = reached
         return outcome
+
+    def _optimised_exact(self, each: Pass) -> fx.GraphModule:
+        """Run an exact optimisation on the graph of the dense phase as well."""
+        work = copy_graph_module(self.exact)
+        if each.run(work, self.ctx).changed:
+            self._check(work, self.stages - _SPARSE_STAGES)
+        return work
+
+    def _check(self, work: fx.GraphModule, stages: set[str]) -> None:
+        verify(work, self.captured, stages, self.ctx.parameters, self.ctx.loss_rows)
+        work.recompile()
 
     def _undo(self, each: Pass, error: Exception) -> PassOutcome:
         """Go on without a pass that raised: the graph before it, or before all approximate passes."""
         kind = "internal error" if isinstance(error, VerificationError) else type(error).__name__
         reason = f"{kind}: {error}"
-        if each.numerics is Numerics.APPROXIMATE or self.ctx.selections:
+        if each.numerics is Numerics.APPROXIMATE or (self.ctx.selections and not each.optimises):
             self.failed = True
             self.current = self.exact
             self.ctx.plan = SparsityPlan(())
             self.ctx.selections = {}
-            self.stages -= {"predictors", "sparse", "lowered"}
+            self.stages -= _SPARSE_STAGES
             consequence = "this graph runs dense"
         else:
             consequence = "the pass is left out"

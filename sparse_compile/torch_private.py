@@ -275,6 +275,22 @@ def compile_with_inductor(
     return compiled
 
 
+def has_onednn_linear() -> bool:
+    """Tell whether this build of PyTorch has the op behind `onednn_linear`."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T` by oneDNN, which no public function of PyTorch reaches in fp32; Inductor emits this op.
+
+    Args:
+        x: (..., in) fp32.
+        weight: (out, in) fp32, strided in any way.
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
 def saving_what_is_marked() -> AbstractContextManager[Any]:
     """Have the partitioner save what is marked MUST_SAVE under any activation memory budget, while a graph is compiled.
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
 from models import normal, random_mask
@@ -48,12 +49,25 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gathered_linear, no rows": (OPS.gathered_linear, (x(0, 7), frozen(9, 7), index(0, 3))),
     "gathered_linear, transposed weight": (OPS.gathered_linear, (x(5, 7), frozen(7, 9).t(), index(0, 3, 8))),
     "gathered_linear, cpu_gemm": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 8), "cpu_gemm")),
+    "gathered_linear, transposed, cpu_gemm": (
+        OPS.gathered_linear,
+        (x(5, 7), frozen(7, 9).t(), index(0, 8), "cpu_gemm"),
+    ),
     "gathered_linear, strided x": (OPS.gathered_linear, (normal(7, 5).t().requires_grad_(), frozen(9, 7), index(2))),
     "gathered_input_linear": (OPS.gathered_input_linear, (x(5, 3), frozen(9, 7), index(0, 3, 6))),
     "gathered_input_linear, one channel": (OPS.gathered_input_linear, (x(5, 1), frozen(9, 7), index(4))),
     "gathered_input_linear, no rows": (OPS.gathered_input_linear, (x(0, 2), frozen(9, 7), index(0, 3))),
     "gathered_input_linear, transposed": (OPS.gathered_input_linear, (x(5, 2), frozen(7, 9).t(), index(0, 3))),
+    "gathered_input_linear, transposed, cpu_gemm": (
+        OPS.gathered_input_linear,
+        (x(5, 2), frozen(7, 9).t(), index(0, 6), "cpu_gemm"),
+    ),
     "gathered_input_linear, cpu_gemm": (OPS.gathered_input_linear, (x(5, 2), frozen(9, 7), index(0, 6), "cpu_gemm")),
+    "frozen_linear": (OPS.frozen_linear, (x(2, 5, 7), frozen(9, 7))),
+    "frozen_linear, cpu_onednn": (OPS.frozen_linear, (x(5, 7), frozen(9, 7), "cpu_onednn")),
+    "frozen_linear, no rows": (OPS.frozen_linear, (x(0, 7), frozen(9, 7), "cpu_onednn")),
+    "frozen_linear, transposed weight": (OPS.frozen_linear, (x(5, 7), frozen(7, 9).t(), "cpu_onednn")),
+    "frozen_linear, strided x": (OPS.frozen_linear, (normal(7, 5).t().requires_grad_(), frozen(9, 7))),
     **{f"merged_linear, {order}": (OPS.merged_linear, (*ADAPTED, 1.5, order)) for order in ASSOCIATIONS},
     **{
         f"merged_linear, no bias, three dimensions, {order}": (
@@ -444,3 +458,12 @@ def test_output_mask_against_loops(shift: int) -> None:
             own, other = t, t + 1 if shift else t - 1
             expected = any(0 <= i < 9 and labels[row, i] != -100 for i in (own, other))
             assert bool(mask[row, t]) == expected
+
+
+@pytest.mark.parametrize("name", ["frozen_linear", "gathered_linear", "gathered_input_linear"])
+def test_products_are_counted_by_the_flop_counter(name: str) -> None:
+    """The partitioner asks it what a recomputation costs."""
+    op, arguments = CALLS[name]
+    with FlopCounterMode(display=False) as counter:
+        y = op(*arguments)
+    assert counter.get_total_flops() == 2 * y.numel() * arguments[0].shape[-1]

@@ -128,6 +128,7 @@ def test_disable(name: str) -> None:
         "find_attention",
         "sparsify_attention",
         "lower_sparse_ops",
+        "lower_frozen_linears",
     )
     assert (result.sparse is not None) == (name in not_needed)
 

@@ -1,0 +1,23 @@
+"""FLOPs of the ops that are products, for `torch.utils.flop_counter`.
+
+AOTAutograd's partitioner asks it what a recomputation costs (`activation_memory_budget`): an op that it does not know
+counts as free, and the dense products of a model would be the first to be computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from sparse_compile.kernels import frozen_linear, gathered_linear  # noqa: F401  (registers the ops)
+
+_OPS = torch.ops.sparselora
+
+
+@register_flop_formula([_OPS.frozen_linear, _OPS.gathered_linear, _OPS.gathered_input_linear])
+def _product(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """Count a product of `x` (..., inner) whose result is `out_shape` (..., columns)."""
+    return 2 * math.prod(out_shape) * x[-1]
