@@ -1,6 +1,7 @@
 """The semantic ops of the `sparselora` library; importing this package registers them with PyTorch."""
 
 from sparse_compile.kernels import (
+    causal_attention,
     channel_selection,
     dora_norm,
     flop_formulas,
@@ -13,6 +14,7 @@ from sparse_compile.kernels import (
 )
 
 __all__ = [
+    "causal_attention",
     "channel_selection",
     "dora_norm",
     "flop_formulas",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sparse_compile.kernels import frozen_linear, gathered_linear  # noqa: F401  (registers the ops)
+from sparse_compile.kernels import causal_attention, frozen_linear, gathered_linear  # noqa: F401  (registers the ops)
 
 _OPS = torch.ops.sparselora
 
@@ -21,3 +21,15 @@ _OPS = torch.ops.sparselora
 def _product(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     """Count a product of `x` (..., inner) whose result is `out_shape` (..., columns)."""
     return 2 * math.prod(out_shape) * x[-1]
+
+
+@register_flop_formula(_OPS.causal_attention)
+def _attention(query: torch.Size, *_: Any, **__: Any) -> int:
+    """Count two products of which half of the scores are needed."""
+    return 2 * math.prod(query) * query[-2]
+
+
+@register_flop_formula(_OPS.causal_attention_backward)
+def _attention_backward(d_out: torch.Size, *_: Any, **__: Any) -> int:
+    """Count the five products of the backward, the scores once more among them."""
+    return 5 * math.prod(d_out) * d_out[-2]

@@ -17,6 +17,7 @@ PASS_NAMES: tuple[str, ...] = (
     "sparsify_attention",
     "lower_sparse_ops",
     "lower_frozen_linears",
+    "lower_causal_attention",
 )
 """The names that `disable=` takes, in the order of `pipeline.passes()`; a test holds the two together."""
 

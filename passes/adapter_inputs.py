@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from torch import fx
 from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
 from sparse_compile.ir import LoRABranch, Projection
 from sparse_compile.passes.base import PassContext
+
+_WORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
+"""Functions whose names end like those of calls in place because they would be words of Python otherwise."""
 
 _MODE_SWITCHES = {
     "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode",
@@ -94,6 +98,16 @@ def mutation_between(root: fx.Node, end: fx.Node) -> fx.Node | None:
     return None
 
 
+def written_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Return every node whose tensor some call of the graph may write to: it holds more than one value."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        if writes_in_place(node):
+            for value in (*node.args[:1], node.kwargs.get("out")):
+                written.update(_storage_path(value) if isinstance(value, fx.Node) else ())
+    return written
+
+
 def _storage_path(node: fx.Node) -> Iterator[fx.Node]:
     yield node
     while node.target is not LINEAR and node.args and isinstance(node.args[0], fx.Node):
@@ -107,6 +121,8 @@ def writes_in_place(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
     if node.op not in ("call_function", "call_method") or name in _MODE_SWITCHES:
+        return False
+    if node.target in _WORDS:
         return False
     method = name.strip("_")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE

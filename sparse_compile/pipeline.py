@@ -26,6 +26,7 @@ from sparse_compile.passes.find_projections import FindProjections
 from sparse_compile.passes.fuse_adapters import FuseAdapters
 from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
 from sparse_compile.passes.insert_predictors import InsertPredictors
+from sparse_compile.passes.lower_causal_attention import LowerCausalAttention
 from sparse_compile.passes.lower_frozen_linears import LowerFrozenLinears
 from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
 from sparse_compile.passes.order_adapter_products import OrderAdapterProducts
@@ -63,6 +64,7 @@ def passes() -> tuple[Pass, ...]:
         SparsifyAttention(),
         LowerSparseOps(),  # last: a choice for each op that is left
         LowerFrozenLinears(),  # and for each dense product: all passes before it read them as `linear`
+        LowerCausalAttention(),  # likewise: attention is found, and rows of the loss are selected, by its own name
     )
 
 

@@ -291,6 +291,39 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
+def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Run PyTorch's fused attention on a CPU; return its result and the softmax's logarithmic denominators.
+
+    `scaled_dot_product_attention` calls it too, and keeps the denominators to itself, which the backward needs.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, H, K, D).
+        value: (B, H, K, D).
+        mask: (B or 1, H or 1, Q, K), added to the scores.
+        scale: what the scores are multiplied by.
+    """
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return op(query, key, value, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
+
+
+def cpu_flash_attention_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the operands of `cpu_flash_attention`."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return op(  # type: ignore[no-any-return]
+        d_out, query, key, value, out, logsumexp, 0.0, False, attn_mask=mask, scale=scale
+    )
+
+
 def saving_what_is_marked() -> AbstractContextManager[Any]:
     """Have the partitioner save what is marked MUST_SAVE under any activation memory budget, while a graph is compiled.
 

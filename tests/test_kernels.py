@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
 from models import normal, random_mask
 from sparse_compile import reference as oracle
-from sparse_compile.kernels import channel_selection, dora_norm, gathered_linear, token_rows
+from sparse_compile.kernels import causal_attention, channel_selection, dora_norm, gathered_linear, token_rows
 from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
 from sparse_compile.kernels.channel_selection.reference import spaced_rows
 from sparse_compile.kernels.merged_linear.reference import ASSOCIATIONS
 from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable, cpu_only
 from sparse_compile.roles import token_roles
-from tolerances import assert_close_rms
+from tolerances import TOLERANCES, assert_close_rms
 
 OPS = torch.ops.sparselora
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
@@ -43,6 +44,18 @@ ROWS, CONTEXT = index(1, 2, 3), index(0, 4, 5)
 ADAPTED = (x(5, 7), frozen(9, 7), x(2, 7, seed=3), x(9, 2, seed=4), x(9, seed=5))
 """Input, frozen weight, factors and bias of a layer with an adapter."""
 
+LENGTH = 130
+"""Queries of two blocks, and of one more than twice the least."""
+HEADS = tuple(x(1, LENGTH, 2, 4, seed=seed).detach().transpose(1, 2).requires_grad_() for seed in range(3))
+CAUSAL = normal(1, 1, LENGTH, LENGTH).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), float("-inf"))
+BACKWARD = (
+    x(1, 2, LENGTH, 4, grad=False),
+    *(each.detach() for each in HEADS),
+    *(each.detach() for each in causal_attention.reference.causal_attention(*HEADS, CAUSAL, 0.5)),
+    CAUSAL,
+    0.5,
+)
+
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gathered_linear": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 3, 8))),
     "gathered_linear, one channel": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(4))),
@@ -63,6 +76,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (x(5, 2), frozen(7, 9).t(), index(0, 6), "cpu_gemm"),
     ),
     "gathered_input_linear, cpu_gemm": (OPS.gathered_input_linear, (x(5, 2), frozen(9, 7), index(0, 6), "cpu_gemm")),
+    "causal_attention": (OPS.causal_attention, (*HEADS, CAUSAL, 0.5)),
+    "causal_attention, cpu_blocks": (OPS.causal_attention, (*HEADS, CAUSAL, 0.5, "cpu_blocks")),
+    "causal_attention_backward": (OPS.causal_attention_backward, BACKWARD),
+    "causal_attention_backward, cpu_blocks": (OPS.causal_attention_backward, (*BACKWARD, "cpu_blocks")),
     "frozen_linear": (OPS.frozen_linear, (x(2, 5, 7), frozen(9, 7))),
     "frozen_linear, cpu_onednn": (OPS.frozen_linear, (x(5, 7), frozen(9, 7), "cpu_onednn")),
     "frozen_linear, no rows": (OPS.frozen_linear, (x(0, 7), frozen(9, 7), "cpu_onednn")),
@@ -168,7 +185,8 @@ def test_every_op_is_checked() -> None:
 
 
 DIFFERENTIATED = (
-    "gathered_linear", "gathered_input_linear", "merged_linear", "merged_input_gradient", "take_rows", "put_rows",
+    "frozen_linear", "gathered_linear", "gathered_input_linear", "merged_linear", "merged_input_gradient",
+    "take_rows", "put_rows",
 )  # fmt: skip
 
 
@@ -189,10 +207,37 @@ def test_gradcheck(name: str) -> None:
 
 
 def test_a_trained_weight_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="frozen weight has no gradient"):
+        OPS.frozen_linear(x(2, 3), x(4, 3))
     with pytest.raises(AssertionError, match="must be frozen"):
         OPS.gathered_linear(x(2, 3), x(4, 3), index(0))
     with pytest.raises(AssertionError, match="must be frozen"):
         OPS.merged_linear(ADAPTED[0], x(9, 7), *ADAPTED[2:], 1.5, "F2B5")
+
+
+# --- Causal attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", [REFERENCE, "cpu_blocks"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", [2, 63, 300])
+def test_causal_attention_is_attention(length: int, dtype: torch.dtype, provider: str) -> None:
+    heads = [normal(2, length, 2, 8, seed=seed).transpose(1, 2).to(dtype).requires_grad_() for seed in range(3)]
+    wide = [each.detach().double().requires_grad_() for each in heads]
+    allowed = torch.ones(2, 1, length, length, dtype=torch.bool).tril()
+    # Left padding: the first queries of a row read no key at all.
+    allowed[0, :, :, : length // 3] = False
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))
+    out, _ = OPS.causal_attention(*heads, mask, 0.4, provider)
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, allowed, scale=0.4)
+    assert_close_rms(out, expected, dtype)
+    seed = normal(*out.shape, seed=9)
+    found = torch.autograd.grad(out, heads, seed.to(dtype))
+    for name, gradient, want in zip("qkv", found, torch.autograd.grad(expected, wide, seed), strict=True):
+        # The gradient of v adds up to 300 weights rounded to bf16, unevenly: the first key is read by every query.
+        bounds = TOLERANCES[dtype]
+        uneven = dataclasses.replace(bounds, max=2 * bounds.max)
+        assert_close_rms(gradient, want, tolerance=uneven if name == "v" else bounds, name=name)
 
 
 # --- Merged products --------------------------------------------------------------------------------------------------

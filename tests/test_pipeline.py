@@ -129,6 +129,7 @@ def test_disable(name: str) -> None:
         "sparsify_attention",
         "lower_sparse_ops",
         "lower_frozen_linears",
+        "lower_causal_attention",
     )
     assert (result.sparse is not None) == (name in not_needed)
 
