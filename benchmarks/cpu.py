@@ -61,13 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for workload, arms in zip(workloads, choices, strict=True):
         rows = run(workload, arms, args)
         print(f"\n{workload.label}\n\n{table(rows)}\n", flush=True)
-        append_rows(rows, args.out or RESULTS / ("quick.jsonl" if args.quick else f"{workload.name}.jsonl"))
+        append_rows(
+            [row.to_dict() for row in rows],
+            args.out or RESULTS / ("quick.jsonl" if args.quick else f"{workload.name}.jsonl"),
+        )
     return 0
 
 
 def run(workload: Workload, arms: Sequence[str], args: argparse.Namespace) -> list[Row]:
     """Measure one workload; return a row for each arm."""
-    surroundings = environment(sys.argv[1:])
+    surroundings = environment("cpu.py", sys.argv[1:])
     machine = surroundings["machine"]
     if machine["load"] > machine["cores"] / 2:
         print(f"a busy machine (load {machine['load']:.1f} on {machine['cores']} cores): no result", file=sys.stderr)

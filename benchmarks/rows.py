@@ -10,7 +10,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,11 @@ class Row:
         return dataclasses.asdict(self)
 
 
-def append_rows(rows: Iterable[Row], path: Path) -> None:
-    """Append rows to a JSON Lines file."""
+def append_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Append rows, as plain data, to a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row.to_dict()) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def environment(arguments: Sequence[str]) -> dict[str, Any]:
+def environment(program: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a row that say where it comes from: without them a duration says nothing."""
     return {
         "machine": {
@@ -101,7 +101,7 @@ def environment(arguments: Sequence[str]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["benchmarks/cpu.py", *arguments]),
+        "command": shlex.join([f"benchmarks/{program}", *arguments]),
     }
 
 

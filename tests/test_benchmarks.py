@@ -278,7 +278,7 @@ def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
     }
     flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=1e9, sites=8, sparse_sites=2)
     alone = measure.Alone(12.0, 4.0, 3 * 2**20, 5 * 2**20, 2**20)
-    surroundings = benchmarks["rows"].environment(["--quick"])
+    surroundings = benchmarks["rows"].environment("cpu.py", ["--quick"])
     return cpu._row(tiny, "o2", times, flops, alone, counted={"linear": 1, "attention": 1}, **surroundings)
 
 
@@ -303,10 +303,10 @@ def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any,
     plot, rows = benchmarks["plot"], benchmarks["rows"]
     older = dataclasses.replace(row, date="2000-01-01T00:00:00+00:00", efficiency=0.1)
     peer = dataclasses.replace(row, arm="inductor", ratios={}, flops_limit=None)
-    rows.append_rows([row, older, peer], tmp_path / "rows.jsonl")
+    rows.append_rows([each.to_dict() for each in (row, older, peer)], tmp_path / "rows.jsonl")
     assert plot.newest_ratios(rows.read_rows([tmp_path / "rows.jsonl"])) == [json.loads(json.dumps(row.to_dict()))]
     assert plot.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "ratios.png")]) == 0
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
-    rows.append_rows([peer], tmp_path / "peers.jsonl")
+    rows.append_rows([peer.to_dict()], tmp_path / "peers.jsonl")
     with pytest.raises(SystemExit, match="2"):
         plot.main([str(tmp_path / "peers.jsonl"), "--out", str(tmp_path / "nothing.png")])
