@@ -240,6 +240,16 @@ def test_causal_attention_is_attention(length: int, dtype: torch.dtype, provider
         assert_close_rms(gradient, want, tolerance=uneven if name == "v" else bounds, name=name)
 
 
+def test_causal_attention_of_strided_operands() -> None:
+    """PyTorch's fused kernel takes the channels for neighbours; a sum has a gradient of one number, expanded."""
+    heads = [normal(1, 2, 4, LENGTH, seed=seed).transpose(2, 3).requires_grad_() for seed in range(3)]
+    found, wanted = (OPS.causal_attention(*heads, CAUSAL, 0.5, provider)[0] for provider in ("cpu_blocks", REFERENCE))
+    assert_close_rms(found, wanted)
+    gradients = (torch.autograd.grad(out.sum(), heads) for out in (found, wanted))
+    for name, gradient, want in zip("qkv", *gradients, strict=True):
+        assert_close_rms(gradient, want, name=name)
+
+
 # --- Merged products --------------------------------------------------------------------------------------------------
 
 

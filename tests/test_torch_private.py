@@ -45,6 +45,9 @@ NAMES: dict[str, str] = {
     "torch._C._nn.linear": "graph.LINEAR",
     "torch._ops.OpOverload": "graph.op_name",
     "torch._ops.OpOverloadPacket": "graph.calls_torch",
+    "torch.ops.mkldnn._linear_pointwise": "onednn_linear",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "cpu_flash_attention",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "cpu_flash_attention_backward",
     "torch.ops.higher_order.tag_activation_checkpoint": "the pass inline_checkpoint_bodies",
 }
 """Dotted name to the function that needs it."""
