@@ -16,7 +16,7 @@ from sparse_compile.graph import hinted_shape, tensor_value
 from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import run_pipeline
 from sparse_compile.report import GraphReport, Report, graph_report
-from sparse_compile.torch_private import compile_id
+from sparse_compile.torch_private import compile_id, without_recompile_limit
 
 
 def explain(
@@ -62,7 +62,7 @@ def explain(
 
         return stand_in
 
-    with _uncompiled(model), torch.enable_grad():
+    with _uncompiled(model), torch.enable_grad(), without_recompile_limit():
         torch.compile(model, backend=backend)(*args, **kwargs)
     return Report(tuple(graphs))
 

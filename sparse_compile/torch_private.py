@@ -275,6 +275,13 @@ def compile_with_inductor(
     return compiled
 
 
+def without_recompile_limit() -> AbstractContextManager[Any]:
+    """Let Dynamo trace a function anew however often it was traced: at its limit it would run the function eagerly."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)  # type: ignore[no-any-return, attr-defined]
+
+
 def has_onednn_linear() -> bool:
     """Tell whether this build of PyTorch has the op behind `onednn_linear`."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -148,6 +148,13 @@ def test_a_model_compiled_in_place_stays_compiled() -> None:
     assert len(runs) == 2
 
 
+def test_explain_answers_however_often_it_is_asked() -> None:
+    """Each answer traces the model anew, and at its recompilation limit Dynamo would hand over no graph."""
+    model = Head(nn.Sequential(lora(8, 12), nn.ReLU(), lora(12, 8)))
+    reports = [explain(model, *tokens()) for _ in range(torch._dynamo.config.recompile_limit + 2)]
+    assert {len(report.sites) for report in reports} == {1}
+
+
 def test_explain_without_a_trained_parameter_is_empty() -> None:
     model = fp64_decoder().requires_grad_(False)
     report = explain(model, **batch(61))

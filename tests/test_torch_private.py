@@ -35,6 +35,8 @@ NAMES: dict[str, str] = {
     "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols": "fake_outputs",
     "torch._dynamo.exc.RestartAnalysis": "is_control_flow_exception",
     "torch._dynamo.exc.SkipFrame": "is_control_flow_exception",
+    "torch._dynamo.config.recompile_limit": "without_recompile_limit",
+    "torch._dynamo.config.accumulated_recompile_limit": "without_recompile_limit",
     "torch._functorch.config.activation_memory_budget": "saving_what_is_marked",
     "torch.nn.Module._compiled_call_impl": "backend_name",
     "torch._inductor.config.reorder_for_peak_memory": "an option that backend.py gives to Inductor",
