@@ -279,7 +279,7 @@ def without_recompile_limit() -> AbstractContextManager[Any]:
     """Let Dynamo trace a function anew however often it was traced: at its limit it would run the function eagerly."""
     from torch._dynamo import config
 
-    return config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)  # type: ignore[no-any-return, attr-defined]
+    return config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)  # type: ignore[no-any-return]
 
 
 def has_onednn_linear() -> bool:
