@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+import sparse_compile
+
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-MODULES = ("workloads", "measure", "rows", "plot", "cpu")
+MODULES = ("workloads", "measure", "rows", "plot", "cpu", "scale")
 TINY = {"layers": 4, "hidden": 64, "ffn": 256, "heads": 4, "kv_heads": 2, "vocab": 97, "length": 16, "output": 4}
 
 
@@ -310,3 +312,30 @@ def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any,
     rows.append_rows([peer.to_dict()], tmp_path / "peers.jsonl")
     with pytest.raises(SystemExit, match="2"):
         plot.main([str(tmp_path / "peers.jsonl"), "--out", str(tmp_path / "nothing.png")])
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_point_of_a_curve_names_the_middle_blocks(benchmarks: dict[str, ModuleType], tiny: Any) -> None:
+    scale, workloads = benchmarks["scale"], benchmarks["workloads"]
+    points = [point for curve in scale.CURVES.values() for point in curve()]
+    assert len({(point.curve, point.x) for point in points}) == len(points)
+    assert all(point.workload.layers == scale.LAYERS for point in points)
+    small = dataclasses.replace(points[0], workload=tiny)
+    model = workloads.adapted_model(workloads.base_model(tiny), tiny)
+    report = sparse_compile.explain(model, config=small.options, **workloads.make_batch(tiny))
+    names = {site.name.split(".", 3)[-1] for site in report.sites if site.sparsity}
+    assert names == {f"layers.{layer}.{kind}" for layer in (1, 2) for kind in scale.SPARSITY}
+    # Named sites are sparse whether it pays or not, and so small a model it does not pay for.
+    assert all(site.reason.startswith("saves ") for site in report.sites if site.sparsity)
+
+
+def test_curves_are_drawn(benchmarks: dict[str, ModuleType], tmp_path: Path) -> None:
+    figures = [{"median": value, "p20": value, "p80": value} for value in (1.2, 1.5)]
+    rows = [
+        {"curve": "length", "x": x, "date": "2026", "exact": figures[0], "sparse": figures[1], "notes": notes}
+        for x, notes in ((128, {"mlp": "saves little"}), (256, {}))
+    ]
+    benchmarks["scale"].draw(rows, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
