@@ -8,6 +8,7 @@ key. `reference` is the plain PyTorch body: it is the specification, always supp
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,3 +81,15 @@ class ProviderTable:
 def cpu_only(call: OpCall) -> str | None:
     """Decline every device but the CPU."""
     return None if call.device == "cpu" else f"runs on cpu, not on {call.device}"
+
+
+def triton_runs(call: OpCall) -> str | None:
+    """Decline what the Triton kernels do not compute: devices other than NVIDIA's, old ones, fp64."""
+    if call.device != "cuda" or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs, not on {call.device if torch.version.hip is None else 'ROCm'}"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"computes fp32, fp16 and bf16, not {call.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0, this device has {major}.{minor}"
