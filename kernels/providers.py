@@ -8,12 +8,16 @@ key. `reference` is the plain PyTorch body: it is the specification, always supp
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 REFERENCE = "reference"
+
+
+_NOT_MEASURED = "nothing shows yet that it is faster: no such device has measured it"
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,26 @@ class Choice:
 
 
 class ProviderTable:
-    """The providers of one op, best first; the reference body comes last."""
+    """The providers of one op, best first; the reference body comes last.
 
-    def __init__(self, op: str, reference: Callable[..., object], *others: Provider) -> None:
+    Args:
+        op: name of the op.
+        reference: its plain PyTorch body.
+        *others: the providers that are preferred to it.
+        candidates: providers that run by their name alone: proven, and not yet measured to be faster.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        reference: Callable[..., object],
+        *others: Provider,
+        candidates: tuple[Provider, ...] = (),
+    ) -> None:
         self.op = op
+        self._candidates = candidates
         self._providers = (*others, Provider(REFERENCE, reference, lambda call: None))
-        self._run = {provider.name: provider.run for provider in self._providers}
+        self._run = {provider.name: provider.run for provider in (*self._providers, *candidates)}
 
     def __getitem__(self, name: str) -> Callable[..., object]:
         """Return the implementation called `name`; raise `ValueError` for an unknown one."""
@@ -73,6 +91,8 @@ class ProviderTable:
         declined: list[tuple[str, str]] = []
         for provider in self._providers:
             reason = provider.declines(call)
+            if provider.name == REFERENCE:
+                declined += [(each.name, each.declines(call) or _NOT_MEASURED) for each in self._candidates]
             if reason is None:
                 return Choice(provider.name, tuple(declined))
             declined.append((provider.name, reason))
@@ -82,3 +102,15 @@ class ProviderTable:
 def cpu_only(call: OpCall) -> str | None:
     """Decline every device but the CPU."""
     return None if call.device == "cpu" else f"runs on cpu, not on {call.device}"
+
+
+def triton_runs(call: OpCall) -> str | None:
+    """Decline what the Triton kernels do not compute: devices other than NVIDIA's, old ones, fp64."""
+    if call.device != "cuda" or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs, not on {call.device if torch.version.hip is None else 'ROCm'}"
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"computes fp32, fp16 and bf16, not {call.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0, this device has {major}.{minor}"

@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.gathered_linear import cpu, reference
-from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only
+from sparse_compile.kernels.gathered_linear import cpu, reference, triton
+from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only, triton_runs
 
 GATHERED_LINEAR = ProviderTable(
-    "gathered_linear", reference.gathered_linear, Provider("cpu_gemm", cpu.gathered_linear, cpu_only)
+    "gathered_linear",
+    reference.gathered_linear,
+    Provider("cpu_gemm", cpu.gathered_linear, cpu_only),
+    candidates=(Provider("triton", triton.gathered_linear, triton_runs),),
 )
 GATHERED_INPUT_LINEAR = ProviderTable(
-    "gathered_input_linear", reference.gathered_input_linear, Provider("cpu_gemm", cpu.gathered_input_linear, cpu_only)
+    "gathered_input_linear",
+    reference.gathered_input_linear,
+    Provider("cpu_gemm", cpu.gathered_input_linear, cpu_only),
+    candidates=(Provider("triton", triton.gathered_input_linear, triton_runs),),
 )
 
 

@@ -67,7 +67,8 @@ def test_another_device_is_declined_with_the_reason() -> None:
     outcome = run_passes(captured, PASS)[PASS]
     assert outcome.stats == {"reference": 5}
     assert Rejection(PASS, "gathered_linear", "cpu_gemm: runs on cpu, not on meta") in outcome.rejections
-    assert len(outcome.rejections) == len(set(outcome.rejections)) == 4
+    assert Rejection(PASS, "gathered_linear", "triton: runs on NVIDIA GPUs, not on meta") in outcome.rejections
+    assert len(outcome.rejections) == len(set(outcome.rejections)) == 6
 
 
 @pytest.mark.parametrize("dynamic", [0, 1])
