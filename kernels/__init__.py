@@ -5,9 +5,19 @@ from sparse_compile.kernels import (
     dora_norm,
     gathered_linear,
     loss_rows,
+    masked_linear,
     merged_linear,
     roles,
     token_rows,
 )
 
-__all__ = ["channel_selection", "dora_norm", "gathered_linear", "loss_rows", "merged_linear", "roles", "token_rows"]
+__all__ = [
+    "channel_selection",
+    "dora_norm",
+    "gathered_linear",
+    "loss_rows",
+    "masked_linear",
+    "merged_linear",
+    "roles",
+    "token_rows",
+]
