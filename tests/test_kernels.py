@@ -44,7 +44,6 @@ ADAPTED = (x(5, 7), frozen(9, 7), x(2, 7, seed=3), x(9, 2, seed=4), x(9, seed=5)
 """Input, frozen weight, factors and bias of a layer with an adapter."""
 
 
-
 def pruned(*shape: int) -> Tensor:
     """A frozen weight of which 40% are zero."""
     return frozen(*shape) * random_mask(*shape, seed=6)

@@ -38,7 +38,9 @@ MASKED_LINEAR = ProviderTable(
     "masked_linear", reference.masked_linear, Provider("blocks", blocks.masked_linear, _any_call)
 )
 MASKED_INPUT_GRADIENT = ProviderTable(
-    "masked_input_gradient", reference.masked_input_gradient, Provider("blocks", blocks.masked_input_gradient, _any_call)
+    "masked_input_gradient",
+    reference.masked_input_gradient,
+    Provider("blocks", blocks.masked_input_gradient, _any_call),
 )
 EXACT_GRADIENTS = ProviderTable(
     "masked_factor_gradients", reference.exact_gradients, Provider("blocks", blocks.exact_gradients, _any_call)

@@ -43,9 +43,7 @@ def masked_input_gradient(d_y: Tensor, weight: Tensor, a: Tensor, b: Tensor, sca
     return d_y @ masked_weight(weight, a, b, scale, d_y.dtype)
 
 
-def straight_through_gradients(
-    d_y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def straight_through_gradients(d_y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return `dA = s (dy B)' x` and `dB = s dy' (x A')`: the gradients with the mask left out.
 
     No (out, in) gradient is formed. The published code leaves s out of both.
