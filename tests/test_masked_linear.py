@@ -109,7 +109,8 @@ def test_low_precision_rounds_the_merged_weight_once(rule: str, adapters: torch.
     for found, want, given_to in zip(
         torch.autograd.grad(y.sum(), [x, a, b]),
         torch.autograd.grad(expected.sum(), [wide[0], wide[2], wide[3]]),
-        (x, a, b), strict=False,
+        (x, a, b),
+        strict=False,
     ):
         assert found.dtype == given_to.dtype
         assert_close_rms(found, want, torch.bfloat16)
