@@ -9,6 +9,7 @@ PASS_NAMES: tuple[str, ...] = (
     "trace_roles",
     "plan_sparsity",
     "select_loss_rows",
+    "preserve_weight_mask",
     "order_adapter_products",
     "fuse_adapters",
     "factor_dora_norm",

@@ -13,6 +13,7 @@ from sparse_compile.ir import (
     AttentionSite,
     FFNSite,
     LossRows,
+    MaskedLayer,
     Parameter,
     ProductOrder,
     Projection,
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
 
 
 class Numerics(Enum):
-    """What a pass may do to the result: nothing beyond rounding, or approximate it."""
+    """What a pass may do to the result: nothing beyond rounding, approximate it, or what an option asks for.
+
+    A requested function is the user's model from then on: in the dense phase and in evaluation as well.
+    """
 
     EXACT = "exact"
     APPROXIMATE = "approximate"
+    REQUESTED = "requested"
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class PassContext:
         roles: where token roles come from, None where nothing tells.
         plan: the decisions.
         factors: by projection name, the predictor's factors of the sites in the plan.
+        masked_layers: the pruned layers with an adapter.
         product_orders: the order of the products of each layer that could have another.
         selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
             `(query/key channels, value/output channels)` of an attention site.
@@ -84,6 +90,7 @@ class PassContext:
     roles: TokenRoles | None = None
     plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
     factors: dict[str, LowRankFactors] = field(default_factory=dict)
+    masked_layers: tuple[MaskedLayer, ...] = ()
     product_orders: tuple[ProductOrder, ...] = ()
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
     loss_rows: LossRows | None = None
@@ -125,7 +132,7 @@ class Pass(Protocol):
 
     @property
     def numerics(self) -> Numerics:
-        """Whether the pass is exact."""
+        """What the pass may do to the result."""
         ...
 
     @property

@@ -31,18 +31,10 @@ import torch
 from torch import fx
 
 from sparse_compile.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
-from sparse_compile.graph import (
-    LINEAR,
-    Rewriter,
-    argument,
-    hinted_shape,
-    nodes_by_name,
-    op_name,
-    take_over,
-    tensor_value,
-)
-from sparse_compile.ir import LoRABranch, ProductOrder, Projection, Rejection
-from sparse_compile.passes.adapter_inputs import adapters_by_input, mutation_between
+from sparse_compile.graph import Rewriter, hinted_shape, nodes_by_name, take_over, tensor_value
+from sparse_compile.ir import ProductOrder, Projection, Rejection
+from sparse_compile.passes.adapted_layer import AdaptedLayer, adapted_layer
+from sparse_compile.passes.adapter_inputs import adapters_by_input
 from sparse_compile.passes.autocast import autocast_dtypes
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.torch_private import UNKNOWN_SIZE
@@ -70,7 +62,7 @@ class OrderAdapterProducts:
         rejections: list[Rejection] = []
         for projection in ctx.projections.values():
             found = matcher.match(projection)
-            if isinstance(found, _Layer):
+            if isinstance(found, AdaptedLayer):
                 order = _cheapest(found, projection, readers[projection.branches[0].a])
                 orders.append(order)
                 if order.order != "F1B1":
@@ -82,19 +74,6 @@ class OrderAdapterProducts:
         return PassOutcome(rewriter.inserted > 0, stats, tuple(rejections))
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The operands of a layer and its one adapter, as the op takes them."""
-
-    x: fx.Node
-    weight: fx.Node
-    a: fx.Node
-    b: fx.Node
-    bias: fx.Node | None
-    scale: float
-    output: fx.Node
-
-
 class _Matcher:
     """Checks that nothing but a layer and its adapter stands between x and the output."""
 
@@ -104,74 +83,29 @@ class _Matcher:
         self.sparse = {projection.base for plan in ctx.plan.sparse_sites for projection in plan.site.projections}
         self.autocast = {device: autocast_dtypes(graph, ctx.autocast, device) for device in ("cpu", "cuda")}
 
-    def match(self, projection: Projection) -> _Layer | str:
+    def match(self, projection: Projection) -> AdaptedLayer | str:
         """Return the layer, or why its products are left alone; that goes without saying where the string is empty."""
         if not projection.branches or projection.base not in self.nodes or projection.base in self.sparse:
             return ""
-        if len(projection.branches) > 1:
-            return "it has several adapters"
-        (branch,) = projection.branches
-        if branch.dropout is not None:
-            return "the adapter's input is dropped out: the layer's is not, so the two cannot be merged"
-        base, low, up = (self.nodes[name] for name in (projection.base, branch.a, branch.b))
-        x, weight, bias = (argument(base, i, name) for i, name in enumerate(("input", "weight", "bias")))
-        return self._reason(x, base, low, up) or self._layer(x, weight, bias, projection, branch)
+        layer = adapted_layer(projection, self.nodes)
+        return layer if isinstance(layer, str) else self._reason(layer) or layer
 
-    def _reason(self, x: fx.Node, base: fx.Node, low: fx.Node, up: fx.Node) -> str:
-        if low.target is not LINEAR:
-            return "the adapter is fused with others"
-        if any(argument(product, 2, "bias") is not None for product in (low, up)):
-            return "the adapter has a bias"
-        values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
-        value = values[0]
-        if value is None or None in values:
-            return "its sizes are not known"
-        if argument(low, 0, "input") is not x or len({each.dtype for each in values if each is not None}) > 1:
+    def _reason(self, layer: AdaptedLayer) -> str:
+        value = tensor_value(layer.x)
+        if layer.cast or value is None:
             return "the layer and its adapter compute in different dtypes"
-        casts = {self.autocast.get(value.device.type, {}).get(node.name) for node in (base, low, up)}
+        casts = {self.autocast.get(value.device.type, {}).get(node.name) for node in layer.products}
         if casts != {None} and value.dtype != torch.float64:
             return "autocast casts its operands, which it does not do for a merged product"
         low_precision = value.dtype not in (torch.float32, torch.float64)
         if low_precision and not self.ctx.config.merge_low_precision:
             return f"a weight merged in {str(value.dtype).removeprefix('torch.')} is rounded (see merge_low_precision)"
-        if UNKNOWN_SIZE in hinted_shape(x)[:-1]:
+        if UNKNOWN_SIZE in hinted_shape(layer.x)[:-1]:
             return "its number of tokens is known at run time only"
         return ""
 
-    def _layer(
-        self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, projection: Projection, branch: LoRABranch
-    ) -> _Layer | str:
-        base, low, up, scaled, output = (
-            self.nodes[name] for name in (projection.base, branch.a, branch.b, branch.output, projection.output)
-        )
-        if list(base.users) != [output] or any(len(node.users) != 1 for node in (low, up, scaled)):
-            return "a product in between is read elsewhere"
-        factors = [_scale(scaled, up), _scale(argument(up, 0, "input"), low)]
-        if output not in scaled.users or None in factors:
-            return "the scale is no number, or a product in between is cast"
-        if mutation_between(x, output) is not None:
-            return "its input may be written to in between"
-        marks = {(n.meta.get("ac_graph_id"), n.meta.get("recompute")) for n in (base, low, up, scaled, output)}
-        if len(marks) > 1:
-            return "the layer and its adapter stand in different checkpoints"
-        scale = math.prod(factor for factor in factors if factor is not None)
-        return _Layer(x, weight, argument(low, 1, "weight"), argument(up, 1, "weight"), bias, scale, output)
 
-
-def _scale(top: fx.Node, bottom: fx.Node) -> float | None:
-    """Return the number by which `top` is a multiple of `bottom`; None where anything else is between them."""
-    scale, node = 1.0, top
-    while node is not bottom:
-        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        numbers = [arg for arg in node.args if isinstance(arg, int | float)]
-        if op_name(node) not in ("mul", "__mul__", "imul") or len(operands) != 1 or len(numbers) != 1:
-            return None
-        (node,) = operands
-        scale *= float(numbers[0])
-    return scale
-
-
-def _cheapest(layer: _Layer, projection: Projection, readers: int) -> ProductOrder:
+def _cheapest(layer: AdaptedLayer, projection: Projection, readers: int) -> ProductOrder:
     """Choose the order of the products, by the number of tokens seen at tracing."""
     value = tensor_value(layer.x)
     assert value is not None
@@ -206,7 +140,7 @@ def break_even(costs: Mapping[str, sympy.Expr]) -> str:
     return f"{TOKENS} > {math.floor(min(turns))}" if turns else "never"
 
 
-def _rewrite(layer: _Layer, projection: Projection, order: str, rewriter: Rewriter) -> None:
+def _rewrite(layer: AdaptedLayer, projection: Projection, order: str, rewriter: Rewriter) -> None:
     with rewriter.before(layer.output, projection.name):
         operands = (layer.x, layer.weight, layer.a, layer.b, layer.bias)
         pair = rewriter.call(_OPS.merged_linear.default, *operands, layer.scale, order)

@@ -16,9 +16,10 @@ from sparse_compile.capture import capture_context, count_tokens, is_whole_step,
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.loss_rows import restored
+from sparse_compile.mask_watch import guard_masks, watching_masks
 from sparse_compile.passes.base import PassContext
 from sparse_compile.peft_support import make_dora_traceable
-from sparse_compile.pipeline import passes, run_pipeline
+from sparse_compile.pipeline import evaluation_passes, passes, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
 from sparse_compile.torch_private import (
@@ -66,8 +67,13 @@ def sparselora(
     def dense() -> CompiledGraph:
         return compile_with_inductor(gm, example_inputs, config.inductor, mode)
 
+    masks = config.preserve_weight_mask != "off"
     if not torch.is_grad_enabled():
-        return dense()
+        if not masks:
+            return dense()
+        evaluated = run_pipeline(gm, ctx, order=evaluation_passes()).exact
+        guard_masks(gm, ctx)
+        return compile_with_inductor(evaluated or gm, example_inputs, config.inductor, mode)
     trained = trained_parameters(gm, example_inputs, ctx)
     if not trained:
         _tell_untrained(gm, ctx)
@@ -90,11 +96,16 @@ def sparselora(
     if result.sparse is not None:
         install_value_guard("sparse_compile.session", "PHASES", session.id)
         install_identity_guards(_inputs_of_this_model(gm, ctx))
+    if masks:
+        guard_masks(gm, ctx)
     rewritten = {"sparse": result.sparse if phase == "sparse" else None, "optimised": result.exact}
     compiled = _compile_rewritten(rewritten, example_inputs, config, mode)
     if compiled is not None and ctx.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.loss_rows)
-    return _watched(compiled or dense(), session, report, config, frame_key(gm))
+    compiled = compiled or dense()
+    if masks:
+        compiled = watching_masks(compiled, ctx, session, whole_step=is_whole_step(gm, ctx))
+    return _watched(compiled, session, report, config, frame_key(gm))
 
 
 def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PRESETS = ("none", "exact", "o1", "o2")
 TOKEN_SELECTIONS = ("roles", "all_sparse", "random_dense")
 CHANNEL_SELECTIONS = ("svd", "random")
+MASKINGS = ("off", "auto")
+MASK_GRADIENTS = ("straight-through", "exact")
 
 DEFAULT_START_FRACTION = 0.05
 """Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
@@ -89,6 +91,12 @@ class SparseLoRAConfig:
         merge_low_precision: Let ``order_adapter_products`` round a merged weight ``W + s B A`` to fp16 or bf16, where
             that is faster: it loses the digits of an adapter that is small beside its weight, so it is not exact.
             Default ``False``: weights are merged in fp32 and fp64 alone.
+        preserve_weight_mask: ``"auto"``: adapters of pruned layers keep their zeros (LoRS, arXiv 2501.08582): the layer
+            is trained as ``(W + s B A) * (W != 0)``, with every preset, in both phases and in evaluation. Default
+            ``"off"``: it is another function than the model's.
+        mask_threshold: Fraction of zeros, in (0, 1], from which on a layer counts as pruned. Default 0.3.
+        mask_gradient: Gradients of a masked layer's adapter: ``"straight-through"`` (default; the paper's, which leave
+            the mask out) or ``"exact"`` (of the masked function, for one more product as large as the layer's).
         disable: Names of passes that do not run. Default: none.
         strict: Raise where an approximate pass fails or a name matches no site, instead of warning. Default ``False``.
         dump_dir: Folder for the graphs before and after each pass. Default ``None``: the environment variable
@@ -116,6 +124,9 @@ class SparseLoRAConfig:
     schedule: Schedule | None = field(default=None, hash=False)
     keep_logits: bool = False
     merge_low_precision: bool = False
+    preserve_weight_mask: str = "off"
+    mask_threshold: float = 0.3
+    mask_gradient: str = "straight-through"
     disable: frozenset[str] = frozenset()
     strict: bool = False
     dump_dir: str | None = None
@@ -142,6 +153,9 @@ class SparseLoRAConfig:
             "end_step": _step("end_step", self.end_step),
             "keep_logits": _boolean("keep_logits", self.keep_logits),
             "merge_low_precision": _boolean("merge_low_precision", self.merge_low_precision),
+            "preserve_weight_mask": _choice("preserve_weight_mask", self.preserve_weight_mask, MASKINGS),
+            "mask_threshold": _mask_threshold(self.mask_threshold),
+            "mask_gradient": _choice("mask_gradient", self.mask_gradient, MASK_GRADIENTS),
             "disable": _pass_names(self.disable),
             "strict": _boolean("strict", self.strict),
             "dump_dir": _path("dump_dir", self.dump_dir),
@@ -331,6 +345,13 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def _mask_threshold(value: object) -> float:
+    threshold = _number("mask_threshold", value)
+    if not 0 < threshold <= 1:  # NaN fails this comparison too
+        raise ValueError(f"mask_threshold is a fraction of zeros in (0, 1], got {value!r}")
+    return threshold
 
 
 def _step(name: str, value: object) -> float | int | None:

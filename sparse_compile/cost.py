@@ -250,3 +250,25 @@ def association_costs(
     orders = (("F1", "B5"), ("F2", "B1"), ("F2", "B5"))
     costs |= {f + b: sympy.expand(forward[f] + factors + backward[b]) for f, b in orders}
     return costs
+
+
+def masked_layer_flops(
+    in_features: int, out_features: int, rank: int, *, exact: bool, input_gradient: bool = True
+) -> sympy.Expr:
+    """Return what masking adds to the FLOPs of a layer and its adapter in a step, over `TOKENS`.
+
+    The weight is merged once in each direction; the adapter's products with all tokens are left in the backward alone.
+
+    Args:
+        in_features: width of x.
+        out_features: width of y.
+        rank: r.
+        exact: whether the adapter's gradients are those of the masked function, else straight-through.
+        input_gradient: whether x needs a gradient.
+    """
+    n, size = TOKENS, in_features * out_features
+    product, merge, thin = 2 * n * size, 2 * size * rank, 2 * n * rank * (in_features + out_features)
+    factors = product + 2 * merge if exact else 2 * thin
+    masked = (product + merge) * (2 if input_gradient else 1) + factors
+    plain = association_costs(in_features, out_features, rank, input_gradient=input_gradient)["F1B1"]
+    return sympy.expand(masked - plain)

@@ -315,6 +315,28 @@ class ProductOrder:
 
 
 @dataclass(frozen=True)
+class MaskedLayer:
+    """A pruned layer with an adapter, whose zeros are kept or, where there is a reason, cannot be.
+
+    Attributes:
+        projection: the layer.
+        base: its base product, as captured.
+        sparsity: fraction of its weight that is zero.
+        pattern: `"2:4"` (at most 2 of 4 consecutive inputs are not zero), another N:M, or `"unstructured"`.
+        added_flops: FLOPs that masking adds to a training step, at the number of tokens seen at tracing; negative
+            where it saves some, 0 where that number is not known.
+        reason: why the adapter is trained without a mask; empty where it has one.
+    """
+
+    projection: str
+    base: NodeName
+    sparsity: float
+    pattern: str
+    added_flops: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Rejection:
     """A place where a rule looked and did not apply.
 

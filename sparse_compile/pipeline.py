@@ -31,6 +31,7 @@ from sparse_compile.passes.lower_frozen_linears import LowerFrozenLinears
 from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
 from sparse_compile.passes.order_adapter_products import OrderAdapterProducts
 from sparse_compile.passes.plan_sparsity import PlanSparsity
+from sparse_compile.passes.preserve_weight_mask import PreserveWeightMask
 from sparse_compile.passes.select_loss_rows import SelectLossRows
 from sparse_compile.passes.sparsify_attention import SparsifyAttention
 from sparse_compile.passes.sparsify_ffn import SparsifyFFN
@@ -56,6 +57,7 @@ def passes() -> tuple[Pass, ...]:
         TraceRoles(),  # independent of the sites: from the loss back to the labels
         PlanSparsity(),  # needs all facts; computes the predictor's factors
         SelectLossRows(),  # before the sparse passes: what it narrows needs no sparsity any more
+        PreserveWeightMask(),  # after the plan, which masked sites leave; before what merges or fuses their adapters
         OrderAdapterProducts(),  # needs the plan: a sparse site is never merged
         FuseAdapters(),  # after it: a merged adapter has no product of its own left
         FactorDoRANorm(),  # after the analyses, which follow the norm's vector and not what it is computed from
@@ -68,13 +70,19 @@ def passes() -> tuple[Pass, ...]:
     )
 
 
+def evaluation_passes() -> tuple[Pass, ...]:
+    """Return the passes of a graph without gradients: what changes the function itself, by request."""
+    needed = ("canonicalize_linears", "find_projections")
+    return tuple(each for each in passes() if each.name in needed or each.numerics is Numerics.REQUESTED)
+
+
 @dataclass(frozen=True)
 class PassRecord:
     """What one pass did to one graph.
 
     Attributes:
         name: the pass.
-        numerics: whether it is exact.
+        numerics: `"exact"`, `"approximate"` or `"requested"`.
         changed: whether the graph was rewritten.
         milliseconds: time it took, verification included.
         nodes_before, nodes_after: size of the graph.
@@ -98,8 +106,8 @@ class PipelineResult:
 
     Attributes:
         sparse: the graph of the sparse phase, or None where no approximate pass changed anything.
-        exact: the graph of the dense phase, or None where no exact pass saved anything: then the captured graph is
-            compiled as it is.
+        exact: the graph of the dense phase, or None where no exact pass saved anything and no option changed the
+            function: then the captured graph is compiled as it is.
         canonical: the graph before the first pass that saves work.
         records: one per pass.
         rejections: every place where a pass looked and did not apply.
@@ -208,13 +216,13 @@ class _Runner:
         reached = self.stages | set(each.ensures)
         if outcome.changed:
             self._check(work, reached)
-            if each.numerics is Numerics.EXACT:
+            if each.numerics is not Numerics.APPROXIMATE:
                 exact = work
                 if self.ctx.selections:
                     # Behind the sparse passes the dense phase has a graph of its own, for which an optimisation is too.
                     exact = self._optimised_exact(each) if each.optimises else self.exact
                 self.exact = exact
-                self.optimised |= each.optimises
+                self.optimised |= each.optimises or each.numerics is Numerics.REQUESTED
                 if not self.optimised and not self.ctx.selections:
                     self.canonical = work
             self.current = work

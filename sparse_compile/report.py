@@ -24,7 +24,7 @@ from sparse_compile.cost import (
     saved_flops,
     step_flops,
 )
-from sparse_compile.ir import ProductOrder, Rejection, SitePlan, SparsityPlan
+from sparse_compile.ir import MaskedLayer, ProductOrder, Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.base import PassContext
 from sparse_compile.passes.select_loss_rows import ON_LOSS_ROWS
 from sparse_compile.pipeline import PassRecord, PipelineResult
@@ -77,6 +77,7 @@ class GraphReport:
         projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
         sites: every matched site.
         passes: every pass.
+        masks: the pruned layers with an adapter, where their zeros are to be kept.
         orders: the order of the products of each layer that could have another.
         rejections: every place where a pass looked and did not apply.
         flops_before, flops_after: FLOPs of the matrix products of a training step.
@@ -91,6 +92,7 @@ class GraphReport:
     adapters: int
     sites: tuple[SiteReport, ...]
     passes: tuple[PassReport, ...]
+    masks: tuple[MaskedLayer, ...]
     orders: tuple[ProductOrder, ...]
     rejections: tuple[Rejection, ...]
     flops_before: float
@@ -134,6 +136,7 @@ def graph_report(
         adapters=sum(len(projection.adapters) for projection in ctx.projections.values()),
         sites=_sites(result, ctx),
         passes=tuple(passes),
+        masks=ctx.masked_layers,
         orders=ctx.product_orders,
         rejections=result.rejections,
         flops_before=dense,
@@ -159,6 +162,8 @@ def _flops_change(record: PassRecord, ctx: PassContext) -> sympy.Expr:
         return sympy.Integer(-record.stats["saved_flops"])
     if name == "select_loss_rows" and ctx.loss_rows is not None:
         return -loss_row_flops(ctx.loss_rows)[0]
+    if name == "preserve_weight_mask":
+        return sympy.Float(sum(layer.added_flops for layer in ctx.masked_layers))
     if name == "order_adapter_products":
         return sympy.Float(-sum(order.saved_flops for order in ctx.product_orders))
     kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
@@ -286,6 +291,11 @@ def _graph_text(graph: GraphReport) -> str:
             ],
         ),
     ]
+    if graph.masks:
+        layers: list[tuple[str, ...]] = [
+            (m.projection, f"{m.sparsity:.1%}", m.pattern, m.reason or "kept") for m in graph.masks
+        ]
+        lines += ["", table(("pruned layer", "zeros", "pattern", "mask"), layers)]
     if graph.orders:
         groups = Counter((order.order, order.break_even) for order in graph.orders)
         rows: list[tuple[str, ...]] = [(order, str(count), condition) for (order, condition), count in groups.items()]

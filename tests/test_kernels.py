@@ -17,6 +17,7 @@ from sparse_compile import reference as oracle
 from sparse_compile.kernels import causal_attention, channel_selection, dora_norm, gathered_linear, token_rows
 from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
 from sparse_compile.kernels.channel_selection.reference import spaced_rows
+from sparse_compile.kernels.masked_linear import MASK_GRADIENTS
 from sparse_compile.kernels.merged_linear.reference import ASSOCIATIONS
 from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable, cpu_only
 from sparse_compile.roles import token_roles
@@ -55,6 +56,15 @@ BACKWARD = (
     CAUSAL,
     0.5,
 )
+
+
+def pruned(*shape: int) -> Tensor:
+    """A frozen weight of which 40% are zero."""
+    return frozen(*shape) * random_mask(*shape, seed=6)
+
+
+PRUNED = (ADAPTED[0], pruned(9, 7), *ADAPTED[2:])
+PRUNED_FROZEN = tuple(each.detach() for each in PRUNED[1:4])
 
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gathered_linear": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 3, 8))),
@@ -101,6 +111,25 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "merged_linear, strided x": (OPS.merged_linear, (normal(7, 5).t().requires_grad_(), *ADAPTED[1:], 1.5, "F1B5")),
     "merged_input_gradient": (OPS.merged_input_gradient, (x(5, 9), *ADAPTED[1:4], 1.5)),
     "merged_input_gradient, no rows": (OPS.merged_input_gradient, (x(0, 9), *ADAPTED[1:4], 1.5)),
+    **{
+        f"masked_linear, {gradient}, {provider}": (OPS.masked_linear, (*PRUNED, 1.5, gradient, provider))
+        for gradient in MASK_GRADIENTS
+        for provider in (REFERENCE, "blocks")
+    },
+    "masked_linear, no bias, three dimensions": (
+        OPS.masked_linear,
+        (x(2, 3, 7), *PRUNED[1:4], None, 0.5, "exact", "blocks"),
+    ),
+    "masked_linear, no rows": (OPS.masked_linear, (x(0, 7), *PRUNED[1:], 1.5, "exact", "blocks")),
+    "masked_linear, rank one, transposed weight": (
+        OPS.masked_linear,
+        (x(5, 7), pruned(7, 9).t(), x(1, 7, seed=3), x(9, 1, seed=4), None, 2.0, "straight-through", "blocks"),
+    ),
+    "masked_input_gradient": (OPS.masked_input_gradient, (frozen(5, 9), *PRUNED_FROZEN, 1.5, "blocks")),
+    "masked_factor_gradients": (
+        OPS.masked_factor_gradients,
+        (frozen(5, 9), frozen(5, 7), *PRUNED_FROZEN, 1.5, "exact", "blocks"),
+    ),
     "take_rows": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT)),
     "take_rows, columns": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT, index(0, 4))),
     "take_rows, cpu_index": (OPS.take_rows, (x(6, 5), ROWS, CONTEXT, index(0, 4), "cpu_index")),
