@@ -191,7 +191,7 @@ def overlapping(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused_with_more(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, _ = m.fused(x).split([D, D, D, 9 * D], dim=-1)
+    q, k, v, _ = m.fused(x).split([2 * D, 2 * D, 2 * D, 6 * D], dim=-1)
     return m.split(q), m.split(k), m.split(v)
 
 
@@ -228,7 +228,10 @@ DECLINED: dict[str, tuple[Attention, str]] = {
     "cross-attention": (Attention(cross), "query, key and value read different tensors (cross-attention stays dense)"),
     "fused qkv, every third channel": (Attention(every_third), "whose split into rows cannot be followed"),
     "fused qkv, parts that overlap": (Attention(overlapping), "whose split into rows cannot be followed"),
-    "fused qkv, a part is not read": (Attention(fused_with_more), "whose split into rows cannot be followed"),
+    "fused qkv, a part is not read": (
+        Attention(fused_with_more, finish=lambda m, a, k: m.narrow(a.transpose(1, 2).reshape(B, S, -1))),
+        "whose split into rows cannot be followed",
+    ),
     "latent queries": (Attention(lambda m, x: (m.latents, *repeated(m, x)[1:])), "comes from 0 frozen projections"),
     "sum of projections": (
         Attention(lambda m, x: (m.split(m.q(x)), repeat(m.split(m.k(x) + m.context(x))), repeat(m.split(m.v(x))))),

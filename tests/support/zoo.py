@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import DecoderConfig, Fp64Decoder, Kept, batch, randomize, with_lora
-from sparse_compile.reference import MaskedAttention, MaskedFFN
+from sparse_compile.reference import MaskedAttention, MaskedFFN, output_mask_from_labels
 
 VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 48, 4, 2, 8
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -42,6 +42,8 @@ class ModelRow:
             projections (attention).
         dense: what of it stays dense, and why, as the page says it; empty where nothing does.
         inputs: returns a batch.
+        roles: returns the output tokens of labels.
+        dtype: of the model.
     """
 
     title: str
@@ -49,6 +51,8 @@ class ModelRow:
     sites: Mapping[str, str | Attention]
     dense: str = ""
     inputs: Callable[[], dict[str, Tensor]] = field(default=lambda: batch(VOCAB, padding="right"))
+    roles: Callable[[Tensor], Tensor] = output_mask_from_labels
+    dtype: torch.dtype = torch.float64
 
     def oracle_sites(self, model: nn.Module, kept: Kept) -> list[MaskedFFN | MaskedAttention]:
         """Describe the sites with their kept channels to the oracle."""
@@ -75,6 +79,8 @@ def hugging_face(model: str, config: str, targets: tuple[str, ...], **options: A
         settings = getattr(transformers, config)(**options, attn_implementation=attention)
         with torch.random.fork_rng(devices=[]):
             built = getattr(transformers, model)(settings)
+        # Of a GPT-2 transformers knows no loss by its name: it logs a line at the loss, which cuts the graph there.
+        built.loss_type = built.loss_type or "ForCausalLM"
         randomize(built, 0)
         return with_lora(built.double().train(), targets)
 
@@ -186,11 +192,9 @@ MODELS: dict[str, ModelRow] = {
             bos_token_id=1,
             eos_token_id=2,
             use_cache=False,
-            # Without it transformers logs a line before the loss, which cuts the graph there.
-            loss_type="ForCausalLM",
         ),
         {"attn": Attention((*("c_attn",) * 3, "c_proj"), 1, _side_by_side(HEADS)), "mlp": "c_proj"},
-        dense='all of it, unless `model.config.loss_type = "ForCausalLM"`: else a log line cuts the graph at the loss',
+        dense='all of it, unless `model.loss_type = "ForCausalLM"` is set: else a log line cuts the graph at the loss',
     ),
     "opt": ModelRow(
         "OPT (bias, ReLU, no gate)",
@@ -215,6 +219,7 @@ MODELS: dict[str, ModelRow] = {
         _decoder("MixtralForCausalLM", "MixtralConfig", num_local_experts=4),
         {"self_attn": GQA},
         dense=ROUTED,
+        dtype=torch.float32,  # grouped products of experts have no fp64 kernel
     ),
     "qwen2_moe": ModelRow(
         "Qwen2-MoE (shared expert)",
@@ -227,6 +232,7 @@ MODELS: dict[str, ModelRow] = {
         ),
         {"self_attn": GQA, "mlp.shared_expert": "down_proj"},
         dense=ROUTED,
+        dtype=torch.float32,
     ),
     "t5": ModelRow(
         "T5 (decoder blocks)",
@@ -252,11 +258,14 @@ MODELS: dict[str, ModelRow] = {
         },
         dense="the encoder (its tokens have no labels) and cross-attention",
         inputs=lambda: {**batch(VOCAB, length=12), "input_ids": batch(VOCAB, length=17, seed=1)["input_ids"]},
+        # The decoder reads labels shifted to the right: position t predicts the label of its own place.
+        roles=lambda labels: labels != -100,
     ),
     "hand_written": ModelRow(
         "hand-written `nn.Module`, hand-written adapters",
         lambda: Fp64Decoder(DecoderConfig(layers=1)).train(),
         {"self_attn": GQA, "mlp": "down_proj"},
+        inputs=lambda: batch(61, padding="right"),
     ),
 }
 """Every model that trains sparsely."""
