@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CODE := setup.py sparse_compile passes kernels tests $(wildcard examples benchmarks)
 
-.PHONY: help setup demo test lint typecheck bench clean
+.PHONY: help setup demo test lint typecheck support bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -48,6 +48,9 @@ typecheck: $(STAMP)
 	@cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
 		--python-executable $(CURDIR)/$(BIN)/python --package sparse_compile \
 		| sed -E 's#^sparse_compile/(passes|kernels)/#\1/#'
+
+support: $(STAMP) ## write docs/support.md from the tests
+	$(BIN)/python tests/support/table.py
 
 bench: $(STAMP) ## time a training step against eager PEFT and plain Inductor
 	$(BIN)/python benchmarks/cpu.py --quick $(ARGS)

@@ -6,7 +6,8 @@
 
 Head geometry is read off the views, transposes and repetitions between the projections and the attention
 (`head_layout`): how many heads, which feature of a projection is which channel of which head, and that query head h
-reads key/value head h // groups. Rotary embeddings and norms over a head's channels may lie in between.
+reads key/value head h // groups. Query, key and value may be parts of one fused layer (`fused_parts`). Rotary
+embeddings and norms over a head's channels may lie in between.
 
 Declines when: the projections read different tensors (cross-attention), something else reads a query, key or value (the
 cache that a graph returns is allowed), or the layout cannot be followed; with the node that is in the way.
@@ -14,7 +15,7 @@ cache that a graph returns is allowed), or the layout cannot be followed; with t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -22,7 +23,8 @@ from sparse_compile.graph import argument, calls_torch, hinted_shape, nodes_by_n
 from sparse_compile.ir import AttentionSite, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
-from sparse_compile.passes.find_ffn import site_name
+from sparse_compile.passes.find_ffn import site_name, unread_parts
+from sparse_compile.passes.fused_parts import fused_parts
 from sparse_compile.passes.head_layout import GROUP, Axis, Layout, Untraceable, follow, initial_layout, origin
 
 _MATMULS = {"matmul", "__matmul__", "bmm"}
@@ -133,16 +135,24 @@ class _Matcher:
     order: dict[fx.Node, int]
     by_output: dict[fx.Node, Projection]
     by_source: dict[fx.Node, list[Projection]]
+    part_layouts: dict[fx.Node, Layout] = field(default_factory=dict)
 
     def match(self, attention: _Attention, index: int) -> AttentionSite:
         """Return the site around `attention`; raise where it is none."""
-        query, query_cone = self._projection_of(attention.query, attention.result)
-        key, key_cone = self._projection_of(attention.key, attention.result)
-        value, value_cone = self._projection_of(attention.value, attention.result)
+        operands = (attention.query, attention.key, attention.value)
+        ways = [self._projection_of(operand, self.by_output) for operand in operands]
+        if len({projection.base for projection, _ in ways}) < 3:
+            sources = self._with_parts([projection for projection, _ in ways])
+            ways = [self._projection_of(operand, sources) for operand in operands]
+        (query, query_cone), (key, key_cone), (value, value_cone) = ways
         if len({query.source, key.source, value.source}) > 1:
             raise _NoMatchError("query, key and value read different tensors (cross-attention stays dense)")
-        if len({query.base, key.base, value.base}) < 3:
-            raise _NoMatchError("query, key and value are one fused projection")
+        inputs = (query, key, value)
+        if len({projection.output for projection in inputs}) < 3:
+            raise _NoMatchError("query, key and value are not three tensors")
+        for projection in inputs:
+            if unread := unread_parts(projection.layer, inputs):
+                raise _NoMatchError(f"{projection.layer.name} is fused with {unread} channels that are no part of it")
         key_heads, key_groups = self._kv_heads(key, key_cone, attention.key, transposed=attention.key_transposed)
         value_heads, value_groups = self._kv_heads(value, value_cone, attention.value, transposed=False)
         heads = self._heads(query, query_cone, attention.query)
@@ -156,7 +166,8 @@ class _Matcher:
         if width != read:
             raise _NoMatchError(f"{value.name}: its heads are {width} wide, those that attention reads {read}")
         output = self._output_of(attention, value, heads)
-        self._check_closed((query_cone, key_cone, value_cone), attention)
+        starts = [self.nodes[projection.output] for projection in inputs if projection.fused is not None]
+        self._check_closed((starts, query_cone, key_cone, value_cone), attention)
         return AttentionSite(
             name=site_name((query, key, value, output)),
             index=index,
@@ -172,7 +183,25 @@ class _Matcher:
             mask=attention.mask.name if isinstance(attention.mask, fx.Node) else None,
         )
 
-    def _projection_of(self, operand: fx.Node, result: fx.Node) -> tuple[Projection, list[fx.Node]]:
+    def _with_parts(self, projections: list[Projection]) -> dict[fx.Node, Projection]:
+        """Return the outputs of projections, the parts of those that occur more than once in place of their whole."""
+        sources = dict(self.by_output)
+        for projection in projections:
+            if sum(other.base == projection.base for other in projections) < 2:
+                continue
+            parts = fused_parts(projection, self.nodes)
+            if not parts:
+                raise _NoMatchError(
+                    f"query, key and value are one fused projection, {projection.name}, "
+                    + ("with a DoRA adapter" if projection.dora else "whose split into rows cannot be followed")
+                )
+            sources.pop(self.nodes[projection.output], None)
+            for part in parts:
+                sources[self.nodes[part.projection.output]] = part.projection
+                self.part_layouts[self.nodes[part.projection.output]] = part.layout
+        return sources
+
+    def _projection_of(self, operand: fx.Node, sources: dict[fx.Node, Projection]) -> tuple[Projection, list[fx.Node]]:
         """Walk back from an operand of the attention to the one projection it comes from; return it and the way."""
         way: set[fx.Node] = set()
         found: dict[fx.Node, Projection] = {}
@@ -181,8 +210,8 @@ class _Matcher:
             node = frontier.pop()
             if node in way or node in found:
                 continue
-            if node in self.by_output:
-                found[node] = self.by_output[node]
+            if node in sources:
+                found[node] = sources[node]
             elif self._depends_on_projection(node):
                 way.add(node)
                 frontier += tensor_or_tuple_operands(node)
@@ -208,7 +237,7 @@ class _Matcher:
 
     def _layout(self, projection: Projection, way: list[fx.Node], operand: fx.Node) -> Layout:
         start = self.nodes[projection.output]
-        layouts = {start: initial_layout(start)}
+        layouts = {start: self.part_layouts.get(start) or initial_layout(start)}
         follow(layouts, way)
         return layouts[operand]
 

@@ -5,6 +5,8 @@
     %h    = mul(%act, %up)                        %y  = <projection>(%h)
     %y    = <projection>(%h)
 
+Gate and up may be the parts of one fused layer (`fused_parts`).
+
 Found from the out-projection backwards: every path from its input leads through elementwise ops to projections that
 read one tensor. The names of modules play no part, nor does the activation. What must hold:
 
@@ -25,6 +27,8 @@ from sparse_compile.graph import hinted_shape, nodes_by_name
 from sparse_compile.ir import FFNSite, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
+from sparse_compile.passes.fused_parts import fused_parts
+from sparse_compile.passes.head_layout import initial_layout
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class FindFFN:
         nodes = nodes_by_name(gm.graph)
         order = {node: position for position, node in enumerate(gm.graph.nodes)}
         by_output = {nodes[projection.output]: projection for projection in ctx.projections.values()}
+        for projection in ctx.projections.values():
+            for part in fused_parts(projection, nodes):
+                if part.layout == initial_layout(nodes[part.projection.output]):
+                    by_output[nodes[part.projection.output]] = part.projection
         sites: list[FFNSite] = []
         rejections: list[Rejection] = []
         for projection in ctx.projections.values():
@@ -64,6 +72,11 @@ def site_name(projections: tuple[Projection, ...]) -> str:
         agreeing = [a == b for a, b in zip(common, path[:-1], strict=False)]
         common = common[: agreeing.index(False) if False in agreeing else len(agreeing)]
     return ".".join(common) or projections[0].name
+
+
+def unread_parts(layer: Projection, parts: tuple[Projection, ...]) -> int:
+    """Return how many rows of a fused layer are none of the given parts'."""
+    return layer.out_features - sum(part.out_features for part in parts if part.base == layer.base)
 
 
 def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:
@@ -98,7 +111,7 @@ def _match(
             continue
         if node in by_output:
             found = by_output[node]
-            inputs[found.base] = found
+            inputs[found.output] = found
         elif node is not hidden and _is_vector(node, projection.in_features):
             vectors.add(node)
         elif is_elementwise(node):
@@ -138,6 +151,8 @@ def _reason(
     for projection in inputs:
         if projection.out_features != output.in_features:
             return f"{projection.name} is {projection.out_features} wide, the block's intermediate {output.in_features}"
+        if projection.fused is not None and (missing := unread_parts(projection.layer, inputs)):
+            return f"{projection.layer.name} is fused with {missing} more channels than the block reads"
     inside = region | read_by(output, nodes)
     for node in (*region, *(nodes[projection.output] for projection in inputs)):
         strangers = [user for user in node.users if user not in inside]

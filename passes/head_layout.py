@@ -90,7 +90,7 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
     shape = hinted_shape(node)
     if name in ("cat", "concat", "stack"):
         return _joined(node, layouts)
-    if name in _REGROUPINGS:
+    if name in REGROUPINGS:
         return _regroup(node, before, shape)
     if name in ("transpose", "swapaxes", "swapdims", "permute", "t"):
         return _permuted(node, before)
@@ -108,7 +108,7 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
     raise Untraceable(node, f"`{name}` may mix heads or channels")
 
 
-_REGROUPINGS = {"view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as"}
+REGROUPINGS = {"view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as"}
 _REDUCTIONS = {"mean", "sum", "var", "norm", "vector_norm"}
 _SPLITS = {"chunk", "split", "tensor_split"}
 

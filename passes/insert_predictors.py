@@ -23,6 +23,7 @@ roles and choices are marked MUST_SAVE, so that no recomputation ever reads othe
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,11 +199,18 @@ class _PredictorBuilder:
 
     def _factors(self, projection: Projection) -> tuple[fx.Node, fx.Node]:
         factors = self.ctx.factors[projection.name]
-        stem = "sparselora_" + projection.name.replace(".", "_")
+        stem = "sparselora_" + re.sub(r"\W", "_", projection.name)
         return self.rewriter.buffer(f"{stem}_a", factors.a), self.rewriter.buffer(f"{stem}_b", factors.b)
 
     def _bias(self, projection: Projection) -> fx.Node | None:
-        return self.rewriter.method("detach", self.nodes[projection.bias]) if projection.bias else None
+        if projection.bias is None:
+            return None
+        bias = self.rewriter.method("detach", self.nodes[projection.bias])
+        if projection.fused is None:
+            return bias
+        rows = projection.fused
+        blocks = self.rewriter.method("reshape", bias, rows.blocks, rows.stride)
+        return self.rewriter.method("reshape", self.rewriter.method("narrow", blocks, 1, rows.offset, rows.width), -1)
 
     def _predicted(self, rows: fx.Node, projection: Projection) -> fx.Node:
         predicted = self.rewriter.call(_OPS.low_rank_product.default, rows, *self._factors(projection))

@@ -96,7 +96,9 @@ def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
         weight = ctx.parameters[projection.weight].value
         assert weight is not None
         with torch.no_grad():
-            return store.get(projection.name, weight.detach().t() if projection.transposed else weight)
+            rows = weight.detach().t() if projection.transposed else weight
+            rows = rows if projection.fused is None else projection.fused.take(rows.detach())
+            return store.get(projection.name, rows)
 
     return get
 

@@ -67,6 +67,25 @@ class SparseRows:
         y = self.rewriter.call(_OPS.gathered_input_linear.default, self.cast(h, product), weight, channels)
         return self._with_bias(y, product, None)
 
+    def layer_channels(self, kept: Sequence[tuple[Projection, fx.Node]]) -> fx.Node:
+        """Insert the rows of a layer's weight that hold the kept channels of it, or of its parts, ascending.
+
+        Args:
+            kept: pairs of a projection and its kept channels, all of one layer.
+        """
+        call, rows = self.rewriter.call, []
+        for projection, channels in sorted(kept, key=lambda pair: pair[0].fused.offset if pair[0].fused else 0):
+            part = projection.fused
+            if part is None:
+                return channels
+            if part.blocks > 1:
+                block, inside = (call(op, channels, part.width) for op in (torch.floor_divide, torch.remainder))
+                channels = call(torch.add, call(torch.mul, block, part.stride), inside)
+            rows.append(call(torch.add, channels, part.offset))
+        joined = call(torch.cat, rows)
+        interleaved = any(projection.fused and projection.fused.blocks > 1 for projection, _ in kept)
+        return self.rewriter.items(call(torch.sort, joined), 1)[0] if interleaved else joined
+
     def cast(self, x: fx.Node, at: fx.Node) -> fx.Node:
         """Cast an operand as autocast would at the node `at`: custom ops ignore it."""
         dtype = self._autocast_dtype(at)

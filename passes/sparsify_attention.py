@@ -7,7 +7,8 @@
 
 The base outputs of q, k and v are zero outside the kept channels; the base output projection reads its input with the
 channels that are not kept zeroed. LoRA branches stay dense and untouched: only base products are replaced. A kept
-channel d of key/value head j keeps channel d of the query heads that read head j. Of a DoRA adapter the frozen product
+channel d of key/value head j keeps channel d of the query heads that read head j. Where query, key and value are one
+layer, its kept rows are theirs together: one product. Of a DoRA adapter the frozen product
 of its own is replaced in the same way, and the bias that it takes off the base output is off already where a channel is
 dropped.
 
@@ -63,14 +64,18 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> None:
         kept_q = rewriter.call(_OPS.expand_kv_channels.default, kept_qk, site.head_dim, site.groups)
         kept_o = rewriter.call(_OPS.expand_kv_channels.default, kept_vo, site.value_head_dim, site.groups)
         segments = rows.split(rows.nodes[site.source])
-    for projection, kept in zip(inputs, (kept_q, kept_qk, kept_vo), strict=True):
-        for name in projection.products:
+        parts: dict[Projection, list[tuple[Projection, fx.Node]]] = {}
+        for projection, kept in zip(inputs, (kept_q, kept_qk, kept_vo), strict=True):
+            parts.setdefault(projection.layer, []).append((projection, kept))
+        layers = [(layer, rows.layer_channels(pairs)) for layer, pairs in parts.items()]
+    for layer, kept in layers:
+        for name in layer.products:
             # A DoRA adapter with dropout multiplies an input of its own.
-            shared = segments if name == projection.base else None
-            _rewrite_input(rows.nodes[name], projection, kept, shared, rows, site.name)
-        for term in projection.dora:
+            shared = segments if name == layer.base else None
+            _rewrite_input(rows.nodes[name], layer, kept, shared, rows, site.name)
+        for term in layer.dora:
             if term.unbiased is not None:
-                _drop_bias(rows.nodes[term.unbiased], projection, kept, rows, site.name)
+                _drop_bias(rows.nodes[term.unbiased], layer, kept, rows, site.name)
     # Where only rows of the loss are left of the output projection, none of them is context: it stays dense.
     if site.output in plan.projections:
         for name in site.output.products:

@@ -9,6 +9,7 @@ Adapters belong to the layer: on gate and up the rows of B that are kept are use
 product with A of an in-projection runs on all tokens before the split, so that a dropout before it stays as drawn. The
 elementwise region is copied for each role; a per-channel vector in it is gathered. Of a DoRA adapter on gate or up, the
 scale and the bias that it takes off are gathered too; a frozen product of its own is computed as the base product is.
+Where gate and up are one layer, one product computes their kept rows, those of gate first.
 
 Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): the intermediate channels that are not kept count as
 zero for context tokens; the gradients are the exact gradients of that function.
@@ -16,6 +17,7 @@ zero for context tokens; the gradients are the exact gradients of that function.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,16 +90,13 @@ class _Segment:
     def run(self) -> fx.Node:
         """Insert the segment; return the node that holds its result, (tokens, out)."""
         nodes = self.rows.nodes
+        parts: dict[Projection, list[Projection]] = {}
         for projection in self.site.inputs:
-            source = self.values[nodes[self.site.source]]
-            if self.kept is None:
-                self._copy(nodes[projection.base])
-            else:
-                base = nodes[projection.base]
-                self.values[base] = self.rows.gathered(source, base, projection, self.kept)
-            self._copy_adapters(projection, gather_outputs=True)
+            parts.setdefault(projection.layer, []).append(projection)
+        for layer, members in parts.items():
+            self._run_input(layer, members)
         for name in self.site.vectors:
-            self._take_vector(nodes[name], self.site.channels)
+            self._take_vector(nodes[name], self.site.channels, self.kept)
         for name in self.site.region:
             self._copy(nodes[name])
         last = self.site.output
@@ -106,15 +105,37 @@ class _Segment:
             self._copy(nodes[last.base])
         else:
             self.values[nodes[last.base]] = self.rows.gathered_input(hidden, nodes[last.base], last, self.kept)
-        self._copy_adapters(last, gather_outputs=False)
+        self._copy_adapters(last, self.kept, gather_outputs=False)
         return self.values[nodes[last.output]]
+
+    def _run_input(self, layer: Projection, parts: Sequence[Projection]) -> None:
+        """Insert an in-projection, or a layer whose parts are several of them, side by side."""
+        nodes, base, kept = self.rows.nodes, self.rows.nodes[layer.base], None
+        if self.kept is None:
+            self._copy(base)
+        else:
+            kept = self.rows.layer_channels([(part, self.kept) for part in parts])
+            self.values[base] = self.rows.gathered(self.values[nodes[self.site.source]], base, layer, kept)
+        self._copy_adapters(layer, kept, gather_outputs=True)
+        width = self.site.channels if self.kept is None else int(argument(self.kept, 1, "k"))
+        for part in parts:
+            if part.fused is not None:
+                start = part.fused.offset // self.site.channels * width
+                narrow = self.rows.rewriter.method("narrow", self.values[nodes[layer.output]], -1, start, width)
+                self.values[nodes[part.output]] = narrow
 
     def _copy(self, node: fx.Node) -> None:
         if node not in self.values:
             self.values[node] = self.rows.dense(node, self.values)
 
-    def _copy_adapters(self, projection: Projection, *, gather_outputs: bool) -> None:
-        """Copy what lies between a base product and the projection's output: adapters, scales, casts, additions."""
+    def _copy_adapters(self, projection: Projection, kept: fx.Node | None, *, gather_outputs: bool) -> None:
+        """Copy what lies between a base product and the projection's output: adapters, scales, casts, additions.
+
+        Args:
+            projection: the layer.
+            kept: node that holds the kept rows of its weight, or columns of the out-projection's; None for all.
+            gather_outputs: whether rows are kept.
+        """
         nodes = self.rows.nodes
         gathered = {nodes[branch.b if gather_outputs else branch.a] for branch in projection.adapters}
         products = {nodes[name] for name in projection.products[1:]}
@@ -124,16 +145,16 @@ class _Segment:
             if node.target is not LINEAR:
                 for operand in node.all_input_nodes:
                     if operand not in self.values and operand not in between and _is_per_channel(operand):
-                        self._take_vector(operand, channels)
+                        self._take_vector(operand, channels, kept)
                 self._copy(node)
-            elif self.kept is None or node not in gathered | products:
+            elif kept is None or node not in gathered | products:
                 self._copy(node)
             elif node in products:
                 product = self.rows.gathered if gather_outputs else self.rows.gathered_input
                 x = self.values[argument(node, 0, "input")]
-                self.values[node] = product(x, node, projection, self.kept)
+                self.values[node] = product(x, node, projection, kept)
             else:
-                self.values[node] = self._gathered_adapter(node, self.kept, dim=0 if gather_outputs else 1)
+                self.values[node] = self._gathered_adapter(node, kept, dim=0 if gather_outputs else 1)
 
     def _between(self, projection: Projection) -> list[fx.Node]:
         """Return the nodes on the way from the segment's values to the projection's output, in graph order.
@@ -163,11 +184,11 @@ class _Segment:
             bias = call(torch.index_select, bias, 0, kept)
         return self.rows.product(self.values[x], weight, bias, width)
 
-    def _take_vector(self, node: fx.Node, channels: int | None) -> None:
+    def _take_vector(self, node: fx.Node, channels: int | None, kept: fx.Node | None) -> None:
         """Take the kept ones of a tensor of one value a channel; `channels` is None where all of them are read."""
         shape = hinted_shape(node)
-        if self.kept is not None and shape and shape[-1] == channels:
-            self.values[node] = self.rows.rewriter.call(torch.index_select, node, len(shape) - 1, self.kept)
+        if kept is not None and shape and shape[-1] == channels:
+            self.values[node] = self.rows.rewriter.call(torch.index_select, node, len(shape) - 1, kept)
         # For flattened tokens a vector's leading dimensions of size 1 must go, or the result would gain dimensions.
         if len(shape) > 2:
             self.values[node] = self.rows.rewriter.method("reshape", self.values.get(node, node), -1)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import fx
+from torch import Tensor, fx
 
-from sparse_compile.graph import LINEAR, argument, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph import LINEAR, argument, nodes_by_name, op_name, value_of
 from sparse_compile.ir import TokenRoles
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
@@ -47,4 +47,5 @@ def _operands_with_the_same_tokens(node: fx.Node) -> Iterable[fx.Node]:
         # Written-out attention: the rows of `q @ k^T` are the query's, those of `weights @ v` the weights'.
         first = node.args[0]
         return [first] if isinstance(first, fx.Node) else []
-    return [operand for operand in node.all_input_nodes if tensor_value(operand) is not None]
+    # What `chunk` and `split` return is a tuple of tensors.
+    return [operand for operand in node.all_input_nodes if isinstance(value_of(operand), Tensor | tuple | list)]

@@ -84,6 +84,8 @@ class Projection:
         in_features: width of x.
         out_features: width of y.
         dora: the DoRA terms added to it, in order. Only without any is y the sum of base and branches.
+        fused: for a part of a layer (query, key and value in one weight), which rows are its own; None for a layer.
+            A part's base, weight, bias and branches are those of the layer.
     """
 
     name: str
@@ -97,6 +99,12 @@ class Projection:
     in_features: int
     out_features: int
     dora: tuple[DoRATerm, ...] = ()
+    fused: FusedRows | None = None
+
+    @property
+    def layer(self) -> Projection:
+        """The layer that this is a part of, or itself."""
+        return self if self.fused is None else self.fused.layer
 
     @property
     def adapters(self) -> tuple[LoRABranch, ...]:
@@ -107,6 +115,32 @@ class Projection:
     def products(self) -> tuple[NodeName, ...]:
         """Every product with the frozen weight, the base first."""
         return (self.base, *(term.product for term in self.dora if term.product is not None))
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """The rows of a fused weight that are one part of it: in each of `blocks` blocks, `width` rows from `offset` on.
+
+    Parts that are concatenated have one block; parts that are interleaved by head have one a head.
+
+    Attributes:
+        layer: the fused layer.
+        offset: first row of the part within a block.
+        width: rows of the part in a block.
+        blocks: number of blocks.
+        stride: rows of a block, whatever part they are of.
+    """
+
+    layer: Projection
+    offset: int
+    width: int
+    blocks: int
+    stride: int
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return the part's rows of a tensor (rows of the layer, ...); a view where there is one block."""
+        blocks = tensor.reshape(self.blocks, self.stride, *tensor.shape[1:])
+        return blocks.narrow(1, self.offset, self.width).flatten(0, 1)
 
 
 @dataclass(frozen=True)

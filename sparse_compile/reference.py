@@ -322,6 +322,8 @@ class MaskedAttention:
         kept_vo: Int64, the kv channels that context tokens keep in v and in o's input.
         head_dim: Channels per head.
         groups: Query heads per kv head; 1 for multi-head attention.
+        rows: Where q, k and v are one module, the outputs of it that are the query's, the key's and the value's, each
+            int64 in the order of the heads; None where they are three.
     """
 
     q: nn.Module
@@ -332,6 +334,7 @@ class MaskedAttention:
     kept_vo: Tensor
     head_dim: int
     groups: int = 1
+    rows: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @contextmanager
@@ -358,7 +361,10 @@ def masked_dense(sites: Sequence[MaskedFFN | MaskedAttention], output_mask: Tens
                 _mask_input(stack, site.out_projection, output_mask, site.kept)
                 continue
             kept_q = expand_kv_channels(site.kept_qk, site.head_dim, site.groups)
-            for module, kept in ((site.q, kept_q), (site.k, site.kept_qk), (site.v, site.kept_vo)):
+            masked = [(site.q, kept_q), (site.k, site.kept_qk), (site.v, site.kept_vo)]
+            if site.rows is not None:
+                masked = [(site.q, torch.cat([r[kept] for r, (_, kept) in zip(site.rows, masked, strict=True)]))]
+            for module, kept in masked:
                 _mask_output(stack, _base_layer(module), output_mask, kept)
                 _mask_dora(stack, module, output_mask, kept)
             kept_o = expand_kv_channels(site.kept_vo, site.head_dim, site.groups)

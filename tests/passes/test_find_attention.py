@@ -180,8 +180,18 @@ def cross(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return m.split(m.q(x)), repeat(m.split(m.k(y))), repeat(m.split(m.v(y)))
 
 
-def fused(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = m.fused(x).chunk(3, dim=-1)
+def every_third(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = m.fused(x)
+    return m.split(y[..., ::3]), m.split(y[..., 1::3]), m.split(y[..., 2::3])
+
+
+def overlapping(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y, width = m.fused(x), HEADS * D
+    return m.split(y[..., :width]), m.split(y[..., :width]), m.split(y[..., width : 2 * width])
+
+
+def fused_with_more(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _ = m.fused(x).split([2 * D, 2 * D, 2 * D, 6 * D], dim=-1)
     return m.split(q), m.split(k), m.split(v)
 
 
@@ -216,7 +226,12 @@ def every_second(m: Attention, a: Tensor, k: Tensor) -> Tensor:
 MHA = {"kv_heads": HEADS}
 DECLINED: dict[str, tuple[Attention, str]] = {
     "cross-attention": (Attention(cross), "query, key and value read different tensors (cross-attention stays dense)"),
-    "fused qkv": (Attention(fused), "query, key and value are one fused projection"),
+    "fused qkv, every third channel": (Attention(every_third), "whose split into rows cannot be followed"),
+    "fused qkv, parts that overlap": (Attention(overlapping), "whose split into rows cannot be followed"),
+    "fused qkv, a part is not read": (
+        Attention(fused_with_more, finish=lambda m, a, k: m.narrow(a.transpose(1, 2).reshape(B, S, -1))),
+        "whose split into rows cannot be followed",
+    ),
     "latent queries": (Attention(lambda m, x: (m.latents, *repeated(m, x)[1:])), "comes from 0 frozen projections"),
     "sum of projections": (
         Attention(lambda m, x: (m.split(m.q(x)), repeat(m.split(m.k(x) + m.context(x))), repeat(m.split(m.v(x))))),

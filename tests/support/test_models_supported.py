@@ -1,0 +1,77 @@
+"""The support matrix, models: each row trains sparsely as the oracle says, and with nothing asked for as it is.
+
+`docs/support.md` is written from these rows (`table.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from graphs import aot_eager
+from oracle import assert_same_step, sparse_step, told, train_step
+from sparse_compile.reference import masked_dense
+from support.table import PAGE, support_page
+from support.zoo import DECLINED, MODELS, ModelRow
+from tolerances import Tolerance
+
+HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
+
+
+def compiled(model: torch.nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="sparselora", dynamic=False, options={"strict": True, **options})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_as_the_oracle_says(name: str, aot_eager_inductor: Any) -> None:
+    row = MODELS[name]
+    model, inputs = row.build().to(row.dtype), row.inputs()
+    call = compiled(model, preset="none", layer_sparsity=dict.fromkeys(row.sites, 0.5))
+    step, kept = sparse_step(model, call, inputs)
+    assert sorted(next(s for s in row.sites if site.endswith(s)) for site in kept) == sorted(row.sites)
+    with masked_dense(row.oracle_sites(model, kept), row.roles(inputs["labels"])):
+        expected = train_step(model, model, inputs)
+    assert_same_step(step, expected, row.dtype, tolerance=HF_FP64 if row.dtype == torch.float64 else None)
+    assert (train_step(model, model, inputs).loss - step.loss).abs() > 1e-6, "sparsity changes nothing here"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_neox", "gpt2", "t5", "vit"])
+def test_nothing_asked_for_changes_nothing(name: str, aot_eager_inductor: Any) -> None:
+    row = {**MODELS, **DECLINED}[name]
+    model, inputs = row.build().to(row.dtype), row.inputs()
+    step = train_step(model, compiled(model, preset="none"), inputs)
+    torch._dynamo.reset()
+    expected = train_step(model, torch.compile(model, backend=aot_eager, dynamic=False), inputs)
+    assert torch.equal(step.loss, expected.loss)
+    assert all(torch.equal(step.gradients[key], gradient) for key, gradient in expected.gradients.items())
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_a_model_that_is_declined_trains_dense_and_says_so(name: str, aot_eager_inductor: Any) -> None:
+    row: ModelRow = DECLINED[name]
+    model, inputs = row.build().to(row.dtype), row.inputs()
+    call = torch.compile(model, backend="sparselora", options={"preset": "none", "layer_sparsity": {"mlp": 0.5}})
+    with told() as messages:
+        # A graph that reads images may be one of several: only when it runs again is it known that no other follows.
+        for _ in range(3):
+            train_step(model, call, inputs)
+    assert len(messages) == 1
+    assert "so training runs dense" in messages[0]
+    assert "integer tensor (batch, tokens)" in messages[0]
+    assert not any(aot_eager_inductor.sparse)
+
+
+def test_fused_projections_through_inductor() -> None:
+    row = MODELS["gpt_neox"]
+    model, inputs = row.build().to(row.dtype), row.inputs()
+    call = compiled(model, preset="exact", layer_sparsity=dict.fromkeys((s for s in row.sites if "att" in s), 0.5))
+    step, kept = sparse_step(model, call, inputs)
+    with masked_dense(row.oracle_sites(model, kept), row.roles(inputs["labels"])):
+        expected = train_step(model, model, inputs)
+    assert_same_step(step, expected, torch.float64, tolerance=HF_FP64)
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == support_page(), "run `make support`"

@@ -1,0 +1,291 @@
+"""The models of the support matrix: tiny, one block, random weights, each built from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import DecoderConfig, Fp64Decoder, Kept, batch, randomize, with_lora
+from sparse_compile.reference import MaskedAttention, MaskedFFN, output_mask_from_labels
+
+VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 48, 4, 2, 8
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Names of the projections within an attention module, for the oracle.
+
+    Attributes:
+        names: query, key, value, output; three times the same name where they are fused.
+        groups: query heads per key/value head.
+        rows: of a fused layer, the outputs of query, key and value.
+    """
+
+    names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    groups: int = 1
+    rows: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A model of the matrix.
+
+    Attributes:
+        title: what the page calls it.
+        build: returns it with adapters, in fp64 and in training mode.
+        sites: its sparse sites, by the end of their names: the name of an out-projection (feed-forward), or of the
+            projections (attention).
+        dense: what of it stays dense, and why, as the page says it; empty where nothing does.
+        inputs: returns a batch.
+        roles: returns the output tokens of labels.
+        dtype: of the model.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    sites: Mapping[str, str | Attention]
+    dense: str = ""
+    inputs: Callable[[], dict[str, Tensor]] = field(default=lambda: batch(VOCAB, padding="right"))
+    roles: Callable[[Tensor], Tensor] = output_mask_from_labels
+    dtype: torch.dtype = torch.float64
+
+    def oracle_sites(self, model: nn.Module, kept: Kept) -> list[MaskedFFN | MaskedAttention]:
+        """Describe the sites with their kept channels to the oracle."""
+        found: list[MaskedFFN | MaskedAttention] = []
+        for name, channels in kept.items():
+            (form,) = (form for suffix, form in self.sites.items() if name.endswith(suffix))
+            site = model.get_submodule(name)
+            if isinstance(form, str):
+                assert isinstance(channels, Tensor)
+                found.append(MaskedFFN(site.get_submodule(form), channels))
+            else:
+                q, k, v, o = (site.get_submodule(each) for each in form.names)
+                found.append(MaskedAttention(q, k, v, o, *channels, HEAD_DIM, form.groups, form.rows))
+        return found
+
+
+def hugging_face(model: str, config: str, targets: tuple[str, ...], **options: Any) -> Callable[[], nn.Module]:
+    """Return what builds a model of `transformers` with adapters on the layers named."""
+
+    def build() -> nn.Module:
+        import transformers
+
+        attention = options.pop("attention", "sdpa")
+        settings = getattr(transformers, config)(**options, attn_implementation=attention)
+        with torch.random.fork_rng(devices=[]):
+            built = getattr(transformers, model)(settings)
+        # Of a GPT-2 transformers knows no loss by its name: it logs a line at the loss, which cuts the graph there.
+        built.loss_type = built.loss_type or "ForCausalLM"
+        randomize(built, 0)
+        return with_lora(built.double().train(), targets)
+
+    return build
+
+
+def _decoder(model: str, config: str, *, targets: tuple[str, ...] = QKVO, **options: Any) -> Callable[[], nn.Module]:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 64,
+        "use_cache": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return hugging_face(model, config, targets, **{**sizes, **options})
+
+
+def _interleaved() -> tuple[Tensor, Tensor, Tensor]:
+    heads = torch.arange(3 * HIDDEN).view(HEADS, 3, HEAD_DIM)
+    return heads[:, 0].flatten(), heads[:, 1].flatten(), heads[:, 2].flatten()
+
+
+def _side_by_side(kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.arange((HEADS + 2 * kv_heads) * HEAD_DIM).split(
+        [HEADS * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM]
+    )
+    return q, k, v
+
+
+def _images() -> dict[str, Tensor]:
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 3, 1])}
+
+
+GQA = Attention(groups=HEADS // KV_HEADS)
+ROUTED = "the routed experts: tokens are sorted by expert, so a token's role is not its place in the batch any more"
+
+MODELS: dict[str, ModelRow] = {
+    "llama": ModelRow(
+        "Llama",
+        _decoder("LlamaForCausalLM", "LlamaConfig", targets=(*QKVO, "gate_proj", "up_proj", "down_proj")),
+        {"self_attn": GQA, "mlp": "down_proj"},
+    ),
+    "mistral": ModelRow(
+        "Mistral",
+        _decoder("MistralForCausalLM", "MistralConfig", head_dim=HEAD_DIM),
+        {"self_attn": GQA, "mlp": "down_proj"},
+    ),
+    "qwen2": ModelRow(
+        "Qwen2 (bias on q, k, v)", _decoder("Qwen2ForCausalLM", "Qwen2Config"), {"self_attn": GQA, "mlp": "down_proj"}
+    ),
+    "qwen3": ModelRow(
+        "Qwen3 (norms of query and key heads)",
+        _decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=HEAD_DIM),
+        {"self_attn": GQA, "mlp": "down_proj"},
+    ),
+    "gemma2": ModelRow(
+        "Gemma 2 (GeGLU, soft-capped scores, four norms)",
+        _decoder("Gemma2ForCausalLM", "Gemma2Config", attention="eager", head_dim=HEAD_DIM),
+        {"self_attn": GQA, "mlp": "down_proj"},
+    ),
+    "phi3": ModelRow(
+        "Phi-3 (fused qkv, fused gate and up)",
+        _decoder("Phi3ForCausalLM", "Phi3Config", targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        {
+            "self_attn": Attention(
+                ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"), HEADS // KV_HEADS, _side_by_side(KV_HEADS)
+            ),
+            "mlp": "down_proj",
+        },
+    ),
+    "gpt_neox": ModelRow(
+        "GPT-NeoX (qkv interleaved by head, parallel block, no gate)",
+        hugging_face(
+            "GPTNeoXForCausalLM",
+            "GPTNeoXConfig",
+            ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=FFN,
+            num_hidden_layers=1,
+            num_attention_heads=HEADS,
+            rotary_pct=0.5,
+            use_cache=False,
+        ),
+        {"attention": Attention((*("query_key_value",) * 3, "dense"), 1, _interleaved()), "mlp": "dense_4h_to_h"},
+    ),
+    "gpt2": ModelRow(
+        "GPT-2 (`Conv1D`, fused qkv)",
+        hugging_face(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            ("c_attn", "c_proj", "c_fc"),
+            vocab_size=VOCAB,
+            n_embd=HIDDEN,
+            n_inner=FFN,
+            n_layer=1,
+            n_head=HEADS,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            use_cache=False,
+        ),
+        {"attn": Attention((*("c_attn",) * 3, "c_proj"), 1, _side_by_side(HEADS)), "mlp": "c_proj"},
+        dense='all of it, unless `model.loss_type = "ForCausalLM"` is set: else a log line cuts the graph at the loss',
+    ),
+    "opt": ModelRow(
+        "OPT (bias, ReLU, no gate)",
+        hugging_face(
+            "OPTForCausalLM",
+            "OPTConfig",
+            ("q_proj", "k_proj", "v_proj", "out_proj"),
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            ffn_dim=FFN,
+            num_hidden_layers=1,
+            num_attention_heads=HEADS,
+            max_position_embeddings=64,
+            word_embed_proj_dim=HIDDEN,
+            dropout=0.0,
+            use_cache=False,
+        ),
+        {"self_attn": Attention(("q_proj", "k_proj", "v_proj", "out_proj")), "layers.0": "fc2"},
+    ),
+    "mixtral": ModelRow(
+        "Mixtral",
+        _decoder("MixtralForCausalLM", "MixtralConfig", num_local_experts=4),
+        {"self_attn": GQA},
+        dense=ROUTED,
+        dtype=torch.float32,  # grouped products of experts have no fp64 kernel
+    ),
+    "qwen2_moe": ModelRow(
+        "Qwen2-MoE (shared expert)",
+        _decoder(
+            "Qwen2MoeForCausalLM",
+            "Qwen2MoeConfig",
+            num_experts=4,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=FFN,
+        ),
+        {"self_attn": GQA, "mlp.shared_expert": "down_proj"},
+        dense=ROUTED,
+        dtype=torch.float32,
+    ),
+    "t5": ModelRow(
+        "T5 (decoder blocks)",
+        hugging_face(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            ("q", "k", "v", "o"),
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            d_kv=HEAD_DIM,
+            d_ff=FFN,
+            num_layers=1,
+            num_decoder_layers=1,
+            num_heads=HEADS,
+            dropout_rate=0.0,
+            use_cache=False,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        ),
+        {
+            "decoder.block.0.layer.0.SelfAttention": Attention(("q", "k", "v", "o")),
+            "decoder.block.0.layer.2.DenseReluDense": "wo",
+        },
+        dense="the encoder (its tokens have no labels) and cross-attention",
+        inputs=lambda: {**batch(VOCAB, length=12), "input_ids": batch(VOCAB, length=17, seed=1)["input_ids"]},
+        # The decoder reads labels shifted to the right: position t predicts the label of its own place.
+        roles=lambda labels: labels != -100,
+    ),
+    "hand_written": ModelRow(
+        "hand-written `nn.Module`, hand-written adapters",
+        lambda: Fp64Decoder(DecoderConfig(layers=1)).train(),
+        {"self_attn": GQA, "mlp": "down_proj"},
+        inputs=lambda: batch(61, padding="right"),
+    ),
+}
+"""Every model that trains sparsely."""
+
+VISION = hugging_face(
+    "ViTForImageClassification",
+    "ViTConfig",
+    ("q_proj", "v_proj"),
+    hidden_size=HIDDEN,
+    intermediate_size=FFN,
+    num_hidden_layers=1,
+    num_attention_heads=HEADS,
+    image_size=16,
+    patch_size=4,
+    num_labels=5,
+)
+
+DECLINED: dict[str, ModelRow] = {
+    "vit": ModelRow(
+        "ViT classifier", VISION, {}, dense="an image has one label, so nothing tells output tokens", inputs=_images
+    )
+}
+"""Models that train dense, said in one warning."""
