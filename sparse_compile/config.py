@@ -28,6 +28,9 @@ CHANNEL_SELECTIONS = ("svd", "random")
 MASKINGS = ("off", "auto")
 MASK_GRADIENTS = ("straight-through", "exact")
 
+DEFAULT_MASK_THRESHOLD = 0.3
+"""Fraction of zeros from which on a weight counts as pruned."""
+
 DEFAULT_START_FRACTION = 0.05
 """Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
 
@@ -125,7 +128,7 @@ class SparseLoRAConfig:
     keep_logits: bool = False
     merge_low_precision: bool = False
     preserve_weight_mask: str = "off"
-    mask_threshold: float = 0.3
+    mask_threshold: float = DEFAULT_MASK_THRESHOLD
     mask_gradient: str = "straight-through"
     disable: frozenset[str] = frozenset()
     strict: bool = False
