@@ -12,8 +12,8 @@ HEAD = """# What is supported
 
 Written from the tests by `make support`; do not edit. Each row is a model of one block, of random weights, in
 `tests/support`: its loss and the gradient of every adapter equal those of the masked-dense oracle at sparsity 0.5.
-That a model trains bit-equal to a compilation without this backend, where nothing is asked for, is tested on Phi-3,
-GPT-NeoX, GPT-2, T5 and ViT.
+That a model trains bit-equal to a compilation without this backend, where nothing is asked for, is tested on Gemma 2,
+Phi-3, GPT-NeoX, GPT-2, T5 and ViT.
 
 | model | sparse feed-forward sites | sparse attention sites | stays dense |
 |---|---|---|---|

@@ -37,7 +37,7 @@ def test_a_model_trains_as_the_oracle_says(name: str, aot_eager_inductor: Any) -
     assert (train_step(model, model, inputs).loss - step.loss).abs() > 1e-6, "sparsity changes nothing here"
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt2", "t5", "vit"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_neox", "gpt2", "t5", "vit"])
 def test_nothing_asked_for_changes_nothing(name: str, aot_eager_inductor: Any) -> None:
     row = {**MODELS, **DECLINED}[name]
     model, inputs = row.build().to(row.dtype), row.inputs()

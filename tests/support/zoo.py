@@ -69,13 +69,14 @@ class ModelRow:
         return found
 
 
-def hugging_face(model: str, config: str, targets: tuple[str, ...], **options: Any) -> Callable[[], nn.Module]:
+def hugging_face(
+    model: str, config: str, targets: tuple[str, ...], attention: str = "sdpa", **options: Any
+) -> Callable[[], nn.Module]:
     """Return what builds a model of `transformers` with adapters on the layers named."""
 
     def build() -> nn.Module:
         import transformers
 
-        attention = options.pop("attention", "sdpa")
         settings = getattr(transformers, config)(**options, attn_implementation=attention)
         with torch.random.fork_rng(devices=[]):
             built = getattr(transformers, model)(settings)
