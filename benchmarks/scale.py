@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Spread, Step, paired_ratio, spread, training_step
+from measure import Spread, arm_model, interleaved, paired_ratio, spread, training_step
 from rows import append_rows, environment, read_rows
 from workloads import WORKLOADS, Workload, adapted_model, base_model, make_batch
 
@@ -113,17 +113,12 @@ class Measured:
 def measure(point: Point, rounds: int) -> Measured:
     """Measure the arms of one point in turns."""
     base, batch = base_model(point.workload), make_batch(point.workload)
-    models = {arm: adapted_model(base, point.workload) for arm in ("inductor", "exact", "sparse")}
-    models["inductor"].compile(backend="inductor")
-    models["exact"].compile(backend="sparselora", options={"preset": "exact"})
+    models = {arm: arm_model(base, point.workload, arm) for arm in ("inductor", "exact")}
+    models["sparse"] = adapted_model(base, point.workload)
     models["sparse"].compile(backend="sparselora", options=point.options)
     steps = {arm: training_step(model, batch) for arm, model in models.items()}
-    taken: dict[str, list[float]] = {arm: [] for arm in steps}
-    for number in range(rounds + 2):
-        for arm, step in steps.items():
-            seconds = _seconds(step)
-            if number > 1:
-                taken[arm].append(seconds)
+    with tempfile.TemporaryDirectory() as caches:
+        taken = {arm: times.steps for arm, times in interleaved(steps, Path(caches), rounds, warm_up=1).items()}
     report = sparse_compile.explain(adapted_model(base, point.workload), config=point.options, **batch)
     return Measured(
         seconds={arm: spread(each) for arm, each in taken.items()},
@@ -186,12 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
     return 0
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from sparse_compile.graph import (
     tensor_value,
 )
 from sparse_compile.ir import Rejection
-from sparse_compile.kernels.dora_norm.reference import norm_dtype
+from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.lora_branch import MULS, is_sum
 
@@ -192,7 +192,7 @@ def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewrit
         a, b = (_method(rewriter, "detach", each) for each in (a, b))
         a = _method(rewriter, "t", a) if product.a_transposed else a
         norms = rewriter.call(torch.ops.sparselora.dora_norm.default, matrix, a, b, product.scale)
-        if norm_dtype(*(_value(each) for each in (matrix, a, b))) != value.dtype:
+        if at_least_fp32(*(_value(each) for each in (matrix, a, b))) != value.dtype:
             norms = rewriter.method("to", norms, value.dtype)
     return take_over(norm, norms)
 

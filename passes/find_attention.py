@@ -23,8 +23,8 @@ from sparse_compile.graph import argument, calls_torch, hinted_shape, nodes_by_n
 from sparse_compile.ir import AttentionSite, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
-from sparse_compile.passes.find_ffn import site_name, unread_parts
-from sparse_compile.passes.fused_parts import fused_parts
+from sparse_compile.passes.find_ffn import site_name
+from sparse_compile.passes.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.head_layout import GROUP, Axis, Layout, Untraceable, follow, initial_layout, origin
 
 _MATMULS = {"matmul", "__matmul__", "bmm"}

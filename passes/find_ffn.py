@@ -27,7 +27,7 @@ from sparse_compile.graph import hinted_shape, nodes_by_name
 from sparse_compile.ir import FFNSite, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
-from sparse_compile.passes.fused_parts import fused_parts
+from sparse_compile.passes.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.head_layout import initial_layout
 
 
@@ -72,11 +72,6 @@ def site_name(projections: tuple[Projection, ...]) -> str:
         agreeing = [a == b for a, b in zip(common, path[:-1], strict=False)]
         common = common[: agreeing.index(False) if False in agreeing else len(agreeing)]
     return ".".join(common) or projections[0].name
-
-
-def unread_parts(layer: Projection, parts: tuple[Projection, ...]) -> int:
-    """Return how many rows of a fused layer are none of the given parts'."""
-    return layer.out_features - sum(part.out_features for part in parts if part.base == layer.base)
 
 
 def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:

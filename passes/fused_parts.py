@@ -73,6 +73,11 @@ def fused_parts(layer: Projection, nodes: dict[str, fx.Node]) -> tuple[Part, ...
     return tuple(part for part in parts if part is not None) if all(parts) else ()
 
 
+def unread_parts(layer: Projection, parts: tuple[Projection, ...]) -> int:
+    """Return how many rows of a fused layer are none of the given parts'."""
+    return layer.out_features - sum(part.out_features for part in parts if part.base == layer.base)
+
+
 def _slices(stem: fx.Node) -> list[_Slice] | None:
     """Return the slices that `stem` is read by, in order, where they are all that reads it and leave nothing out."""
     users = list(stem.users)

@@ -51,13 +51,12 @@ class LowerCausalAttention:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
         casts = autocast_dtypes(gm.graph, ctx.autocast, "cpu")
-        masks = CausalMasks(written_in_place(gm.graph))
+        attentions = [node for node in gm.graph.nodes if op_name(node) == "scaled_dot_product_attention"]
+        masks = CausalMasks(written_in_place(gm.graph) if attentions else ())
         additive: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         stats: dict[str, int] = {}
         rejections: list[Rejection] = []
-        for node in list(gm.graph.nodes):
-            if op_name(node) != "scaled_dot_product_attention":
-                continue
+        for node in attentions:
             query = tensor_value(node.args[0])
             if query is None:
                 continue

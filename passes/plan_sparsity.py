@@ -23,6 +23,7 @@ from sparse_compile.cost import gain
 from sparse_compile.factors import FactorStore, LowRankFactors, load_upstream_factors
 from sparse_compile.graph import hinted_shape, nodes_by_name
 from sparse_compile.ir import AttentionSite, Projection, Rejection, Site, SitePlan, SparsityPlan
+from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.passes.base import InvalidOptionError, Numerics, PassContext, PassOutcome
 from sparse_compile.passes.token_space import token_space
 
@@ -157,7 +158,7 @@ class _Planner:
             weight = self.ctx.parameters[projection.weight].value
             assert weight is not None
             # A sum is finite exactly when no term is NaN or infinite, short of overflow: fp32 sums of a bf16 weight.
-            if not bool(torch.isfinite(weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32)))):
+            if not bool(torch.isfinite(weight.detach().sum(dtype=at_least_fp32(weight)))):
                 return f"the weight of {projection.name} is not finite"
         found = {}
         for projection in predicted_projections(site):

@@ -27,6 +27,7 @@ TOKEN_SELECTIONS = ("roles", "all_sparse", "random_dense")
 CHANNEL_SELECTIONS = ("svd", "random")
 MASKINGS = ("off", "auto")
 MASK_GRADIENTS = ("straight-through", "exact")
+"""Gradients of a masked adapter: the mask left out and the products re-associated (LoRS, section 3), or as they are."""
 
 DEFAULT_MASK_THRESHOLD = 0.3
 """Fraction of zeros from which on a weight counts as pruned."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.config import DEFAULT_MASK_THRESHOLD
+from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.weight_mask import zero_fraction
 
 
@@ -82,7 +83,7 @@ def _reason(layer: Any, owners: dict[int, int]) -> str:
 
 
 def _merged(weight: Tensor, layer: Any, threshold: float) -> Tensor:
-    merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    merged = weight.to(at_least_fp32(weight))
     for name in layer.active_adapters:
         if name in layer.lora_A or name in getattr(layer, "lora_embedding_A", ()):
             merged = merged + layer.get_delta_weight(name).to(merged.dtype)

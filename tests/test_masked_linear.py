@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
 from models import normal, random_mask
-from sparse_compile.kernels.masked_linear import MASK_GRADIENTS, blocks, masked_weight
+from sparse_compile.config import MASK_GRADIENTS
+from sparse_compile.kernels.masked_linear import blocks, masked_weight
 from sparse_compile.kernels.providers import REFERENCE
 from tolerances import assert_close_rms
 

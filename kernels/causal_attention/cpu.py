@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.torch_private import cpu_flash_attention, cpu_flash_attention_backward
 
 BLOCKS = 4
@@ -45,7 +46,7 @@ def causal_attention_backward(
     """See `reference.causal_attention_backward`; gradients of keys and values are added up in fp32 at least."""
     d_out, query, key, value, out = (_side_by_side(each) for each in (d_out, query, key, value, out))
     d_queries = []
-    wide = torch.promote_types(key.dtype, torch.float32)
+    wide = at_least_fp32(key)
     d_key, d_value = (torch.zeros_like(each, dtype=wide) for each in (key, value))
     for rows, keys in _blocks(query.shape[2]):
         d_query, d_k, d_v = cpu_flash_attention_backward(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.causal_attention import cpu, reference
+from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only
 
 CAUSAL_ATTENTION = ProviderTable(
@@ -52,8 +53,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, provider: str = REFERENCE
 ) -> tuple[Tensor, Tensor]:
     assert query.dtype == key.dtype == value.dtype, "causal_attention: operands of several dtypes"
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return _empty_by_token(query), query.new_empty(query.shape[:3], dtype=dtype)
+    return _empty_by_token(query), query.new_empty(query.shape[:3], dtype=at_least_fp32(query))
 
 
 @torch.library.custom_op("sparselora::causal_attention_backward", mutates_args=())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from sparse_compile.kernels.dtypes import at_least_fp32
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ def causal_attention_backward(
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = at_least_fp32(query)
     return scale * (query.to(dtype) @ key.to(dtype).mT) + mask
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.channel_selection import reference
+from sparse_compile.kernels.dtypes import at_least_fp32
 
 _recorders: list[dict[str, list[Tensor]]] = []
 _degenerate: dict[tuple[str, torch.device], Tensor] = {}
@@ -29,7 +30,7 @@ def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @low_rank_product.register_fake
 def _(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], b.shape[1], dtype=reference.score_dtype(x))
+    return x.new_empty(x.shape[0], b.shape[1], dtype=at_least_fp32(x))
 
 
 @torch.library.custom_op("sparselora::context_mean", mutates_args=())
@@ -41,7 +42,7 @@ def context_mean(x: Tensor, weights: Tensor) -> Tensor:
 
 @context_mean.register_fake
 def _(x: Tensor, weights: Tensor) -> Tensor:
-    return x.new_empty(weights.shape[0], x.shape[1], dtype=reference.score_dtype(x))
+    return x.new_empty(weights.shape[0], x.shape[1], dtype=at_least_fp32(x))
 
 
 @torch.library.custom_op("sparselora::predicted_norms", mutates_args=())
@@ -53,7 +54,7 @@ def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tens
 
 @predicted_norms.register_fake
 def _(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty(b.shape[1], dtype=reference.score_dtype(x))
+    return x.new_empty(b.shape[1], dtype=at_least_fp32(x))
 
 
 @torch.library.custom_op("sparselora::top_channels", mutates_args=())

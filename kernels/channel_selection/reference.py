@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def score_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype scores are computed in: fp32, or fp64 for fp64 activations."""
-    return torch.promote_types(x.dtype, torch.float32)
+from sparse_compile.kernels.dtypes import at_least_fp32
 
 
 def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return `(x A) B` in the score dtype: the prediction of `x W^T` from the SVD factors W^T ~ A B."""
-    dtype = score_dtype(x)
+    dtype = at_least_fp32(x)
     return (x.to(dtype) @ a.to(dtype)) @ b.to(dtype)
 
 
@@ -27,7 +24,7 @@ def context_mean(x: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (B, C) in the score dtype.
     """
-    dtype = score_dtype(x)
+    dtype = at_least_fp32(x)
     counting = weights.to(dtype)
     total = torch.bmm(counting.unsqueeze(1), x.reshape(*weights.shape, -1).to(dtype)).squeeze(1)
     return total / counting.sum(1, keepdim=True).clamp_min(1)
@@ -49,7 +46,7 @@ def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tens
     Returns:
         (out,) in the score dtype.
     """
-    dtype = score_dtype(x)
+    dtype = at_least_fp32(x)
     weights, b = weights.to(dtype), b.to(dtype)
     u = (x.to(dtype) @ a.to(dtype)) * weights.unsqueeze(1)
     squared = (b * (u.T @ u @ b)).sum(0)

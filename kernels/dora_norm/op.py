@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.dora_norm.reference import norm_dtype
+from sparse_compile.kernels.dtypes import at_least_fp32
 
 # Elements of a block: 2 MB of fp32 stay in a core's cache; on a GPU fewer, larger blocks are fewer launches.
 _BLOCK = {"cpu": 2**19}
@@ -33,7 +33,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     Returns:
         (out,), of the widest dtype of the operands, fp32 at least; not differentiated.
     """
-    dtype = norm_dtype(weight, a, b)
+    dtype = at_least_fp32(weight, a, b)
     norms = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     rows = max(1, _BLOCK.get(weight.device.type, _BLOCK_ELSEWHERE) // max(1, weight.shape[1]))
     a = a.to(dtype)
@@ -47,4 +47,4 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 @dora_norm.register_fake
 def _(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=norm_dtype(weight, a, b))
+    return weight.new_empty(weight.shape[0], dtype=at_least_fp32(weight, a, b))

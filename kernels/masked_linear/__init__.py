@@ -8,11 +8,10 @@ from sparse_compile.kernels.masked_linear.op import (
     masked_input_gradient,
     masked_linear,
 )
-from sparse_compile.kernels.masked_linear.reference import MASK_GRADIENTS, masked_weight
+from sparse_compile.kernels.masked_linear.reference import masked_weight
 
 __all__ = [
     "MASKED_LINEAR",
-    "MASK_GRADIENTS",
     "masked_factor_gradients",
     "masked_input_gradient",
     "masked_linear",

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.masked_linear.reference import masked_weight, merge_dtype
+from sparse_compile.kernels.dtypes import at_least_fp32
+from sparse_compile.kernels.masked_linear.reference import masked_weight
 
 # Elements of a block: 2 MB of fp32 stay in a core's cache; on a GPU fewer, larger blocks are fewer launches.
 _BLOCK = {"cpu": 2**19}
@@ -46,7 +47,7 @@ def exact_gradients(
     d_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `reference.exact_gradients`."""
-    dtype = merge_dtype(x, a, b)
+    dtype = at_least_fp32(x, a, b)
     wide_a, wide_b = a.to(dtype), b.to(dtype)
     d_a, d_b = torch.zeros_like(wide_a), torch.empty_like(wide_b)
     for rows in _blocks(weight, 0):

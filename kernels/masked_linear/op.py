@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.config import MASK_GRADIENTS
 from sparse_compile.kernels.masked_linear import blocks, reference
-from sparse_compile.kernels.masked_linear.reference import MASK_GRADIENTS
 from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable
 
 

@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-MASK_GRADIENTS = ("straight-through", "exact")
-"""Gradients of the adapter: with the mask left out and the products re-associated (LoRS, section 3), or as they are."""
-
-
-def merge_dtype(*operands: Tensor) -> torch.dtype:
-    """Return the dtype that a weight is merged in: the widest of the operands', fp32 at least."""
-    dtype = torch.float32
-    for operand in operands:
-        dtype = torch.promote_types(dtype, operand.dtype)
-    return dtype
+from sparse_compile.kernels.dtypes import at_least_fp32
 
 
 def masked_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Return `(W + s B A) * (W != 0)`, merged in `merge_dtype`, as `dtype` (that of `weight` where not given).
+    """Return `(W + s B A) * (W != 0)`, merged in `at_least_fp32`, as `dtype` (that of `weight` where not given).
 
     Args:
         weight: (out, in), or a block of its rows or columns with those of B or A.
@@ -28,7 +19,7 @@ def masked_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: tor
         scale: s.
         dtype: of the result.
     """
-    wide = merge_dtype(weight, a, b)
+    wide = at_least_fp32(weight, a, b)
     merged = torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scale)
     return merged.masked_fill_(weight == 0, 0).to(dtype or weight.dtype)
 
@@ -59,6 +50,6 @@ def exact_gradients(
     d_y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return `dA = s B' G` and `dB = s G A'` with `G = (dy' x) * (W != 0)`: the gradients of the masked function."""
-    dtype = merge_dtype(x, a, b)
+    dtype = at_least_fp32(x, a, b)
     g = (d_y.t() @ x).masked_fill_(weight == 0, 0).to(dtype)
     return (scale * (b.to(dtype).t() @ g)).to(a.dtype), (scale * (g @ a.to(dtype).t())).to(b.dtype)
