@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sparse_compile.kernels import causal_attention, frozen_linear, gathered_linear  # noqa: F401  (registers the ops)
+from sparse_compile.kernels import causal_attention, frozen_linear, fused_linear, gathered_linear  # noqa: F401  (registers the ops)
 
 _OPS = torch.ops.sparselora
 
@@ -21,6 +21,23 @@ _OPS = torch.ops.sparselora
 def _product(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     """Count a product of `x` (..., inner) whose result is `out_shape` (..., columns)."""
     return 2 * math.prod(out_shape) * x[-1]
+
+
+@register_flop_formula(_OPS.fused_linear)
+def _products(
+    xs: list[torch.Size],
+    weights: list[torch.Size],
+    channels: list[torch.Size],
+    reads: list[int],
+    dims: list[int],
+    thins: list[torch.Size],
+    *_: Any,
+    out_shape: list[torch.Size],
+    **__: Any,
+) -> int:
+    """Count the frozen products and the thin ones, whose results are all of the shape of the first output."""
+    depths = [xs[read][1] for read in reads] + [thin[1] for thin in thins]
+    return 2 * math.prod(out_shape[0]) * sum(depths)
 
 
 @register_flop_formula(_OPS.causal_attention)

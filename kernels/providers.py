@@ -9,6 +9,7 @@ key. `reference` is the plain PyTorch body: it is the specification, always supp
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ import torch
 REFERENCE = "reference"
 
 
-_NOT_MEASURED = "nothing shows yet that it is faster: no such device has measured it"
+_NOT_MEASURED = (
+    "nothing shows yet that it is faster: no such device has measured it; the option kernels='triton' asks for it"
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,18 @@ class ProviderTable:
             raise ValueError(f"sparselora::{self.op} has no provider {name!r}; it has {', '.join(self._run)}")
         return self._run[name]
 
-    def choose(self, call: OpCall) -> Choice:
-        """Return the first provider that supports `call`."""
+    def choose(self, call: OpCall, kernels: str = "measured") -> Choice:
+        """Return the first provider that supports `call`.
+
+        Args:
+            call: what is to be computed.
+            kernels: `"measured"` leaves candidates out; `"triton"` asks for them first.
+        """
         declined: list[tuple[str, str]] = []
-        for provider in self._providers:
+        wanted = self._candidates if kernels == "triton" else ()
+        for provider in (*wanted, *self._providers):
             reason = provider.declines(call)
-            if provider.name == REFERENCE:
+            if provider.name == REFERENCE and not wanted:
                 declined += [(each.name, each.declines(call) or _NOT_MEASURED) for each in self._candidates]
             if reason is None:
                 return Choice(provider.name, tuple(declined))
@@ -105,12 +114,18 @@ def cpu_only(call: OpCall) -> str | None:
 
 
 def triton_runs(call: OpCall) -> str | None:
-    """Decline what the Triton kernels do not compute: devices other than NVIDIA's, old ones, fp64."""
-    if call.device != "cuda" or torch.version.hip is not None:
+    """Decline what the Triton kernels do not compute: devices other than NVIDIA's, old ones, fp64.
+
+    Triton's interpreter (`TRITON_INTERPRET=1`) runs them on any device.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not interpreted and (call.device != "cuda" or torch.version.hip is not None):
         return f"runs on NVIDIA GPUs, not on {call.device if torch.version.hip is None else 'ROCm'}"
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"computes fp32, fp16 and bf16, not {call.dtype}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if interpreted:
+        return None
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"needs compute capability 8.0, this device has {major}.{minor}"

@@ -16,6 +16,7 @@ PASS_NAMES: tuple[str, ...] = (
     "insert_predictors",
     "sparsify_ffn",
     "sparsify_attention",
+    "fuse_products",
     "lower_sparse_ops",
     "lower_frozen_linears",
     "lower_causal_attention",

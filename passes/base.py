@@ -78,6 +78,7 @@ class PassContext:
         loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
         rows: the nodes that hold the output and the context rows, once they were inserted.
         providers: by site name, the providers that `lower_sparse_ops` chose.
+        kernel_sources: by file name, the source of each kernel that was generated for a site.
     """
 
     config: SparseLoRAConfig
@@ -96,6 +97,7 @@ class PassContext:
     loss_rows: LossRows | None = None
     rows: tuple[str, str] | None = None
     providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kernel_sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -16,6 +16,7 @@ from torch import fx
 
 from sparse_compile.graph import TAG
 from sparse_compile.ir import Rejection
+from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
 from sparse_compile.kernels.providers import OpCall, ProviderTable
 from sparse_compile.kernels.token_rows import PUT_ROWS, TAKE_ROWS
@@ -27,6 +28,7 @@ _TABLES: dict[object, ProviderTable] = {
     _OPS.put_rows.default: PUT_ROWS,
     _OPS.gathered_linear.default: GATHERED_LINEAR,
     _OPS.gathered_input_linear.default: GATHERED_INPUT_LINEAR,
+    _OPS.fused_linear.default: FUSED_LINEAR,
 }
 
 
@@ -52,7 +54,7 @@ class LowerSparseOps:
             if table is None:
                 continue
             site = node.meta[TAG]["site"]
-            choice = table.choose(calls[site])
+            choice = table.choose(calls[site], ctx.config.kernels)
             node.kwargs = {**node.kwargs, "provider": choice.provider}
             stats[choice.provider] = stats.get(choice.provider, 0) + 1
             used.setdefault(site, {})[choice.provider] = None

@@ -88,6 +88,8 @@ def sparselora(
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
+        for name, source in ctx.kernel_sources.items():
+            dump.kernel(name, source)
         dump.data("plan", plan_data(ctx.plan, ctx.product_orders))
         dump.data("manifest", report.to_dict())
     _tell_about_sites(gm, ctx, session, report, failed=result.failed)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PRESETS = ("none", "exact", "o1", "o2")
 TOKEN_SELECTIONS = ("roles", "all_sparse", "random_dense")
 CHANNEL_SELECTIONS = ("svd", "random")
+KERNELS = ("measured", "triton")
 MASKINGS = ("off", "auto")
 MASK_GRADIENTS = ("straight-through", "exact")
 """Gradients of a masked adapter: the mask left out and the products re-associated (LoRS, section 3), or as they are."""
@@ -95,6 +96,8 @@ class SparseLoRAConfig:
         merge_low_precision: Let ``order_adapter_products`` round a merged weight ``W + s B A`` to fp16 or bf16, where
             that is faster: it loses the digits of an adapter that is small beside its weight, so it is not exact.
             Default ``False``: weights are merged in fp32 and fp64 alone.
+        kernels: Which kernels compute sparse products: ``"measured"`` (default; those that a measurement has shown to
+            be fastest on such a device), or ``"triton"`` (the generated ones wherever they run).
         preserve_weight_mask: ``"auto"``: adapters of pruned layers keep their zeros (LoRS, arXiv 2501.08582): the layer
             is trained as ``(W + s B A) * (W != 0)``, with every preset, in both phases and in evaluation. Default
             ``"off"``: it is another function than the model's.
@@ -128,6 +131,7 @@ class SparseLoRAConfig:
     schedule: Schedule | None = field(default=None, hash=False)
     keep_logits: bool = False
     merge_low_precision: bool = False
+    kernels: str = "measured"
     preserve_weight_mask: str = "off"
     mask_threshold: float = DEFAULT_MASK_THRESHOLD
     mask_gradient: str = "straight-through"
@@ -157,6 +161,7 @@ class SparseLoRAConfig:
             "end_step": _step("end_step", self.end_step),
             "keep_logits": _boolean("keep_logits", self.keep_logits),
             "merge_low_precision": _boolean("merge_low_precision", self.merge_low_precision),
+            "kernels": _choice("kernels", self.kernels, KERNELS),
             "preserve_weight_mask": _choice("preserve_weight_mask", self.preserve_weight_mask, MASKINGS),
             "mask_threshold": _mask_threshold(self.mask_threshold),
             "mask_gradient": _choice("mask_gradient", self.mask_gradient, MASK_GRADIENTS),

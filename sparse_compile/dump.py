@@ -83,7 +83,7 @@ def _type(value: Any) -> str:
 
 
 class GraphDump:
-    """The folder of one compiled graph: a text for each pass, `plan.json`, `manifest.json`.
+    """The folder of one compiled graph: a text for each pass, `kernels/`, `plan.json`, `manifest.json`.
 
     Args:
         root: folder of all dumps, made if need be.
@@ -105,6 +105,12 @@ class GraphDump:
         """Write the graph as it stands after the step `name`."""
         (self.folder / f"{self._count:02d}_{name}.txt").write_text(render_graph(graph, parameters), encoding="utf-8")
         self._count += 1
+
+    def kernel(self, name: str, source: str) -> None:
+        """Write the source of a generated kernel as `kernels/<name>`."""
+        folder = self.folder / "kernels"
+        folder.mkdir(exist_ok=True)
+        (folder / re.sub(r"[^\w.-]", "_", name)).write_text(source, encoding="utf-8")
 
     def data(self, name: str, content: Mapping[str, Any]) -> None:
         """Write `<name>.json`."""

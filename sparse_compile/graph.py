@@ -207,7 +207,10 @@ class Rewriter:
         """Insert a copy of `node` with its node arguments replaced."""
         copied = self.graph.node_copy(node, arg_map)
         copied.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
-        return self._tagged(copied)
+        self._tagged(copied)
+        if (value := tensor_value(node)) is not None:
+            copied.meta[TAG]["dtype"] = value.dtype  # what is copied for fewer rows keeps it
+        return copied
 
     def _tagged(self, node: fx.Node) -> fx.Node:
         self.inserted += 1

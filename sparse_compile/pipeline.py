@@ -24,6 +24,7 @@ from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
 from sparse_compile.passes.find_projections import FindProjections
 from sparse_compile.passes.fuse_adapters import FuseAdapters
+from sparse_compile.passes.fuse_products import FuseProducts
 from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
 from sparse_compile.passes.insert_predictors import InsertPredictors
 from sparse_compile.passes.lower_causal_attention import LowerCausalAttention
@@ -64,6 +65,7 @@ def passes() -> tuple[Pass, ...]:
         InsertPredictors(),  # before the rewrites: scores read the inputs of sites, which the rewrites keep
         SparsifyFFN(),
         SparsifyAttention(),
+        FuseProducts(),  # behind what gathers products, before a provider is chosen for those that it leaves
         LowerSparseOps(),  # last: a choice for each op that is left
         LowerFrozenLinears(),  # and for each dense product: all passes before it read them as `linear`
         LowerCausalAttention(),  # likewise: attention is found, and rows of the loss are selected, by its own name

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sympy
@@ -329,6 +330,14 @@ def cpu_flash_attention_backward(
     return op(  # type: ignore[no-any-return]
         d_out, query, key, value, out, logsumexp, 0.0, False, attn_mask=mask, scale=scale
     )
+
+
+def load_source(source: str) -> ModuleType:
+    """Write the source of a module into Inductor's cache, where Triton can read it, and import it from there."""
+    from torch._inductor.codecache import PyCodeCache
+
+    module: ModuleType = PyCodeCache.load(source)
+    return module
 
 
 def saving_what_is_marked() -> AbstractContextManager[Any]:

@@ -67,6 +67,40 @@ def pruned(*shape: int) -> Tensor:
 PRUNED = (ADAPTED[0], pruned(9, 7), *ADAPTED[2:])
 PRUNED_FROZEN = tuple(each.detach() for each in PRUNED[1:4])
 
+CHAIN = {
+    "xs": [x(5, 7)],
+    "weights": [frozen(9, 7), frozen(7, 9, seed=2).t()],
+    "channels": [index(0, 3, 8), index(1, 2, 5)],
+    "thins": [x(5, 2, seed=3)],
+    "factors": [x(3, 2, seed=4)],
+    "vectors": [x(3, seed=5), x(1, seed=6)],
+}
+"""Operands of a fused product: of some output channels."""
+
+
+def chain(formula: str, *, dims: tuple[int, int] = (0, 0), rows: int | None = None) -> tuple[Any, ...]:
+    """Arguments of a fused product; with `dims` (1, 1), of two inputs and of some input channels."""
+    groups = dict(CHAIN)
+    if dims == (1, 1):
+        groups |= {"xs": [x(5, 3), x(5, 3, seed=7)], "factors": [x(9, 2, seed=4)], "vectors": [x(9, seed=5)]}
+        groups |= {"weights": [frozen(9, 7), frozen(9, 7, seed=2)], "channels": [index(0, 3, 6), index(1, 2, 5)]}
+    if rows is not None:
+        groups |= {name: [x(rows, each.shape[1]) for each in groups[name]] for name in ("xs", "thins")}
+    reads = list(range(len(groups["xs"]))) * (2 // len(groups["xs"]))
+    first, last = list(groups.values())[:3], list(groups.values())[3:]
+    return (*first, reads, list(dims), *last, formula, torch.float64, REFERENCE)
+
+
+SWIGLU = "(p0 + 2*t0 + v0)*sigmoid(p0 + 2*t0 + v0)*(p1 + v1)"
+CHAINS = {
+    "swiglu": chain(SWIGLU),
+    "inputs gathered": chain("p0 + p1 + 0.5*t0 + v0", dims=(1, 1)),
+    "weighted": chain("0.5*p0 - p1", dims=(1, 1)),
+    "a scale": chain("v0*(p0 + t0)*v1"),
+    "no rows": chain(SWIGLU, rows=0),
+    "bare": ([x(5, 7)], [frozen(9, 7)], [index(0, 3)], [0], [0], [], [], [], "p0", torch.float64, REFERENCE),
+}
+
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gathered_linear": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(0, 3, 8))),
     "gathered_linear, one channel": (OPS.gathered_linear, (x(5, 7), frozen(9, 7), index(4))),
@@ -87,6 +121,20 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (x(5, 2), frozen(7, 9).t(), index(0, 6), "cpu_gemm"),
     ),
     "gathered_input_linear, cpu_gemm": (OPS.gathered_input_linear, (x(5, 2), frozen(9, 7), index(0, 6), "cpu_gemm")),
+    **{f"fused_linear, {name}": (OPS.fused_linear, arguments) for name, arguments in CHAINS.items()},
+    "fused_linear_gradients": (
+        OPS.fused_linear_gradients,
+        (
+            frozen(5, 3),
+            [frozen(5, 3)],
+            [frozen(5, 2)],
+            [frozen(3, 2)],
+            [frozen(3)],
+            "p0*t0;v0",
+            torch.float32,
+            REFERENCE,
+        ),
+    ),
     "causal_attention": (OPS.causal_attention, (*HEADS, CAUSAL, 0.5)),
     "causal_attention, cpu_blocks": (OPS.causal_attention, (*HEADS, CAUSAL, 0.5, "cpu_blocks")),
     "causal_attention_backward": (OPS.causal_attention_backward, BACKWARD),
@@ -236,6 +284,35 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradgradcheck(function, [arguments[i] for i in differentiated])
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_gradcheck_of_a_fused_product(name: str) -> None:
+    arguments = CHAINS[name]
+    trained = [each for group in arguments if isinstance(group, list) for each in group if isinstance(each, Tensor)]
+    trained = [each for each in trained if each.requires_grad]
+
+    def function(*values: Tensor) -> Tensor:
+        given = iter(values)
+        return OPS.fused_linear(
+            *(
+                [next(given) if isinstance(each, Tensor) and each.requires_grad else each for each in group]
+                if isinstance(group, list)
+                else group
+                for group in arguments
+            )
+        )[0]
+
+    assert torch.autograd.gradcheck(function, trained)
+
+
+def test_what_a_fused_product_saves() -> None:
+    """A sum saves no product; neither do the columns that pad its rows hold anything."""
+    (y,) = OPS.fused_linear(*chain("p0 + p1 + t0 + v0"))
+    assert y.shape == (5, 3) and y.stride() == (16, 1)
+    _, *saved = OPS.fused_linear(*chain(SWIGLU))
+    assert [each.shape for each in saved] == [(5, 3), (5, 3)]
+    assert len(OPS.fused_linear(*chain("v0*p0"))) == 3
+
+
 def test_a_trained_weight_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="frozen weight has no gradient"):
         OPS.frozen_linear(x(2, 3), x(4, 3))
@@ -243,6 +320,8 @@ def test_a_trained_weight_is_a_bug() -> None:
         OPS.gathered_linear(x(2, 3), x(4, 3), index(0))
     with pytest.raises(AssertionError, match="must be frozen"):
         OPS.merged_linear(ADAPTED[0], x(9, 7), *ADAPTED[2:], 1.5, "F2B5")
+    with pytest.raises(AssertionError, match="a frozen product has no gradient for its weight"):
+        OPS.fused_linear([x(2, 3)], [x(4, 3)], [index(0)], [0], [0], [], [], [], "p0", torch.float64, REFERENCE)
 
 
 # --- Causal attention -------------------------------------------------------------------------------------------------
@@ -555,3 +634,10 @@ def test_products_are_counted_by_the_flop_counter(name: str) -> None:
     with FlopCounterMode(display=False) as counter:
         y = op(*arguments)
     assert counter.get_total_flops() == 2 * y.numel() * arguments[0].shape[-1]
+
+
+def test_flops_of_a_fused_product() -> None:
+    with FlopCounterMode(display=False) as counter:
+        OPS.fused_linear(*CHAINS["swiglu"])
+    # Two products of depth 7 and a thin one of depth 2, for three channels of five rows.
+    assert counter.get_total_flops() == 2 * 5 * 3 * (7 + 7 + 2)

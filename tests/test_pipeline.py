@@ -128,6 +128,7 @@ def test_disable(name: str) -> None:
         "inline_checkpoint_bodies",
         "find_attention",
         "sparsify_attention",
+        "fuse_products",
         "lower_sparse_ops",
         "lower_frozen_linears",
         "lower_causal_attention",

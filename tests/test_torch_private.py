@@ -41,6 +41,7 @@ NAMES: dict[str, str] = {
     "torch.nn.Module._compiled_call_impl": "backend_name",
     "torch._inductor.config.reorder_for_peak_memory": "an option that backend.py gives to Inductor",
     "torch._inductor.list_mode_options": "compile_with_inductor",
+    "torch._inductor.codecache.PyCodeCache.load": "load_source",
     "torch._inductor.compile_fx.compile_fx": "compile_with_inductor",
     "torch.compiler.config.cache_key_tag": "compile_with_inductor",
     "torch.utils._pytree.tree_flatten": "flattened",

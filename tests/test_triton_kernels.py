@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from sparse_compile.kernels.codegen.triton_source import ProductSpec
+from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
 from sparse_compile.kernels.gathered_linear import GATHERED_LINEAR
-from sparse_compile.kernels.gathered_linear.tiles import Problem, Tile, choose_tile
 from sparse_compile.kernels.providers import REFERENCE, OpCall, triton_runs
 
 pytest.importorskip("triton", reason="needs triton, for its interpreter and its compiler")
-
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 
 
 def test_kernels_under_the_interpreter(repo_root: Path) -> None:
@@ -28,27 +30,44 @@ def test_kernels_under_the_interpreter(repo_root: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 38
+    assert len(lines) == 83
 
 
-# The 8B shapes: hidden 4096, feed-forward 14336 of which 143 channels are kept, 3072 context tokens.
-PRODUCTS = {
-    "gate": (Problem(3072, 143, 4096, 2, (9, 0)), "rows", True),
-    "gate backward": (Problem(3072, 4096, 143, 2, (9, 0)), "depth", False),
-    "down, packed": (Problem(3072, 4096, 143, 2, (9, 0), scattered=True), "none", True),
-}
+@pytest.fixture(scope="module")
+def report(repo_root: Path) -> Iterator[ModuleType]:
+    """Import the program as it imports its own modules: from its folder."""
+    sys.path.insert(0, str(repo_root / "benchmarks"))
+    try:
+        yield importlib.import_module("kernels_report")
+    finally:
+        sys.path.remove(str(repo_root / "benchmarks"))
+        sys.modules.pop("kernels_report", None)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_matrix_kernels_compile_ahead_of_time(name: str, arch: int) -> None:
-    from aot import compile_product
+def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch: int) -> None:
+    """The 8B shapes: hidden 4096, feed-forward 14336 of which 143 or 430 channels are kept, 3072 context tokens."""
+    variants = report.variants() | {
+        f"{name}, o1": each for name, each in report.variants(4073, 4096, 430, 3276).items()
+    }
+    for name, variant in variants.items():
+        built = report.build(variant, arch)
+        assert built.spills == 0, name
+        assert built.shared <= report.SHARED_LIMIT[arch], name
+        assert built.registers <= 255, name
+        if isinstance(variant.spec, ProductSpec) or variant.spec.thin:
+            assert built.matrix_instructions > 0, name
 
-    problem, gather, along_depth = PRODUCTS[name]
-    built = compile_product(problem, gather, along_depth, arch)
-    assert built.spills == 0
-    assert 0 < built.shared <= SHARED_LIMIT[arch]
-    assert built.matrix_instructions > 0 and built.registers <= 255
+
+def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    variants = {"down": report.variants()["down"], "activation backward": report.variants()["activation backward"]}
+    monkeypatch.setattr(report, "variants", lambda: variants)
+    assert report.main(["--arch", "90", "--source"]) == 0
+    printed = capsys.readouterr().out
+    assert "| down | sm_90 | 128 x 128 x 64, 8 warps |" in printed
+    assert "def products(" in printed and "def gradients(" in printed
+    monkeypatch.setattr(report, "build", lambda variant, arch: report.Built(255, 1024, 8, 0))
+    assert report.main(["--arch", "90"]) == 1
 
 
 def test_tiles() -> None:
@@ -63,14 +82,23 @@ def test_tiles() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_tile_is_legal(capability: tuple[int, int], itemsize: int) -> None:
+@pytest.mark.parametrize("products", [1, 2, 4])
+def test_every_tile_is_legal(report: ModuleType, products: int, capability: tuple[int, int], itemsize: int) -> None:
+    limit = report.SHARED_LIMIT[10 * capability[0]]
     sizes = (1, 15, 16, 17, 143, 430, 4096)
     for rows in sizes:
         for columns in sizes:
             for depth in sizes:
-                tile = choose_tile(Problem(rows, columns, depth, itemsize, capability))
+                tile = choose_tile(Problem(rows, columns, depth, itemsize, capability, products=products))
                 assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.m, tile.n, tile.k))
-                assert tile.shared_bytes * itemsize // 2 <= SHARED_LIMIT[10 * capability[0]]
+                assert tile.shared_bytes * itemsize // 2 <= limit
+
+
+def test_tiles_of_several_products() -> None:
+    assert choose_tile(Problem(3072, 143, 4096, 2, (9, 0), products=2)) == Tile(128, 64, 64, 8, 4)
+    assert choose_tile(Problem(3072, 143, 4096, 2, (9, 0), products=4)) == Tile(64, 64, 64, 8, 4)
+    assert choose_elementwise_tile(3072, 143) == Tile(32, 64, 32, 4, 2)
+    assert choose_elementwise_tile(3, 5) == Tile(16, 16, 32, 4, 2)
 
 
 def test_what_the_triton_provider_declines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +115,4 @@ def test_it_is_not_chosen_before_a_gpu_has_measured_it(monkeypatch: pytest.Monke
     choice = GATHERED_LINEAR.choose(OpCall("cuda", torch.bfloat16))
     assert choice.provider == REFERENCE
     assert dict(choice.declined)["triton"].startswith("nothing shows yet that it is faster")
+    assert GATHERED_LINEAR.choose(OpCall("cuda", torch.bfloat16), "triton").provider == "triton"

@@ -1,4 +1,4 @@
-"""Run Triton kernels under the interpreter, which must be chosen before Triton is imported: a program of its own.
+"""Run the generated Triton kernels under the interpreter, chosen before Triton is imported: a program of its own.
 
 Each case prints a line `ok NAME` or `FAILED NAME: reason`; `test_triton_kernels.py` starts this file and reads them.
 """
@@ -9,15 +9,20 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graphs import Head, frozen, gradients_of, lora, run_rewritten, tokens
+from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.kernels.codegen.triton_source import product_source
+from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients
+from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
+from sparse_compile.kernels.fused_linear.triton import product_spec
 from sparse_compile.kernels.gathered_linear import gathered_input_linear, gathered_linear, reference
-from sparse_compile.kernels.gathered_linear import triton as provider
-from sparse_compile.kernels.gathered_linear.tiles import Tile
 from tolerances import assert_close_rms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +35,23 @@ SHAPES = (
     (40, 1, 19, 17),
     (130, 20, 70, 33),
 )
+FORMULAS = {
+    "swiglu": "p0*p1*sigmoid(p0)",
+    "swiglu, adapters, bias": "(p0 + 2*t0 + v0)*sigmoid(p0 + 2*t0 + v0)*(p1 + 0.5*t1)",
+    "geglu tanh": "p0*p1*sigmoid(1.5957691216057308*(p0 + 0.044715*p0**3))",
+    "geglu erf": "p1*p0*(1 + erf(0.7071067811865476*p0))/2",
+    "reglu": "select(p0, p0, 0)*p1",
+    "relu squared": "select(p0 + v0, p0 + v0, 0)**2",
+    "clamped": "select(-0.5 - p0, -0.5, select(p0 - 0.7, 0.7, p0))*v0",
+    "softplus": "softplus(p0 + t0)",
+    "mish": "p0*tanh(softplus(p0))",
+    "elu": "select(p0, p0, exp(select(p0, 0, p0)) - 1)",
+    "roots and powers": "p0*(1 + p0**2)**(-1/2) + sqrt(1 + p1**2) + log(1 + p1**2) + (2 + p0**2)**(-2)",
+    "sum": "p0 + p1 + t0 + v0",
+    "weighted sum": "0.5*p0 - p1 + 2*t0",
+    "a scale": "v0*(p0 + 2*t0)",
+    "constant": "3",
+}
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -41,8 +63,8 @@ def chosen(total: int, kept: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(3))[:kept].sort().values
 
 
-def products(dtype: torch.dtype, shape: tuple[int, ...], strided: bool) -> None:
-    """Forward and backward of both ops, through their autograd formulas, against fp64."""
+def gathered(dtype: torch.dtype, shape: tuple[int, ...], strided: bool) -> None:
+    """Forward and backward of both gathered ops, through their autograd formulas, against fp64."""
     tokens, width, out, kept = shape
     weight = drawn(width, out, seed=1, dtype=dtype).t() if strided else drawn(out, width, seed=1, dtype=dtype)
     for op, plain, columns, total in (
@@ -71,20 +93,110 @@ def other_weight_dtype() -> None:
     assert_close_rms(y, reference.gathered_linear(x.double(), weight.bfloat16().double(), channels))
 
 
+def fused(formula: str, dtype: torch.dtype, shape: tuple[int, ...], dim: int = 0) -> None:
+    """Forward and every gradient of a fused product, through its autograd formula, against fp64."""
+    tokens, width, out, kept = shape
+    total = (out, width)[dim]
+    channels = chosen(total, min(kept, total))
+    columns = channels.numel() if dim == 0 else out
+    depth = width if dim == 0 else channels.numel()
+    # Products of unit variance: bounds are relative to the result, and exp of a large number has a large error.
+    weights = [drawn(out, width, seed=s, dtype=torch.float32).div(depth**0.5).to(dtype) for s in (1, 2)]
+    trained = [
+        *(drawn(tokens, depth, seed=10 + s, dtype=dtype) for s in range(2 if dim else 1)),
+        *(drawn(tokens, 5, seed=20 + s, dtype=dtype) for s in range(2)),
+        *(drawn(columns, 5, seed=30 + s, dtype=torch.float32).div(5**0.5).to(dtype) for s in range(2)),
+        drawn(columns, seed=40, dtype=dtype),
+    ]
+
+    def run(wide: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        leaves = [(each.double() if wide else each).clone().requires_grad_() for each in trained]
+        xs, (thin_0, thin_1, factor_0, factor_1, vector) = leaves[:-5], leaves[-5:]
+        results = fused_linear(
+            xs, [weight.to(leaves[0].dtype) for weight in weights], [channels, channels], [0, len(xs) - 1], [dim, dim],
+            [thin_0, thin_1], [factor_0, factor_1], [vector], formula, leaves[0].dtype,
+            "reference" if wide else "triton",
+        )  # fmt: skip
+        y = results[0]
+        assert y.dtype == leaves[0].dtype and y.stride() == (-(-columns // 16) * 16, 1)
+        d_y = drawn(*y.shape, seed=4, dtype=dtype).to(y.dtype)
+        return y, torch.autograd.grad(y, leaves, d_y, allow_unused=True, materialize_grads=True)
+
+    (y, found), (expected, wanted) = run(False), run(True)
+    assert_close_rms(y, expected, name="forward")
+    for index, (gradient, reference_) in enumerate(zip(found, wanted, strict=True)):
+        assert_close_rms(gradient, reference_, dtype, name=f"gradient {index}")
+
+
+def gradients_of_strided() -> None:
+    """A gradient that comes as a transposed view, saved products that come packed, and one of fp32 for bf16."""
+    d_y, product = drawn(21, 40, seed=0, dtype=torch.float32).t(), drawn(40, 21, seed=1, dtype=torch.bfloat16)
+    texts = "sigmoid(p0);(1 - sigmoid(p0))*p0"
+    found = fused_linear_gradients(d_y, [product], [], [], [], texts, torch.bfloat16, "triton")
+    expected = plain_gradients(d_y.double(), [product.double()], [], [], [], texts, torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert_close_rms(one, other)
+
+
 def in_kernel_index_loads() -> None:
-    """A scattered slice is indexed in the kernel as well where a tile says so, over several tiles and groups."""
-    x, weight = drawn(70, 40, seed=0, dtype=torch.float32), drawn(50, 90, seed=1, dtype=torch.float32)
+    """A scattered slice is indexed in the kernel as well where there are few rows: no copy is made for one tile."""
+    x, weight = drawn(7, 40, seed=0, dtype=torch.float32), drawn(50, 90, seed=1, dtype=torch.float32)
     channels = chosen(90, 40)
-    y = x.new_empty(70, 50)
-    provider.launch(x, weight, channels, y, "depth", Tile(16, 16, 16, 4, 2, group=2))
+    y = gathered_input_linear(x, weight, channels, "triton")
     assert_close_rms(y, reference.gathered_input_linear(x.double(), weight.double(), channels))
+
+
+def one_tile_of_registers_for_a_sum() -> None:
+    source = product_source(product_spec((0, 1), (1, 1), 1, 0, "p0 + p1 + t0"))
+    assert source.count("tl.zeros(") == 1
+    assert product_source(product_spec((0, 1), (1, 1), 0, 0, "p0 - p1")).count("tl.zeros(") == 2
+
+
+def whole_model() -> None:
+    """A sparse block under autocast, from its graph to its gradients, computed by nothing but generated kernels."""
+    model = Head(lora(8, 8), GatedMLP()).float()
+    inputs = tokens(rows=3)
+    found = {}
+    for kernels in ("measured", "triton"):
+        config = SparseLoRAConfig(layer_sparsity={"body.1": 0.5}, kernels=kernels)
+        with torch.autocast("cpu", torch.bfloat16):
+            ran = run_rewritten(model, *inputs, config=config)
+        found[kernels] = (ran, gradients_of(ran.value, model))
+    ran, gradients = found["triton"]
+    assert ran.ctx.providers == {"body.1": ("cpu_index", "triton")}, ran.ctx.providers
+    assert next(record for record in ran.result.records if record.name == "fuse_products").stats["fused"] == 2
+    (other, expected) = found["measured"]
+    assert_close_rms(ran.value, other.value, torch.bfloat16)
+    for name, gradient in gradients.items():
+        # Autocast rounds every operation of the composed path.
+        assert_close_rms(gradient, expected[name], torch.bfloat16, name=name)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = lora(8, 40, bias=True), lora(8, 40, bias=True), lora(40, 8)
+        frozen(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, shape, strided in itertools.product(DTYPES, SHAPES, (False, True)):
-        name = f"products {str(dtype)[6:]} {'x'.join(map(str, shape))}{' strided' if strided else ''}"
-        yield name, lambda dtype=dtype, shape=shape, strided=strided: products(dtype, shape, strided)
-    for case in (other_weight_dtype, in_kernel_index_loads):
+        name = f"gathered {str(dtype)[6:]} {'x'.join(map(str, shape))}{' strided' if strided else ''}"
+        yield name, partial(gathered, dtype, shape, strided)
+    for name, formula in FORMULAS.items():
+        for dtype in DTYPES[:2]:
+            yield f"fused {name} {str(dtype)[6:]}", partial(fused, formula, dtype, SHAPES[0])
+    for shape in SHAPES:
+        name = "x".join(map(str, shape))
+        yield f"fused {name}", partial(fused, FORMULAS["swiglu, adapters, bias"], torch.float16, shape)
+        yield f"fused, inputs gathered {name}", partial(fused, FORMULAS["sum"], torch.float32, shape, 1)
+    for case in (
+        other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum, whole_model,
+    ):  # fmt: skip
         yield case.__name__, case
 
 

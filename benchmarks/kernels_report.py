@@ -1,0 +1,210 @@
+"""Compile the generated Triton kernels ahead of time, without a GPU, and show what the compiler made of them.
+
+    python benchmarks/kernels_report.py                     # the kernels of the 8B workloads, for sm_80 and sm_90
+    python benchmarks/kernels_report.py --arch 90 --source  # and their source
+
+One line a kernel: registers of a thread, shared memory of a program, bytes that a thread spills, matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_compile.kernels.codegen.formula import parsed
+from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
+from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
+from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
+from sparse_compile.torch_private import load_source
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one program may have, by architecture."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel of one of the 8B workloads, in bf16.
+
+    Attributes:
+        spec: what is generated.
+        problem: its sizes; the capability is that of the architecture it is compiled for.
+        by_column: terms whose weight has its columns side by side in memory along the result's columns, as the
+            transposed weights of the gradients' products do.
+    """
+
+    spec: ProductSpec | GradientSpec
+    problem: Problem
+    by_column: tuple[str, ...] = ()
+
+    def tile(self, arch: int) -> Tile:
+        """Return the tile that is chosen for it on an architecture."""
+        if isinstance(self.spec, GradientSpec):
+            return choose_elementwise_tile(self.problem.rows, self.problem.columns)
+        return choose_tile(dataclasses.replace(self.problem, capability=(arch // 10, 0)))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel.
+
+    Attributes:
+        registers: a thread.
+        shared: bytes of shared memory a program.
+        spills: bytes of stack that a thread spills to.
+        matrix_instructions: `mma.sync` or `wgmma` instructions in its PTX.
+    """
+
+    registers: int
+    shared: int
+    spills: int
+    matrix_instructions: int
+
+
+SWIGLU = "p0*p1*sigmoid(p0)"
+SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
+
+
+def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 143, kept_heads: int = 1024) -> dict[str, Variant]:
+    """Return the kernels of one sparse Llama block.
+
+    Args:
+        tokens: context tokens of the batch.
+        hidden: width of the residual stream.
+        kept: intermediate channels that are computed.
+        kept_heads: channels of the query, or of the output projection's input, that are computed.
+    """
+
+    def problem(columns: int, depth: int, products: int = 1, *, scattered: bool = False) -> Problem:
+        return Problem(tokens, columns, depth, 2, (9, 0), scattered=scattered, products=products)
+
+    def derivatives(formula: str, thins: int) -> GradientSpec:
+        operands = parsed(formula).operands
+        texts = tuple(each.text for each in parsed(formula).gradients(operands).formulas)
+        return gradient_spec(2, thins, 0, texts)
+
+    return {
+        "gate, up": Variant(product_spec((0, 0), (0, 0), 0, 0, SWIGLU), problem(kept, hidden, 2)),
+        "gate, up with adapters": Variant(product_spec((0, 0), (0, 0), 2, 0, SWIGLU_LORA), problem(kept, hidden, 4)),
+        "activation backward": Variant(derivatives(SWIGLU, 0), problem(kept, 32, 3)),
+        "activation backward with adapters": Variant(derivatives(SWIGLU_LORA, 2), problem(kept, 32, 3)),
+        "gate, up backward": Variant(
+            product_spec((0, 1), (1, 1), 0, 0, "p0 + p1"), problem(hidden, kept, 2), ("p0", "p1")
+        ),
+        "down": Variant(product_spec((0,), ("none",), 0, 0, "p0"), problem(hidden, kept, scattered=True)),
+        "down with an adapter": Variant(
+            product_spec((0,), ("none",), 1, 0, "p0 + 2.0*t0"), problem(hidden, kept, 2, scattered=True)
+        ),
+        "down backward": Variant(product_spec((0,), ("none",), 0, 0, "p0"), problem(kept, hidden, scattered=True)),
+        "query": Variant(product_spec((0,), (0,), 0, 0, "p0"), problem(kept_heads, hidden)),
+        "query backward": Variant(product_spec((0,), (1,), 0, 0, "p0"), problem(hidden, kept_heads), ("p0",)),
+        "output projection": Variant(
+            product_spec((0,), ("none",), 0, 0, "p0"), problem(hidden, kept_heads, scattered=True)
+        ),
+    }
+
+
+def build(variant: Variant, arch: int) -> Built:
+    """Compile one kernel for bf16 tensors.
+
+    Args:
+        variant: the kernel.
+        arch: 80 or 90.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    problem, tile = variant.problem, variant.tile(arch)
+    if isinstance(variant.spec, ProductSpec):
+        kernel = load_source(product_source(variant.spec)).products
+    else:
+        kernel = load_source(gradient_source(variant.spec)).gradients
+    names = kernel.arg_names
+    constants: dict[str, Any] = {
+        "PRECISION": "ieee", "INTERPRETED": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "GROUP": tile.group, "d_y_column": 1,
+    }  # fmt: skip
+    # Triton compiles a stride of 1 in, as it does at a call.
+    constants |= {name: 1 for name in names if re.fullmatch(r"x_\d+_col", name)}
+    weights = [name for name in names if re.fullmatch(r"w_[pt]\d+", name)]
+    constants |= {f"{name}_{'row' if name[2:] in variant.by_column else 'col'}": 1 for name in weights}
+    constants = {name: value for name, value in constants.items() if name in names}
+    pointers = {name for name in names if re.fullmatch(r"x_\d+|w_[pt]\d+|vector_\d+|(saved|gradient)_\w+|d?_?y", name)}
+    indices = {name for name in names if name.startswith("channels_")}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else "*bf16"
+        if name in pointers
+        else "*i64"
+        if name in indices
+        else "i32"
+        for name in names
+    }
+    divisible = (pointers | indices | {name for name in names if name.endswith(("_row", "_col"))}) - set(constants)
+    # Rows of gathered tensors are as long as there are channels, but begin at multiples of 16 elements.
+    divisible |= {name for name in ("rows", "columns") if getattr(problem, name) % 16 == 0}
+    divisible |= {name for name in names if re.fullmatch(r"depth_\d+", name) and problem.depth % 16 == 0}
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Built(
+        registers=usage["REG"],
+        shared=compiled.metadata.shared,
+        spills=usage["STACK"],
+        matrix_instructions=len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"])),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", done.stdout + done.stderr)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile and print; return 1 where a kernel spills or exceeds shared memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append", help="default: all")
+    parser.add_argument("--source", action="store_true", help="print the source of each kernel as well")
+    args = parser.parse_args(argv)
+    failed = False
+    print("| kernel | arch | tile | registers | shared, KiB | spills | matrix instructions |")
+    print("|---" * 7 + "|")
+    for name, variant in variants().items():
+        for arch in args.arch or SHARED_LIMIT:
+            built = build(variant, arch)
+            tile = variant.tile(arch)
+            failed |= bool(built.spills) or built.shared > SHARED_LIMIT[arch]
+            print(
+                f"| {name} | sm_{arch} | {tile.m} x {tile.n} x {tile.k}, {tile.warps} warps | {built.registers} "
+                f"| {built.shared / 1024:.0f} | {built.spills} | {built.matrix_instructions} |",
+                flush=True,
+            )
+        if args.source:
+            of_product = isinstance(variant.spec, ProductSpec)
+            print(product_source(variant.spec) if of_product else gradient_source(variant.spec))  # type: ignore[arg-type]
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
