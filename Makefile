@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CODE := setup.py sparse_compile passes kernels tests $(wildcard examples benchmarks)
 
-.PHONY: help setup demo test lint typecheck support bench clean
+.PHONY: help setup demo test lint typecheck support bench kernels-report clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
 
 setup: $(STAMP) ## make .venv with the exact versions of requirements.lock and install the project into it, editable
 
@@ -54,6 +54,9 @@ support: $(STAMP) ## write docs/support.md from the tests
 
 bench: $(STAMP) ## time a training step against eager PEFT and plain Inductor
 	$(BIN)/python benchmarks/cpu.py --quick $(ARGS)
+
+kernels-report: $(STAMP) ## compile the generated GPU kernels and print registers, shared memory and spills
+	$(BIN)/python benchmarks/kernels_report.py $(ARGS)
 
 clean: ## remove build products and caches (not .venv)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -72,7 +72,7 @@ SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
 
-def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 143, kept_heads: int = 1024) -> dict[str, Variant]:
+def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads: int = 1024) -> dict[str, Variant]:
     """Return the kernels of one sparse Llama block.
 
     Args:

@@ -28,6 +28,9 @@ PEERS = ("eager", "inductor")
 DORA = "dora/"
 """What an arm begins with whose adapters are DoRA's: `dora/exact` beside `inductor`, which has LoRA's."""
 
+TRITON = "triton/"
+"""What an arm begins with whose sparse products are computed by generated kernels."""
+
 Step = Callable[[], float]
 """Takes one training step and returns the loss."""
 
@@ -60,14 +63,15 @@ def paired_ratio(peer: Sequence[float], arm: Sequence[float]) -> Spread:
 def options_of(arm: str) -> dict[str, Any]:
     """Return the options of an arm: a preset, or `PRESET:PASSES` with those optimising passes alone.
 
-    `exact:select_loss_rows+fuse_adapters` has two of them, `o2:` none: sparsity by itself.
+    `exact:select_loss_rows+fuse_adapters` has two of them, `o2:` none: sparsity by itself. `triton/o2` asks for the
+    generated kernels.
 
     Raises:
         ValueError: no such preset or pass.
     """
     from sparse_compile.pipeline import passes
 
-    preset, colon, listed = arm.partition(":")
+    preset, colon, listed = arm.removeprefix(TRITON).partition(":")
     chosen = [name for name in listed.split("+") if name]
     optional = [each.name for each in passes() if each.optimises]
     if preset not in PRESETS or not set(chosen) <= set(optional):
@@ -76,7 +80,8 @@ def options_of(arm: str) -> dict[str, Any]:
             f"{PRESETS[-1]}:{'+'.join(optional)}"
         )
     left_out = [name for name in optional if name not in chosen] if colon else []
-    return {"preset": preset, "disable": left_out, "start_step": 0}
+    kernels = "triton" if arm.startswith(TRITON) else "measured"
+    return {"preset": preset, "disable": left_out, "start_step": 0, "kernels": kernels}
 
 
 def check_arm(arm: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +72,19 @@ class Workload:
         return " ".join([self.name, *(f"{name}={getattr(self, name)}" for name in changed)])
 
 
+LLAMA_8B: dict[str, Any] = {
+    "layers": 32, "hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256, "batch": 8,
+    "dtype": "bf16",
+}  # fmt: skip
+"""Sizes of Llama-3-8B and its batch: for a GPU."""
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("math10k-mini", preset="o2", output=128),
         Workload("csr-mini", preset="o1", output=3),
+        Workload("math10k-8b", preset="o2", output=128, **LLAMA_8B),
+        Workload("csr-8b", preset="o1", output=3, **LLAMA_8B),
     )
 }
 
