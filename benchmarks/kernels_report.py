@@ -1,7 +1,7 @@
 """Compile the generated Triton kernels ahead of time, without a GPU, and show what the compiler made of them.
 
-    python benchmarks/kernels_report.py                     # the kernels of the 8B workloads, for sm_80 and sm_90
-    python benchmarks/kernels_report.py --arch 90 --source  # and their source
+    python benchmarks/kernels_report.py                         # those of the 8B workloads, for sm_80, sm_90, gfx942
+    python benchmarks/kernels_report.py --arch sm_90 --source   # and their source
 
 One line a kernel: registers of a thread, shared memory of a program, bytes that a thread spills, matrix instructions.
 """
@@ -25,8 +25,11 @@ from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elem
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
 from sparse_compile.torch_private import load_source
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
-"""Bytes of shared memory that one program may have, by architecture."""
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one program may have, by architecture.
+
+The kernels are not chosen on gfx942 (AMD's MI300): that they compile shows that nothing in them is NVIDIA's alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class Variant:
     problem: Problem
     by_column: tuple[str, ...] = ()
 
-    def tile(self, arch: int) -> Tile:
+    def tile(self, arch: str) -> Tile:
         """Return the tile that is chosen for it on an architecture."""
         if isinstance(self.spec, GradientSpec):
             return choose_elementwise_tile(self.problem.rows, self.problem.columns)
-        return choose_tile(dataclasses.replace(self.problem, capability=(arch // 10, 0)))
+        tile = choose_tile(dataclasses.replace(self.problem, capability=(9, 0) if arch == "sm_90" else (8, 0)))
+        return dataclasses.replace(tile, stages=2) if arch.startswith("gfx") else tile
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Built:
     Attributes:
         registers: a thread.
         shared: bytes of shared memory a program.
-        spills: bytes of stack that a thread spills to.
-        matrix_instructions: `mma.sync` or `wgmma` instructions in its PTX.
+        spills: bytes of stack, or on AMD registers, that a thread spills.
+        matrix_instructions: `mma.sync`, `wgmma` or `mfma` instructions in its assembly.
     """
 
     registers: int
@@ -111,12 +115,12 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     }
 
 
-def build(variant: Variant, arch: int) -> Built:
+def build(variant: Variant, arch: str) -> Built:
     """Compile one kernel for bf16 tensors.
 
     Args:
         variant: the kernel.
-        arch: 80 or 90.
+        arch: a key of `SHARED_LIMIT`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -160,14 +164,20 @@ def build(variant: Variant, arch: int) -> Built:
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = _resource_usage(compiled.asm["cubin"])
-    return Built(
-        registers=usage["REG"],
-        shared=compiled.metadata.shared,
-        spills=usage["STACK"],
-        matrix_instructions=len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"])),
-    )
+    if arch.startswith("gfx"):
+        compiled = triton.compile(source, target=GPUTarget("hip", arch, 64), options=options)
+        assembly = compiled.asm["amdgcn"]
+        counts = {
+            name: int(value) for name, value in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count): +(\d+)", assembly)
+        }
+        registers, spills = counts["vgpr_count"], counts["sgpr_spill_count"] + counts["vgpr_spill_count"]
+    else:
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
+        assembly = compiled.asm["ptx"]
+        usage = _resource_usage(compiled.asm["cubin"])
+        registers, spills = usage["REG"], usage["STACK"]
+    matrix_instructions = len(re.findall(r"wgmma\.mma_async|mma\.sync|v_mfma", assembly))
+    return Built(registers, compiled.metadata.shared, spills, matrix_instructions)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -184,7 +194,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and print; return 1 where a kernel spills or exceeds shared memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append", help="default: all")
+    parser.add_argument("--arch", choices=sorted(SHARED_LIMIT), action="append", help="default: all")
     parser.add_argument("--source", action="store_true", help="print the source of each kernel as well")
     args = parser.parse_args(argv)
     failed = False
@@ -196,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tile = variant.tile(arch)
             failed |= bool(built.spills) or built.shared > SHARED_LIMIT[arch]
             print(
-                f"| {name} | sm_{arch} | {tile.m} x {tile.n} x {tile.k}, {tile.warps} warps | {built.registers} "
+                f"| {name} | {arch} | {tile.m} x {tile.n} x {tile.k}, {tile.warps} warps | {built.registers} "
                 f"| {built.shared / 1024:.0f} | {built.spills} | {built.matrix_instructions} |",
                 flush=True,
             )

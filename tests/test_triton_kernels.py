@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by the interpreter, and compiled ahead of time for sm_80 and sm_90."""
+"""The Triton kernels without a GPU: run by the interpreter, and compiled ahead of time for sm_80, sm_90 and gfx942."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def report(repo_root: Path) -> Iterator[ModuleType]:
         sys.modules.pop("kernels_report", None)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch: int) -> None:
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch: str) -> None:
     """The 8B shapes: hidden 4096, feed-forward 14336 of which 143 or 430 channels are kept, 3072 context tokens."""
     variants = report.variants() | {
         f"{name}, o1": each for name, each in report.variants(4073, 4096, 430, 3276).items()
@@ -54,7 +54,7 @@ def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch
         built = report.build(variant, arch)
         assert built.spills == 0, name
         assert built.shared <= report.SHARED_LIMIT[arch], name
-        assert built.registers <= 255, name
+        assert built.registers <= (512 if arch == "gfx942" else 255), name
         if isinstance(variant.spec, ProductSpec) or variant.spec.thin:
             assert built.matrix_instructions > 0, name
 
@@ -62,12 +62,12 @@ def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch
 def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     variants = {"down": report.variants()["down"], "activation backward": report.variants()["activation backward"]}
     monkeypatch.setattr(report, "variants", lambda: variants)
-    assert report.main(["--arch", "90", "--source"]) == 0
+    assert report.main(["--arch", "sm_90", "--source"]) == 0
     printed = capsys.readouterr().out
     assert "| down | sm_90 | 128 x 128 x 64, 8 warps |" in printed
     assert "def products(" in printed and "def gradients(" in printed
     monkeypatch.setattr(report, "build", lambda variant, arch: report.Built(255, 1024, 8, 0))
-    assert report.main(["--arch", "90"]) == 1
+    assert report.main(["--arch", "sm_90"]) == 1
 
 
 def test_tiles() -> None:
@@ -84,7 +84,7 @@ def test_tiles() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("products", [1, 2, 4])
 def test_every_tile_is_legal(report: ModuleType, products: int, capability: tuple[int, int], itemsize: int) -> None:
-    limit = report.SHARED_LIMIT[10 * capability[0]]
+    limit = report.SHARED_LIMIT[f"sm_{capability[0]}0"]
     sizes = (1, 15, 16, 17, 143, 430, 4096)
     for rows in sizes:
         for columns in sizes:
