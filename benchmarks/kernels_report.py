@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_compile.kernels.channel_selection.triton import launch_sizes
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
@@ -72,6 +73,7 @@ class Built:
     matrix_instructions: int
 
 
+FFN_CHANNELS = 14336
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
@@ -122,10 +124,6 @@ def build(variant: Variant, arch: str) -> Built:
         variant: the kernel.
         arch: a key of `SHARED_LIMIT`.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     problem, tile = variant.problem, variant.tile(arch)
     if isinstance(variant.spec, ProductSpec):
         kernel = load_source(product_source(variant.spec)).products
@@ -140,36 +138,63 @@ def build(variant: Variant, arch: str) -> Built:
     constants |= {name: 1 for name in names if re.fullmatch(r"x_\d+_col", name)}
     weights = [name for name in names if re.fullmatch(r"w_[pt]\d+", name)]
     constants |= {f"{name}_{'row' if name[2:] in variant.by_column else 'col'}": 1 for name in weights}
-    constants = {name: value for name, value in constants.items() if name in names}
-    pointers = {name for name in names if re.fullmatch(r"x_\d+|w_[pt]\d+|vector_\d+|(saved|gradient)_\w+|d?_?y", name)}
-    indices = {name for name in names if name.startswith("channels_")}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else "*bf16"
-        if name in pointers
-        else "*i64"
-        if name in indices
-        else "i32"
-        for name in names
+    pointers = {
+        name: "*bf16" for name in names if re.fullmatch(r"x_\d+|w_[pt]\d+|vector_\d+|(saved|gradient)_\w+|d?_?y", name)
     }
-    divisible = (pointers | indices | {name for name in names if name.endswith(("_row", "_col"))}) - set(constants)
+    pointers |= {name: "*i64" for name in names if name.startswith("channels_")}
     # Rows of gathered tensors are as long as there are channels, but begin at multiples of 16 elements.
+    divisible = {name for name in names if name.endswith(("_row", "_col"))}
     divisible |= {name for name in ("rows", "columns") if getattr(problem, name) % 16 == 0}
     divisible |= {name for name in names if re.fullmatch(r"depth_\d+", name) and problem.depth % 16 == 0}
+    return _compile(kernel, pointers, constants, divisible, {"num_warps": tile.warps, "num_stages": tile.stages}, arch)
+
+
+def build_selection(channels: int, arch: str) -> Built:
+    """Compile the kernel that chooses among `channels` scores."""
+    from sparse_compile.kernels.channel_selection.triton_kernels import largest_channels
+
+    chunk, warps = launch_sizes(channels)
+    pointers = {"scores": "*fp32", "channels": "*i64", "informative": "*i32"}
+    divisible = {"n"} if channels % 16 == 0 else set()
+    return _compile(largest_channels, pointers, {"CHUNK": chunk}, divisible, {"num_warps": warps}, arch)
+
+
+def _compile(
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    divisible: set[str],
+    options: dict[str, int],
+    arch: str,
+) -> Built:
+    """Compile a kernel whose other arguments are 32-bit integers.
+
+    Args:
+        kernel: a Triton function.
+        pointers: types of the arguments that are tensors, which begin at multiples of 16 bytes.
+        constants: values of what is compiled in; names that the kernel does not have are left out.
+        divisible: numbers that are multiples of 16.
+        options: of the compiler.
+        arch: a key of `SHARED_LIMIT`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     source = ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in (divisible | set(pointers)) - set(constants)},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if arch.startswith("gfx"):
         compiled = triton.compile(source, target=GPUTarget("hip", arch, 64), options=options)
         assembly = compiled.asm["amdgcn"]
-        counts = {
-            name: int(value) for name, value in re.findall(r"\.(vgpr_count|[sv]gpr_spill_count): +(\d+)", assembly)
-        }
+        found = re.findall(r"\.(vgpr_count|[sv]gpr_spill_count): +(\d+)", assembly)
+        counts = {name: int(value) for name, value in found}
         registers, spills = counts["vgpr_count"], counts["sgpr_spill_count"] + counts["vgpr_spill_count"]
     else:
         compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
@@ -198,21 +223,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", action="store_true", help="print the source of each kernel as well")
     args = parser.parse_args(argv)
     failed = False
+
+    def show(name: str, tile: str, arch: str, built: Built) -> None:
+        nonlocal failed
+        failed |= bool(built.spills) or built.shared > SHARED_LIMIT[arch]
+        figures = (built.registers, f"{built.shared / 1024:.0f}", built.spills, built.matrix_instructions)
+        print("|", " | ".join(map(str, (name, arch, tile, *figures))), "|")
+
     print("| kernel | arch | tile | registers | shared, KiB | spills | matrix instructions |")
     print("|---" * 7 + "|")
+    archs = args.arch or list(SHARED_LIMIT)
     for name, variant in variants().items():
-        for arch in args.arch or SHARED_LIMIT:
-            built = build(variant, arch)
+        for arch in archs:
             tile = variant.tile(arch)
-            failed |= bool(built.spills) or built.shared > SHARED_LIMIT[arch]
-            print(
-                f"| {name} | {arch} | {tile.m} x {tile.n} x {tile.k}, {tile.warps} warps | {built.registers} "
-                f"| {built.shared / 1024:.0f} | {built.spills} | {built.matrix_instructions} |",
-                flush=True,
-            )
+            show(name, f"{tile.m} x {tile.n} x {tile.k}, {tile.warps} warps", arch, build(variant, arch))
         if args.source:
             of_product = isinstance(variant.spec, ProductSpec)
             print(product_source(variant.spec) if of_product else gradient_source(variant.spec))  # type: ignore[arg-type]
+    chunk, warps = launch_sizes(FFN_CHANNELS)
+    for arch in archs:
+        show("choice of channels", f"{chunk} scores, {warps} warps", arch, build_selection(FFN_CHANNELS, arch))
     return int(failed)
 
 

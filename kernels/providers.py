@@ -101,7 +101,7 @@ class ProviderTable:
         for provider in (*wanted, *self._providers):
             reason = provider.declines(call)
             if provider.name == REFERENCE and not wanted:
-                declined += [(each.name, each.declines(call) or _NOT_MEASURED) for each in self._candidates]
+                declined += [(each.name, _NOT_MEASURED) for each in self._candidates if each.declines(call) is None]
             if reason is None:
                 return Choice(provider.name, tuple(declined))
             declined.append((provider.name, reason))

@@ -63,12 +63,12 @@ class FuseProducts:
         rejections: dict[Rejection, None] = {}
         fused = 0
         for plan in plans:
-            call = _call(plan, ctx)
-            if call.device == "cpu" and ctx.config.kernels == "measured":
-                continue  # nothing is passed over: the kernels are for GPUs
-            reason = _no_provider(call, ctx.config.kernels)
-            if reason is not None:
-                rejections[Rejection(self.name, "fused_linear", reason)] = None
+            choice = FUSED_LINEAR.choose(_call(plan, ctx), ctx.config.kernels)
+            if choice.provider == REFERENCE:
+                # Not fused, it is computed by the providers of single products: the op's own reference is none of them.
+                rejections |= {
+                    Rejection(self.name, "fused_linear", f"{name}: {reason}"): None for name, reason in choice.declined
+                }
                 continue
             for part, end, dtype in _ends(plan, gm.graph):
                 try:
@@ -89,14 +89,6 @@ def _call(plan: SitePlan, ctx: PassContext) -> OpCall:
     value = ctx.parameters[plan.site.output.weight].value
     assert value is not None, "a site without its weights at hand stays dense"
     return OpCall(value.device.type, value.dtype)
-
-
-def _no_provider(call: OpCall, kernels: str) -> str | None:
-    """Say why no kernel would run a fused product; None where one would."""
-    choice = FUSED_LINEAR.choose(call, kernels)
-    if choice.provider != REFERENCE:
-        return None
-    return "; ".join(f"{name}: {reason}" for name, reason in choice.declined)
 
 
 def _ends(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node, torch.dtype]]:

@@ -16,9 +16,10 @@ from torch import fx
 
 from sparse_compile.graph import TAG
 from sparse_compile.ir import Rejection
+from sparse_compile.kernels.channel_selection import TOP_CHANNELS
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
-from sparse_compile.kernels.providers import OpCall, ProviderTable
+from sparse_compile.kernels.providers import REFERENCE, Choice, OpCall, ProviderTable
 from sparse_compile.kernels.token_rows import PUT_ROWS, TAKE_ROWS
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
@@ -29,6 +30,7 @@ _TABLES: dict[object, ProviderTable] = {
     _OPS.gathered_linear.default: GATHERED_LINEAR,
     _OPS.gathered_input_linear.default: GATHERED_INPUT_LINEAR,
     _OPS.fused_linear.default: FUSED_LINEAR,
+    _OPS.top_channels.default: TOP_CHANNELS,
 }
 
 
@@ -55,6 +57,8 @@ class LowerSparseOps:
                 continue
             site = node.meta[TAG]["site"]
             choice = table.choose(calls[site], ctx.config.kernels)
+            if choice == Choice(REFERENCE, ()):
+                continue  # what the op runs anyway: there is no other for this device
             node.kwargs = {**node.kwargs, "provider": choice.provider}
             stats[choice.provider] = stats.get(choice.provider, 0) + 1
             used.setdefault(site, {})[choice.provider] = None

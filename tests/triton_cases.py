@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from graphs import Head, frozen, gradients_of, lora, run_rewritten, tokens
 from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.kernels.channel_selection import triton as provider
+from sparse_compile.kernels.channel_selection.reference import top_channels as plain_top_channels
 from sparse_compile.kernels.codegen.triton_source import product_source
 from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients
 from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
@@ -153,6 +155,23 @@ def one_tile_of_registers_for_a_sum() -> None:
     assert product_source(product_spec((0, 1), (1, 1), 0, 0, "p0 - p1")).count("tl.zeros(") == 2
 
 
+def largest(n: int, k: int) -> None:
+    """The choice of channels: ties, zeros of either sign, denormal and huge scores; several chunks of scores."""
+    generator = torch.Generator().manual_seed(n)
+    drawn_scores = torch.randn(n, generator=generator).abs()
+    rounded = drawn_scores.mul(3).round()
+    extremes = drawn_scores.clone()
+    extremes[::3], extremes[1::3] = 1e-42, 3e38
+    for scores in (drawn_scores, rounded, extremes, torch.ones(n), torch.cat([-torch.zeros(n - 1), torch.ones(1)])):
+        found, informative = provider.top_channels(scores, k)
+        expected, useful = plain_top_channels(scores, k)
+        assert torch.equal(found, expected) and found.dtype == torch.int64
+        assert bool(informative) == bool(useful) is True
+    for bad in (torch.zeros(n), rounded.index_fill(0, torch.tensor([n // 2]), float("nan")), rounded / 0):
+        found, informative = provider.top_channels(bad, k)
+        assert found.tolist() == list(range(k)) and not informative
+
+
 def whole_model() -> None:
     """A sparse block under autocast, from its graph to its gradients, computed by nothing but generated kernels."""
     model = Head(lora(8, 8), GatedMLP()).float()
@@ -164,7 +183,7 @@ def whole_model() -> None:
             ran = run_rewritten(model, *inputs, config=config)
         found[kernels] = (ran, gradients_of(ran.value, model))
     ran, gradients = found["triton"]
-    assert ran.ctx.providers == {"body.1": ("cpu_index", "triton")}, ran.ctx.providers
+    assert ran.ctx.providers == {"body.1": ("triton", "cpu_index")}, ran.ctx.providers
     assert next(record for record in ran.result.records if record.name == "fuse_products").stats["fused"] == 2
     (other, expected) = found["measured"]
     assert_close_rms(ran.value, other.value, torch.bfloat16)
@@ -194,6 +213,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = "x".join(map(str, shape))
         yield f"fused {name}", partial(fused, FORMULAS["swiglu, adapters, bias"], torch.float16, shape)
         yield f"fused, inputs gathered {name}", partial(fused, FORMULAS["sum"], torch.float32, shape, 1)
+    for n, k in ((1, 1), (7, 3), (16, 16), (143, 1), (1000, 999), (20000, 200)):
+        yield f"largest {k} of {n}", partial(largest, n, k)
     for case in (
         other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum, whole_model,
     ):  # fmt: skip

@@ -1,6 +1,7 @@
 """Channel prediction and selection: low-rank scores, top-k, and means to observe the choice."""
 
 from sparse_compile.kernels.channel_selection.op import (
+    TOP_CHANNELS,
     context_mean,
     degenerate_counts,
     low_rank_product,
@@ -11,6 +12,7 @@ from sparse_compile.kernels.channel_selection.op import (
 )
 
 __all__ = [
+    "TOP_CHANNELS",
     "context_mean",
     "degenerate_counts",
     "low_rank_product",

@@ -10,12 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.channel_selection import reference
+from sparse_compile.kernels.channel_selection import reference, triton
 from sparse_compile.kernels.dtypes import at_least_fp32
+from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, triton_runs
+
+TOP_CHANNELS = ProviderTable(
+    "top_channels",
+    reference.top_channels,
+    candidates=(Provider("triton", triton.top_channels, triton_runs),),
+)
 
 _recorders: list[dict[str, list[Tensor]]] = []
 _degenerate: dict[tuple[str, torch.device], Tensor] = {}
@@ -58,27 +66,29 @@ def _(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = No
 
 
 @torch.library.custom_op("sparselora::top_channels", mutates_args=())
-def top_channels(scores: Tensor, k: int, site: str) -> Tensor:
+def top_channels(scores: Tensor, k: int, site: str, provider: str = REFERENCE) -> Tensor:
     """Return the k channels of highest score, ascending; see `reference.top_channels`.
 
     Args:
         scores: (n,).
         k: channels to keep, 1 <= k <= n.
         site: name of the site, for `record_channels` and `degenerate_counts` only.
+        provider: a name of `TOP_CHANNELS`.
 
     Returns:
         (k,) int64.
     """
     count = _degenerate.setdefault((site, scores.device), torch.zeros((), dtype=torch.int64, device=scores.device))
-    count += ~(scores.isfinite().all() & scores.any())
-    channels = reference.top_channels(scores, k)
+    chosen = TOP_CHANNELS[provider](scores, k)
+    channels, informative = cast("tuple[Tensor, Tensor]", chosen)
+    count += ~informative
     for recorder in _recorders:
         recorder.setdefault(site, []).append(channels)
     return channels
 
 
 @top_channels.register_fake
-def _(scores: Tensor, k: int, site: str) -> Tensor:
+def _(scores: Tensor, k: int, site: str, provider: str = REFERENCE) -> Tensor:
     return scores.new_empty(k, dtype=torch.int64)
 
 

@@ -56,14 +56,15 @@ def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tens
     return squared.clamp_min(0).sqrt()
 
 
-def top_channels(scores: Tensor, k: int) -> Tensor:
-    """Return the indices of the k highest scores, ascending; the lowest index wins a tie.
+def top_channels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the k highest scores, ascending, and whether the scores say anything, a 0-dim bool.
 
-    A vector that is all zero or not finite says nothing about any channel: the lowest k indices are kept.
+    The lowest index wins a tie. A vector that is all zero or not finite says nothing about any channel: the lowest k
+    indices are kept.
     """
     informative = scores.isfinite().all() & scores.any()
     ranked = scores.nan_to_num().sort(descending=True, stable=True).indices[:k].sort().values
-    return torch.where(informative, ranked, torch.arange(k, device=scores.device))
+    return torch.where(informative, ranked, torch.arange(k, device=scores.device)), informative
 
 
 def spaced_rows(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:

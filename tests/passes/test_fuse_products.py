@@ -30,7 +30,7 @@ from graphs import (
 )
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump
-from sparse_compile.kernels.providers import OpCall
+from sparse_compile.kernels.providers import Choice, OpCall
 from sparse_compile.passes import fuse_products
 from sparse_compile.passes.base import PassOutcome
 from sparse_compile.reference import MaskedFFN
@@ -80,8 +80,12 @@ FUNCTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.fixture
 def with_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compute no fp64 and run on GPUs: what they compute is tested by the reference body."""
-    monkeypatch.setattr(fuse_products, "_call", lambda plan, ctx: OpCall("cuda", torch.bfloat16))
-    monkeypatch.setattr(fuse_products, "_no_provider", lambda call, kernels: None)
+
+    class Table:
+        def choose(self, call: OpCall, kernels: str) -> Choice:
+            return Choice("triton", ())
+
+    monkeypatch.setattr(fuse_products, "FUSED_LINEAR", Table())
 
 
 def fused(model: nn.Module, **options: object) -> tuple[Captured, PassOutcome]:

@@ -67,8 +67,16 @@ def test_another_device_is_declined_with_the_reason() -> None:
     outcome = run_passes(captured, PASS)[PASS]
     assert outcome.stats == {"reference": 5}
     assert Rejection(PASS, "gathered_linear", "cpu_gemm: runs on cpu, not on meta") in outcome.rejections
-    assert Rejection(PASS, "gathered_linear", "triton: runs on NVIDIA GPUs, not on meta") in outcome.rejections
-    assert len(outcome.rejections) == len(set(outcome.rejections)) == 6
+    assert len(outcome.rejections) == len(set(outcome.rejections)) == 4
+
+
+def test_kernels_that_are_asked_for_and_do_not_run_here() -> None:
+    _, outcome = lowered(layer_sparsity={"body.0": 0.5}, kernels="triton")
+    assert outcome.stats == {"cpu_index": 3, "cpu_gemm": 2, "reference": 1}
+    assert Rejection(PASS, "gathered_linear", "triton: runs on NVIDIA GPUs, not on cpu") in outcome.rejections
+    assert {rejection.node for rejection in outcome.rejections} == {
+        "gathered_linear", "gathered_input_linear", "top_channels",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dynamic", [0, 1])
