@@ -24,6 +24,7 @@ from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
+from sparse_compile.kernels.token_rows.triton import launch_sizes as row_sizes
 from sparse_compile.torch_private import load_source
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
@@ -73,7 +74,7 @@ class Built:
     matrix_instructions: int
 
 
-FFN_CHANNELS = 14336
+HIDDEN, FFN_CHANNELS = 4096, 14336
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
@@ -157,6 +158,20 @@ def build_selection(channels: int, arch: str) -> Built:
     pointers = {"scores": "*fp32", "channels": "*i64", "informative": "*i32"}
     divisible = {"n"} if channels % 16 == 0 else set()
     return _compile(largest_channels, pointers, {"CHUNK": chunk}, divisible, {"num_warps": warps}, arch)
+
+
+def build_rows(name: str, width: int, arch: str) -> Built:
+    """Compile the kernel that splits (`"take"`) or merges (`"put"`) rows of bf16, with channels picked or placed."""
+    from sparse_compile.kernels.token_rows import triton_kernels
+
+    _, block = row_sizes(1, width)
+    pointers = dict.fromkeys(("x", "output", "context", "merged"), "*bf16")
+    pointers |= {"output_rows": "*i64", "context_rows": "*i64", "columns": "*i64", "places": "*i32"}
+    kernel = getattr(triton_kernels, name)
+    pointers = {each: kind for each, kind in pointers.items() if each in kernel.arg_names}
+    constants = {"HAS_COLUMNS": True, "BLOCK": block, "x_col": 1, "output_col": 1, "context_col": 1}
+    divisible = {each for each in kernel.arg_names if each.endswith("_row") or each in ("width", "kept")}
+    return _compile(kernel, pointers, constants, divisible, {}, arch)
 
 
 def _compile(
@@ -243,6 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chunk, warps = launch_sizes(FFN_CHANNELS)
     for arch in archs:
         show("choice of channels", f"{chunk} scores, {warps} warps", arch, build_selection(FFN_CHANNELS, arch))
+    for name, kernel in (("split of tokens", "take"), ("merge of tokens", "put")):
+        for arch in archs:
+            show(name, f"{row_sizes(1, HIDDEN)[1]} channels", arch, build_rows(kernel, HIDDEN, arch))
     return int(failed)
 
 

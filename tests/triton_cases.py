@@ -25,6 +25,8 @@ from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradi
 from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
 from sparse_compile.kernels.fused_linear.triton import product_spec
 from sparse_compile.kernels.gathered_linear import gathered_input_linear, gathered_linear, reference
+from sparse_compile.kernels.token_rows import put_rows, take_rows
+from sparse_compile.kernels.token_rows import reference as plain_rows
 from tolerances import assert_close_rms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,6 +174,31 @@ def largest(n: int, k: int) -> None:
         assert found.tolist() == list(range(k)) and not informative
 
 
+def rows_by_role(dtype: torch.dtype, tokens_: int, width: int, kept: int | None, strided: bool) -> None:
+    """Split and merge, forward and backward: copies, so equal to the last bit."""
+    mask = torch.rand(tokens_, generator=torch.Generator().manual_seed(5)) < 0.4
+    output_rows, context_rows = plain_rows.split_tokens(mask)
+    columns = None if kept is None else torch.randperm(width, generator=torch.Generator().manual_seed(6))[:kept]
+
+    def given(*shape: int, seed: int) -> Tensor:
+        return drawn(*shape[::-1], seed=seed, dtype=dtype).t() if strided else drawn(*shape, seed=seed, dtype=dtype)
+
+    x = given(tokens_, width, seed=0).requires_grad_()
+    outputs, contexts = given(len(output_rows), width, seed=1), given(len(context_rows), kept or width, seed=2)
+    for op, operands in ((take_rows, (x,)), (put_rows, (outputs.requires_grad_(), contexts.requires_grad_()))):
+        found = op(*operands, output_rows, context_rows, columns, "triton")
+        expected = op(*operands, output_rows, context_rows, columns)
+        pairs = zip(*((each,) if isinstance(each, Tensor) else each for each in (found, expected)), strict=True)
+        for one, other in pairs:
+            assert torch.equal(one, other) and one.stride() == other.stride()
+            d = drawn(*one.shape, seed=7, dtype=dtype)
+            gradients = [
+                torch.autograd.grad(each, operands, d, retain_graph=True, allow_unused=True) for each in (one, other)
+            ]
+            for mine, plain in zip(*gradients, strict=True):
+                assert torch.equal(mine, plain)
+
+
 def whole_model() -> None:
     """A sparse block under autocast, from its graph to its gradients, computed by nothing but generated kernels."""
     model = Head(lora(8, 8), GatedMLP()).float()
@@ -183,7 +210,7 @@ def whole_model() -> None:
             ran = run_rewritten(model, *inputs, config=config)
         found[kernels] = (ran, gradients_of(ran.value, model))
     ran, gradients = found["triton"]
-    assert ran.ctx.providers == {"body.1": ("triton", "cpu_index")}, ran.ctx.providers
+    assert ran.ctx.providers == {"body.1": ("triton",)}, ran.ctx.providers
     assert next(record for record in ran.result.records if record.name == "fuse_products").stats["fused"] == 2
     (other, expected) = found["measured"]
     assert_close_rms(ran.value, other.value, torch.bfloat16)
@@ -215,6 +242,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"fused, inputs gathered {name}", partial(fused, FORMULAS["sum"], torch.float32, shape, 1)
     for n, k in ((1, 1), (7, 3), (16, 16), (143, 1), (1000, 999), (20000, 200)):
         yield f"largest {k} of {n}", partial(largest, n, k)
+    for dtype, (tokens_, width, kept), strided in itertools.product(
+        (torch.float32, torch.bfloat16),
+        ((9, 33, None), (9, 33, 5), (1, 1, 1), (0, 4, 2), (3, 2500, 2100)),
+        (False, True),
+    ):
+        name = f"rows {str(dtype)[6:]} {tokens_}x{width} {kept}{' strided' if strided else ''}"
+        yield name, partial(rows_by_role, dtype, tokens_, width, kept, strided)
     for case in (
         other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum, whole_model,
     ):  # fmt: skip

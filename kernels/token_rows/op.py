@@ -14,12 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only
-from sparse_compile.kernels.token_rows import cpu, reference
+from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only, triton_runs
+from sparse_compile.kernels.token_rows import cpu, reference, triton
 from sparse_compile.torch_private import new_unbacked_size
 
-TAKE_ROWS = ProviderTable("take_rows", reference.take_rows, Provider("cpu_index", cpu.take_rows, cpu_only))
-PUT_ROWS = ProviderTable("put_rows", reference.put_rows, Provider("cpu_index", cpu.put_rows, cpu_only))
+TAKE_ROWS = ProviderTable(
+    "take_rows",
+    reference.take_rows,
+    Provider("cpu_index", cpu.take_rows, cpu_only),
+    candidates=(Provider("triton", triton.take_rows, triton_runs),),
+)
+PUT_ROWS = ProviderTable(
+    "put_rows",
+    reference.put_rows,
+    Provider("cpu_index", cpu.put_rows, cpu_only),
+    candidates=(Provider("triton", triton.put_rows, triton_runs),),
+)
 
 
 @torch.library.custom_op("sparselora::split_tokens", mutates_args=())

@@ -1,0 +1,62 @@
+"""Token split and merge on an NVIDIA GPU: one kernel for both roles, channels picked and placed on the way.
+
+Run under Triton's interpreter and compiled ahead of time in tests; not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `reference.take_rows`."""
+    from sparse_compile.kernels.token_rows.triton_kernels import take
+
+    outputs, width = output_rows.numel(), x.shape[1]
+    kept = width if columns is None else columns.numel()
+    output, context = x.new_empty(outputs, width), x.new_empty(context_rows.numel(), kept)
+    if x.numel():
+        grid, block = launch_sizes(x.shape[0], width)
+        with _on(x):
+            take[grid](
+                x, output_rows, context_rows, columns, output, context, outputs, width, kept, *x.stride(),
+                HAS_COLUMNS=columns is not None, BLOCK=block,
+            )  # fmt: skip
+    return output, context
+
+
+def put_rows(
+    output: Tensor, context: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None
+) -> Tensor:
+    """See `reference.put_rows`."""
+    from sparse_compile.kernels.token_rows.triton_kernels import put
+
+    outputs, width = output_rows.numel(), output.shape[1]
+    merged = output.new_empty(outputs + context_rows.numel(), width)
+    places = None
+    if columns is not None:
+        places = columns.new_full((width,), -1, dtype=torch.int32)
+        places[columns] = torch.arange(columns.numel(), device=columns.device, dtype=torch.int32)
+    if merged.numel():
+        grid, block = launch_sizes(merged.shape[0], width)
+        with _on(output):
+            put[grid](
+                output, context, output_rows, context_rows, places, merged, outputs, width, *output.stride(),
+                *context.stride(), HAS_COLUMNS=columns is not None, BLOCK=block,
+            )  # fmt: skip
+    return merged
+
+
+def launch_sizes(rows: int, width: int) -> tuple[tuple[int, int], int]:
+    """Return the grid of a copy of rows, and the channels that a program copies: a power of two."""
+    block = min(2048, max(16, 1 << (width - 1).bit_length()))
+    return (rows, -(-width // block)), block
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; under its interpreter there is none."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
