@@ -3,10 +3,10 @@
     python benchmarks/lors.py --model DIR --data train.jsonl --eval-data test.jsonl --out docs/lors.md
     python benchmarks/lors.py --speed --out docs/lors.md
 
-The first gives held-out losses, the second time and memory of a step. Each run of the first appends a row to `benchmarks/results/lors.jsonl`; a run that stands there already, with the same
-settings, is not repeated, so that an interrupted table goes on where it was. With `--out` the tables are written into
-that file, between marker lines; otherwise they are printed. What the arms are is said in `lors_quality.py` and
-`lors_speed.py`. Runs on the CPU.
+The first gives held-out losses, the second time and memory of a step. Each run of the first appends a row to
+`benchmarks/results/lors.jsonl`; a run that stands there already, with the same settings, is not repeated, so that an
+interrupted table goes on where it was. With `--out` the tables are written into that file, between marker lines;
+otherwise they are printed. What the arms are is said in `lors_quality.py` and `lors_speed.py`. Runs on the CPU.
 """
 
 from __future__ import annotations

@@ -76,8 +76,15 @@ def _reason(layer: Any, owners: dict[int, int]) -> str:
 
 
 def _merged(weight: Tensor, layer: Any, threshold: float) -> Tensor:
+    from peft.tuners.lora import Linear
+
     merged = weight.to(at_least_fp32(weight))
     for name in layer.active_adapters:
-        if name in layer.lora_A or name in getattr(layer, "lora_embedding_A", ()):
+        if isinstance(layer, Linear) and name in layer.lora_A:
+            # Not PEFT's own, which rounds B A to the dtype of the adapter.
+            a, b = (factor[name].weight.to(merged.dtype) for factor in (layer.lora_A, layer.lora_B))
+            left, right = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
+            merged = torch.addmm(merged, left, right, alpha=layer.scaling[name])
+        elif name in layer.lora_A or name in getattr(layer, "lora_embedding_A", ()):
             merged = merged + layer.get_delta_weight(name).to(merged.dtype)
     return merged.masked_fill(weight == 0, 0) if zero_fraction(weight) >= threshold else merged
