@@ -48,10 +48,10 @@ class Settings:
         alpha: LoRA's.
     """
 
-    steps: int = 50
+    steps: int = 40
     batch_size: int = 4
-    length: int = 192
-    records: int = 2000
+    length: int = 144
+    records: int = 1500
     held_out: int = 64
     calibration: int = 32
     lr: float = 1e-3
