@@ -185,5 +185,5 @@ def _loss(output: Any, index: int) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError("the model returned no loss: a batch needs labels, or the model a loss of its own")
     if not loss.isfinite():
-        raise ValueError(f"the loss of batch {index} is {float(loss)}")
+        raise ValueError(f"the loss of batch {index} is {loss.item()}")
     return loss

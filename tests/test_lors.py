@@ -77,7 +77,8 @@ def told(*expected: str) -> Iterator[None]:
         yield
     ours = [str(each.message) for each in seen if "sparselora" in str(each.message)]
     assert len(ours) == bool(expected), ours
-    assert all(text in ours[0] for text in expected)
+    for text in expected:
+        assert text in ours[0]
 
 
 def same_step(model: nn.Module, call: Any, expected_of: nn.Module, inputs: dict[str, Tensor], dtype: Any) -> None:
@@ -111,7 +112,7 @@ def test_precisions(precision: str, aot_eager_inductor: Any) -> None:
             model, compiled(model), plain(model), batch(97), torch.float32 if precision == "fp32" else torch.bfloat16
         )
     (graph,) = aot_eager_inductor.graphs
-    assert str(graph.graph).count("masked_linear") == 2
+    assert [str(node.target) for node in graph.graph.nodes].count("sparselora.masked_linear.default") == 2
 
 
 def test_checkpointing() -> None:
@@ -133,7 +134,7 @@ def test_contextual_sparsity_beside_masks() -> None:
         loss = call(**inputs).loss
     loss.backward()
     ((name, (channels,)),) = chosen.items()
-    assert name == "layers.0.mlp"
+    assert name.endswith(".layers.0.mlp")
     (site,) = masked_sites(expected, {name: channels})
     with masked_dense([site], output_mask_from_labels(inputs["labels"])):
         expected_loss = expected(**inputs).loss
@@ -165,11 +166,11 @@ def test_conv1d() -> None:
     targets = ("c_attn", "c_fc")
     model = with_lora(prune(transformers.GPT2LMHeadModel(config), *targets), targets)
     before = {name: layer.get_base_layer().weight.detach().clone() for name, layer in lora_layers(model).items()}
-    inputs = batch(97)
+    call, inputs = compiled(model), batch(97)
     with told():
-        same_step(model, compiled(model), plain(model), inputs, torch.float32)
+        same_step(model, call, plain(model), inputs, torch.float32)
         with torch.no_grad():
-            trained = compiled(model)(**inputs).loss
+            trained = call(**inputs).loss
     merged = merge_masked(model)
     assert_close_rms(merged(**inputs).loss, trained)
     for name, weight in before.items():
@@ -180,7 +181,7 @@ def test_conv1d() -> None:
 def test_a_tied_weight_is_declined() -> None:
     """Merging would change the embedding as well."""
     model = with_lora(prune(tiny_llama(layers=1, tied=True), "embed_tokens"), ("lm_head",))
-    with told("lm_head: something else reads its weight (a tied embedding?)"):
+    with told("something else reads its weight (a tied embedding?)"):
         compiled(model)(**batch(97)).loss.backward()
 
 
