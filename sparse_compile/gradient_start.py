@@ -158,7 +158,7 @@ def _gradient_products(
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             # The gradient of the sum of layer and adapter is that of the layer.
-            output.register_hook(partial(added, name, args[0].detach()))
+            output.register_hook(partial(added, name, args[0].detach()))  # type: ignore[no-untyped-call]
 
         return hook
 

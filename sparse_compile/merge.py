@@ -79,8 +79,9 @@ def _merged(weight: Tensor, layer: Any, threshold: float) -> Tensor:
     from peft.tuners.lora import Linear
 
     merged = weight.to(at_least_fp32(weight))
+    is_linear = isinstance(layer, Linear)
     for name in layer.active_adapters:
-        if isinstance(layer, Linear) and name in layer.lora_A:
+        if is_linear and name in layer.lora_A:
             # Not PEFT's own, which rounds B A to the dtype of the adapter.
             a, b = (factor[name].weight.to(merged.dtype) for factor in (layer.lora_A, layer.lora_B))
             left, right = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)

@@ -28,7 +28,7 @@ def test_kernels_under_the_interpreter(repo_root: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 38
+    assert len(lines) == 58
 
 
 # The 8B shapes: hidden 4096, feed-forward 14336 of which 143 channels are kept, 3072 context tokens.
@@ -46,6 +46,18 @@ def test_matrix_kernels_compile_ahead_of_time(name: str, arch: int) -> None:
 
     problem, gather, along_depth = PRODUCTS[name]
     built = compile_product(problem, gather, along_depth, arch)
+    assert built.spills == 0
+    assert 0 < built.shared <= SHARED_LIMIT[arch]
+    assert built.matrix_instructions > 0 and built.registers <= 255
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("adapters", ["fp32", "bf16"])
+@pytest.mark.parametrize("along_depth", [True, False], ids=["forward", "input gradient"])
+def test_masked_kernels_compile_ahead_of_time(along_depth: bool, adapters: str, arch: int) -> None:
+    from aot import compile_masked
+
+    built = compile_masked(Problem(4096, 4096, 4096, 2, (9, 0)), adapters, along_depth, arch)
     assert built.spills == 0
     assert 0 < built.shared <= SHARED_LIMIT[arch]
     assert built.matrix_instructions > 0 and built.registers <= 255
