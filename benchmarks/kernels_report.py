@@ -14,9 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sparse_compile.kernels.channel_selection.triton import launch_sizes
@@ -174,6 +175,32 @@ def build_rows(name: str, width: int, arch: str) -> Built:
     return _compile(kernel, pointers, constants, divisible, {}, arch)
 
 
+def build_masked(problem: Problem, adapters: str, along_depth: bool, arch: str) -> Built:
+    """Compile the masked product of bf16 tensors with an adapter of rank 32.
+
+    Args:
+        problem: its sizes.
+        adapters: Triton's name of the adapters' dtype.
+        along_depth: whether neighbours in memory are neighbours along the depth (forward), else along the columns.
+        arch: a key of `SHARED_LIMIT`.
+    """
+    from sparse_compile.kernels.masked_linear.triton import masked_tile
+    from sparse_compile.kernels.masked_linear.triton_kernels import masked_product
+
+    tile = masked_tile(dataclasses.replace(problem, capability=(9, 0) if arch == "sm_90" else (8, 0)))
+    contiguous = ("w_depth", "left_rank", "right_depth") if along_depth else ("w_column", "left_column", "right_rank")
+    constants: dict[str, Any] = {
+        "x_depth": 1, **dict.fromkeys(contiguous, 1), "bias": None, "RANK": 32, "HAS_BIAS": False, "PRECISION": "ieee",
+        "INTERPRETED": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": 32,
+        "GROUP": tile.group,
+    }  # fmt: skip
+    tensors = {"x": "*bf16", "w": "*bf16", "left": f"*{adapters}", "right": f"*{adapters}", "y": "*bf16"}
+    divisible = {"rows", "columns", "depth", "x_row", "w_column", "w_depth"}
+    divisible |= {"left_column", "left_rank", "right_rank", "right_depth"}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return _compile(masked_product, tensors, constants, divisible, options, arch, {"scale": "fp32"})
+
+
 def _compile(
     kernel: Any,
     pointers: dict[str, str],
@@ -181,6 +208,7 @@ def _compile(
     divisible: set[str],
     options: dict[str, int],
     arch: str,
+    numbers: Mapping[str, str] = MappingProxyType({}),
 ) -> Built:
     """Compile a kernel whose other arguments are 32-bit integers.
 
@@ -191,6 +219,7 @@ def _compile(
         divisible: numbers that are multiples of 16.
         options: of the compiler.
         arch: a key of `SHARED_LIMIT`.
+        numbers: types of the arguments that are neither tensors nor such integers.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -198,7 +227,8 @@ def _compile(
 
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    types = {**dict.fromkeys(names, "i32"), **pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types[name] for name in names}
     source = ASTSource(
         kernel,
         signature,
@@ -258,6 +288,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     chunk, warps = launch_sizes(FFN_CHANNELS)
     for arch in archs:
         show("choice of channels", f"{chunk} scores, {warps} warps", arch, build_selection(FFN_CHANNELS, arch))
+    square = Problem(4096, HIDDEN, HIDDEN, 2, (9, 0))
+    for name, along_depth in (("masked product", True), ("masked product, gradient of x", False)):
+        for arch in archs[:2]:
+            show(name, "as the products", arch, build_masked(square, "bf16", along_depth, arch))
     for name, kernel in (("split of tokens", "take"), ("merge of tokens", "put")):
         for arch in archs:
             show(name, f"{row_sizes(1, HIDDEN)[1]} channels", arch, build_rows(kernel, HIDDEN, arch))

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from markdown import replace_tables, table
 from predictor_sites import Probe, load_model, measure
 from torch import Tensor
 
@@ -138,13 +139,6 @@ def mean_over(qualities: Sequence[Quality]) -> Quality:
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; floats with two digits behind the point."""
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def recovered(q: Quality) -> str:
     """Say how far the predicted error has come from the random (0%) to the oracle's (100%), where these differ."""
     span = q.error_random - q.error_oracle
@@ -238,17 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is None:
         sys.stdout.write(text + "\n")
     else:
-        _replace(args.out, args.model.name, text)
-
-
-def _replace(document: Path, name: str, text: str) -> None:
-    """Put the tables of a model between its marker lines."""
-    begin, end = f"<!-- tables of {name} -->", f"<!-- end of tables of {name} -->"
-    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
-    _, also_found, after = rest.partition(end)
-    if not (found and also_found):
-        raise SystemExit(f"{document} has no lines {begin!r} and {end!r} to put the tables between")
-    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+        replace_tables(args.out, args.model.name, text)
 
 
 if __name__ == "__main__":

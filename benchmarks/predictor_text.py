@@ -1,4 +1,4 @@
-"""Read real text into batches, for `predictor_quality.py`."""
+"""Read real text into batches, for `predictor_quality.py` and `lors.py`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 Encode: TypeAlias = Callable[[str], list[int]]
 """From text to token ids, without special tokens."""
+
+Example: TypeAlias = tuple[list[int], list[int]]
+"""Token ids of a question, which begins with BOS, and of its answer, which ends with EOS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,22 +120,38 @@ def read_batches(data: Path, encode: Encode, config: Any, *, batches: int, batch
     Raises:
         ValueError: If the file holds too few records that fit.
     """
-    examples: list[tuple[list[int], list[int]]] = []
+    examples = read_examples(data, encode, config, batches * batch_size, config.max_position_embeddings)
+    return [pad(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+
+
+def read_examples(data: Path, encode: Encode, config: Any, count: int, longest: int) -> list[Example]:
+    """Read the first questions and answers that are no longer together than `longest` tokens.
+
+    Args:
+        data: Records with the keys `question` and `answer`.
+        encode: From `load_encoder`.
+        config: The model's configuration.
+        count: How many.
+        longest: Tokens.
+
+    Raises:
+        ValueError: If the file holds too few records that fit.
+    """
+    examples: list[Example] = []
     with data.open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
             question = [config.bos_token_id, *encode(record["question"])]
             answer = [*encode(record["answer"]), config.eos_token_id]
-            if len(question) + len(answer) <= config.max_position_embeddings:
+            if len(question) + len(answer) <= longest:
                 examples.append((question, answer))
-            if len(examples) == batches * batch_size:
-                break
-        else:
-            raise ValueError(f"{data} holds only {len(examples)} records that fit, not {batches * batch_size}")
-    return [_pad(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+            if len(examples) == count:
+                return examples
+    raise ValueError(f"{data} holds only {len(examples)} records that fit, not {count}")
 
 
-def _pad(examples: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    length = max(len(question) + len(answer) for question, answer in examples)
+def pad(examples: Sequence[Example], length: int | None = None) -> Batch:
+    """Pad examples to `length` tokens, or to the longest of them."""
+    length = length or max(len(question) + len(answer) for question, answer in examples)
     ids, mask, labels = (torch.full((len(examples), length), value) for value in (0, 0, -100))
     for row, (question, answer) in enumerate(examples):
         end = len(question) + len(answer)

@@ -109,6 +109,13 @@ class InvalidOptionError(ValueError):
     """An option that the user has to mend: the pipeline lets it through, and goes on without any other failed pass."""
 
 
+class RequestedFunctionError(RuntimeError):
+    """The function that an option asks for cannot be made of a graph.
+
+    Unlike an optimisation it cannot be left out: the graph would go on to train another function than was asked for.
+    """
+
+
 class Pass(Protocol):
     """One step of the pipeline: a frozen dataclass with these attributes and `run`.
 

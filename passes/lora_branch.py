@@ -20,10 +20,10 @@ def is_sum(node: fx.Node) -> bool:
 def match_branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABranch | None:
     """Return the LoRA branch that ends in `output` and belongs to the layer that reads `source`, or None."""
     b = strip_scale(output)
-    if not is_trained_linear(b, ctx):
+    if not is_adapter_product(b, ctx):
         return None
     a = strip_scale(argument(b, 0, "input"))
-    if not is_trained_linear(a, ctx):
+    if not is_adapter_product(a, ctx):
         return None
     x, dropout = strip_casts(argument(a, 0, "input")), None
     shared = strip_casts(source)
@@ -47,12 +47,16 @@ def strip_scale(node: fx.Node) -> fx.Node:
         node = tensors[0]
 
 
-def is_trained_linear(node: fx.Node, ctx: PassContext) -> bool:
-    """Tell whether `node` is a linear layer whose weight is trained."""
+def is_adapter_product(node: fx.Node, ctx: PassContext) -> bool:
+    """Tell whether `node` is a linear layer whose weight may be an adapter's factor.
+
+    A trained one, by which an adapter is told from a layer. What an option asks for holds for adapters that were loaded
+    to be evaluated as well, which are frozen.
+    """
     if node.target is not LINEAR:
         return False
     weight = strip_casts(argument(node, 1, "weight"))
     if op_name(weight) == "t":
         weight = strip_casts(weight.args[0])  # type: ignore[arg-type]
     parameter = ctx.parameters.get(weight.name)
-    return parameter is not None and parameter.trained
+    return parameter is not None and (parameter.trained or bool(ctx.config.requested))

@@ -188,7 +188,7 @@ def _rewrite(
 ) -> None:
     value, output = tensor_value(layer.x), tensor_value(layer.output)
     assert value is not None and output is not None
-    provider = MASKED_LINEAR.choose(OpCall(value.device.type, dtype)).provider
+    provider = MASKED_LINEAR.choose(OpCall(value.device.type, dtype), ctx.config.kernels).provider
     with rewriter.before(layer.output, projection.name):
         x = layer.x if value.dtype == dtype else rewriter.method("to", layer.x, dtype)
         factors = (strip_casts(layer.weight), strip_casts(layer.a), strip_casts(layer.b))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.explain import explain
+from sparse_compile.gradient_start import gradient_guided_start
 from sparse_compile.merge import merge_masked
 from sparse_compile.roles import token_roles
 from sparse_compile.schedule import Schedule
@@ -13,7 +14,15 @@ from sparse_compile.schedule import Schedule
 if TYPE_CHECKING:
     from sparse_compile.callback import SparseLoRACallback
 
-__all__ = ["Schedule", "SparseLoRACallback", "SparseLoRAConfig", "explain", "merge_masked", "token_roles"]
+__all__ = [
+    "Schedule",
+    "SparseLoRACallback",
+    "SparseLoRAConfig",
+    "explain",
+    "gradient_guided_start",
+    "merge_masked",
+    "token_roles",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from sparse_compile.capture import capture_context, count_tokens, is_whole_step,
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.loss_rows import restored
-from sparse_compile.mask_watch import guard_masks, watching_masks
-from sparse_compile.passes.base import PassContext
+from sparse_compile.mask_watch import guard_masks, tell_unmasked, watching_masks
+from sparse_compile.passes.base import PassContext, RequestedFunctionError
 from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import evaluation_passes, passes, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
@@ -37,7 +37,7 @@ make_dora_traceable()
 
 _LOG = logging.getLogger(__name__)
 _matched: set[SparseLoRAConfig] = set()
-_told: set[object] = set()
+_told: set[Hashable] = set()
 
 CompiledGraph = Callable[..., Any]
 
@@ -59,6 +59,7 @@ def sparselora(
 
     Raises:
         ValueError: an invalid option, or (strict) a site name that matches nothing. TorchDynamo wraps it.
+        RequestedFunctionError: the function that an option asks for cannot be made of the graph. TorchDynamo wraps it.
     """
     make_dora_traceable()  # PEFT may have been imported since: then for what is traced from now on
     config = SparseLoRAConfig.from_options(options)
@@ -67,17 +68,18 @@ def sparselora(
     def dense() -> CompiledGraph:
         return compile_with_inductor(gm, example_inputs, config.inductor, mode)
 
-    masks = config.preserve_weight_mask != "off"
-    if not torch.is_grad_enabled():
+    trained = trained_parameters(gm, example_inputs, ctx)
+    trains = torch.is_grad_enabled()
+    if not trained and trains:
+        _tell_untrained(gm, ctx)
+    masks = "preserve_weight_mask" in config.requested
+    if not trained or not trains:
         if not masks:
             return dense()
-        evaluated = run_pipeline(gm, ctx, order=evaluation_passes()).exact
+        requested = run_pipeline(gm, ctx, order=evaluation_passes()).exact
         guard_masks(gm, ctx)
-        return compile_with_inductor(evaluated or gm, example_inputs, config.inductor, mode)
-    trained = trained_parameters(gm, example_inputs, ctx)
-    if not trained:
-        _tell_untrained(gm, ctx)
-        return dense()
+        tell_unmasked(ctx, session_for(trained, config).once if trained else _once)
+        return compile_with_inductor(requested or gm, example_inputs, config.inductor, mode)
 
     session = session_for(trained, config)
     root = dump_root(config.dump_dir)
@@ -101,7 +103,7 @@ def sparselora(
     if masks:
         guard_masks(gm, ctx)
     rewritten = {"sparse": result.sparse if phase == "sparse" else None, "optimised": result.exact}
-    compiled = _compile_rewritten(rewritten, example_inputs, config, mode)
+    compiled = _compile_rewritten(rewritten, example_inputs, ctx, mode)
     if compiled is not None and ctx.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.loss_rows)
     compiled = compiled or dense()
@@ -120,10 +122,15 @@ def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]
 def _compile_rewritten(
     graphs: Mapping[str, fx.GraphModule | None],
     example_inputs: Sequence[Any],
-    config: SparseLoRAConfig,
+    ctx: PassContext,
     mode: str | None,
 ) -> CompiledGraph | None:
-    """Compile the first graph that compiles; None where there is none. One warning names those that did not."""
+    """Compile the first graph that compiles; None where there is none. One warning names those that did not.
+
+    Raises:
+        RequestedFunctionError: none compiles, and the captured graph is not the function that was asked for.
+    """
+    config, masked = ctx.config, any(not layer.reason for layer in ctx.masked_layers)
     failed: dict[str, str] = {}
     compiled = None
     for kind, graph in graphs.items():
@@ -136,6 +143,12 @@ def _compile_rewritten(
             if config.strict or is_control_flow_exception(error):
                 raise
             failed[kind] = f"{type(error).__name__}: {error}"
+    if failed and compiled is None and masked:
+        reasons = " ".join(dict.fromkeys(failed.values()))
+        raise RequestedFunctionError(
+            "the graph with masked layers (preserve_weight_mask) did not compile, and without it another function than "
+            f"the one asked for would be trained. {reasons}"
+        )
     if failed:
         kinds, instead = " and the ".join(failed), "dense" if "sparse" in failed else "as it was captured"
         reasons = " ".join(dict.fromkeys(failed.values()))
@@ -246,22 +259,29 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
 
 
 def _tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """Warn once where sparsity was asked for and the graph cannot be trained sparsely."""
-    if not _asks_for_sparsity(ctx.config):
+    """Warn once where something was asked for that the graph cannot have, because nothing of it is trained."""
+    sparsity, requested = _asks_for_sparsity(ctx.config), ctx.config.requested
+    if not sparsity and not requested:
         return
     if any(parameter.trained for parameter in ctx.parameters.values()):
+        without = f"dense, without {', '.join(requested)}" if requested else "dense"
         reason = (
-            "TorchDynamo handed over a graph without its parameters, so it runs dense. Its DDP optimizer does that: "
-            "set torch._dynamo.config.optimize_ddp = False"
+            f"TorchDynamo handed over a graph without its parameters, so it runs {without}. Its DDP optimizer does "
+            "that: set torch._dynamo.config.optimize_ddp = False"
         )
-    elif is_whole_step(gm, ctx):
+    elif sparsity and is_whole_step(gm, ctx):
         reason = (
             "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, for "
             "example with peft.get_peft_model, before training"
         )
     else:
         return
-    key = (reason, frozenset(parameter.path for parameter in ctx.parameters.values()))
-    if key not in _told:
-        _told.add(key)
+    if _once((reason, frozenset(parameter.path for parameter in ctx.parameters.values()))):
         warnings.warn(f"sparselora: {reason}.", stacklevel=2)
+
+
+def _once(key: Hashable) -> bool:
+    """Return True the first time that `key` is asked for, by any model: for models that have no session."""
+    is_first = key not in _told
+    _told.add(key)
+    return is_first

@@ -106,6 +106,7 @@ class SparseLoRAConfig:
             the mask out) or ``"exact"`` (of the masked function, for one more product as large as the layer's).
         disable: Names of passes that do not run. Default: none.
         strict: Raise where an approximate pass fails or a name matches no site, instead of warning. Default ``False``.
+            Where ``preserve_weight_mask`` fails that is an error anyhow.
         dump_dir: Folder for the graphs before and after each pass. Default ``None``: the environment variable
             ``SPARSELORA_DUMP`` decides.
         seed: Seed of the randomised SVD and of the random selections below, in [0, 2**63). Default 0.
@@ -179,6 +180,8 @@ class SparseLoRAConfig:
         if self.schedule is not None and not hasattr(self.schedule, "total_steps"):
             raise ValueError(f"schedule must be a Schedule (it has total_steps), got {self.schedule!r}")
         self._check_order()
+        if self.requested & self.disable:
+            raise ValueError("preserve_weight_mask='auto' asks for the pass that disable leaves out")
 
     def _check_order(self) -> None:
         """Reject an end before the start, where the two can be compared without knowing the length of the run."""
@@ -192,6 +195,11 @@ class SparseLoRAConfig:
         if comparable and end < start:
             default = " (the default)" if self.start_step is None else ""
             raise ValueError(f"end_step {end} lies before start_step {start}{default}")
+
+    @property
+    def requested(self) -> frozenset[str]:
+        """Names of the passes that an option asks for because they change the function."""
+        return frozenset() if self.preserve_weight_mask == "off" else frozenset({"preserve_weight_mask"})
 
     def to_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain values for ``torch.compile(options=...)``."""

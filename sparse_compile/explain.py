@@ -62,7 +62,7 @@ def explain(
 
         return stand_in
 
-    with _uncompiled(model), torch.enable_grad(), without_recompile_limit():
+    with uncompiled(model), torch.enable_grad(), without_recompile_limit():
         torch.compile(model, backend=backend)(*args, **kwargs)
     return Report(tuple(graphs))
 
@@ -81,7 +81,7 @@ def _zeros(node: Any) -> Any:
 
 
 @contextmanager
-def _uncompiled(model: object) -> Iterator[None]:
+def uncompiled(model: object) -> Iterator[None]:
     """Have a module that was compiled in place run its own code."""
     compiled = getattr(model, "_compiled_call_impl", None)
     if compiled is None:

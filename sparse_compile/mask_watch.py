@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, fx
@@ -35,7 +35,7 @@ def watching_masks(
         session: the model's, which has the graph's report already.
         whole_step: whether no other graph of the model can hold more layers.
     """
-    _tell_unmasked(ctx, session)
+    tell_unmasked(ctx, session.once)
     if whole_step:
         _tell_if_none(session)
     versions = _versions(ctx)
@@ -53,11 +53,17 @@ def watching_masks(
     return run
 
 
-def _tell_unmasked(ctx: PassContext, session: Session) -> None:
+def tell_unmasked(ctx: PassContext, once: Callable[[Hashable], bool]) -> None:
+    """Warn of the pruned layers of a graph that have no mask, each named with its reason.
+
+    Args:
+        ctx: the graph's facts.
+        once: says whether a layer is mentioned for the first time.
+    """
     declined = {layer.projection: layer.reason for layer in ctx.masked_layers if layer.reason}
-    lines = [f"  {name}: {reason}" for name, reason in declined.items() if session.once((_RULE, name))]
+    lines = [f"  {name}: {reason}" for name, reason in declined.items() if once((_RULE, name))]
     if lines:
-        head = "sparselora: pruned layers whose adapters train without a mask, so that a merge fills their zeros:"
+        head = "sparselora: pruned layers whose adapters have no mask, so that a merge fills their zeros:"
         warnings.warn("\n".join([head, *lines]), stacklevel=2)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_compile.config import DEFAULT_MASK_THRESHOLD
 from sparse_compile.kernels.dtypes import at_least_fp32
+from sparse_compile.peft_support import lora_layers
 from sparse_compile.weight_mask import zero_fraction
 
 
@@ -34,7 +35,7 @@ def merge_masked(model: nn.Module, threshold: float = DEFAULT_MASK_THRESHOLD) ->
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], got {threshold}")
     model = getattr(model, "_orig_mod", model)
-    layers = _adapted_layers(model)
+    layers = lora_layers(model)
     if not layers or not hasattr(model, "unload"):
         raise ValueError("merge_masked takes a model from peft.get_peft_model with LoRA adapters; this one has none")
     owners = _owners(model)
@@ -48,14 +49,6 @@ def merge_masked(model: nn.Module, threshold: float = DEFAULT_MASK_THRESHOLD) ->
             weight.copy_(_merged(weight, layer, threshold))
     plain: nn.Module = cast("Any", model).unload()
     return plain
-
-
-def _adapted_layers(model: nn.Module) -> dict[str, Any]:
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        return {}
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _owners(model: nn.Module) -> dict[int, int]:
@@ -83,8 +76,16 @@ def _reason(layer: Any, owners: dict[int, int]) -> str:
 
 
 def _merged(weight: Tensor, layer: Any, threshold: float) -> Tensor:
+    from peft.tuners.lora import Linear
+
     merged = weight.to(at_least_fp32(weight))
+    is_linear = isinstance(layer, Linear)
     for name in layer.active_adapters:
-        if name in layer.lora_A or name in getattr(layer, "lora_embedding_A", ()):
+        if is_linear and name in layer.lora_A:
+            # Not PEFT's own, which rounds B A to the dtype of the adapter.
+            a, b = (factor[name].weight.to(merged.dtype) for factor in (layer.lora_A, layer.lora_B))
+            left, right = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
+            merged = torch.addmm(merged, left, right, alpha=layer.scaling[name])
+        elif name in layer.lora_A or name in getattr(layer, "lora_embedding_A", ()):
             merged = merged + layer.get_delta_weight(name).to(merged.dtype)
     return merged.masked_fill(weight == 0, 0) if zero_fraction(weight) >= threshold else merged

@@ -17,7 +17,14 @@ from torch import fx
 
 from sparse_compile.graph import copy_graph_module
 from sparse_compile.ir import Rejection, SparsityPlan
-from sparse_compile.passes.base import InvalidOptionError, Numerics, Pass, PassContext, PassOutcome
+from sparse_compile.passes.base import (
+    InvalidOptionError,
+    Numerics,
+    Pass,
+    PassContext,
+    PassOutcome,
+    RequestedFunctionError,
+)
 from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
 from sparse_compile.passes.factor_dora_norm import FactorDoRANorm
 from sparse_compile.passes.find_attention import FindAttention
@@ -131,7 +138,7 @@ def run_pipeline(
 
     Where an approximate pass raises, all approximate passes are undone and the graph goes on without them, with one
     warning; `strict=True` raises instead. A pass named in `disable`, or one that requires a stage that was not
-    reached, is skipped with the reason in its record.
+    reached, is skipped with the reason in its record. What an option asks for is neither undone nor skipped.
 
     Args:
         captured: the graph; it is not changed.
@@ -141,6 +148,7 @@ def run_pipeline(
 
     Raises:
         InvalidOptionError: an option is wrong that only a pass can check, such as a file that is not there.
+        RequestedFunctionError: a pass that changes the function by request raised, or left an illegal graph.
         VerificationError: in strict mode, if a pass leaves an illegal graph.
     """
     runner = _Runner(captured, ctx, dump)
@@ -169,6 +177,8 @@ class _Runner:
         """Run one pass, or record why it is skipped."""
         before = len(self.current.graph.nodes)
         reason = self._reason_to_skip(each)
+        if reason and each.name in self.ctx.config.requested:
+            raise _not_made(each, f"it {reason}")
         if reason:
             self.records.append(PassRecord(each.name, each.numerics.value, False, 0.0, before, before, {}, reason))
             if each.analysis and each.name in self.ctx.config.disable:
@@ -180,6 +190,8 @@ class _Runner:
         except Exception as error:
             if self.ctx.config.strict or isinstance(error, InvalidOptionError):
                 raise
+            if each.name in self.ctx.config.requested:
+                raise _not_made(each, _described(error)) from error
             outcome = self._undo(each, error)
         elapsed = 1e3 * (time.perf_counter() - start)
         after = len(self.current.graph.nodes)
@@ -244,8 +256,7 @@ class _Runner:
 
     def _undo(self, each: Pass, error: Exception) -> PassOutcome:
         """Go on without a pass that raised: the graph before it, or before all approximate passes."""
-        kind = "internal error" if isinstance(error, VerificationError) else type(error).__name__
-        reason = f"{kind}: {error}"
+        reason = _described(error)
         if each.numerics is Numerics.APPROXIMATE or (self.ctx.selections and not each.optimises):
             self.failed = True
             self.current = self.exact
@@ -257,3 +268,14 @@ class _Runner:
             consequence = "the pass is left out"
         warnings.warn(f"sparselora: {each.name} failed, {consequence}. {reason}", stacklevel=2)
         return PassOutcome(False, {}, (Rejection(each.name, "graph", reason),))
+
+
+def _described(error: Exception) -> str:
+    kind = "internal error" if isinstance(error, VerificationError) else type(error).__name__
+    return f"{kind}: {error}"
+
+
+def _not_made(each: Pass, reason: str) -> RequestedFunctionError:
+    return RequestedFunctionError(
+        f"{each.name} failed, and without it this graph would compute another function than the one asked for. {reason}"
+    )

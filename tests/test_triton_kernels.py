@@ -30,7 +30,7 @@ def test_kernels_under_the_interpreter(repo_root: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 109
+    assert len(lines) == 129
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,16 @@ def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "def products(" in printed and "def gradients(" in printed
     monkeypatch.setattr(report, "build", lambda variant, arch: report.Built(255, 1024, 8, 0))
     assert report.main(["--arch", "sm_90"]) == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("adapters", ["fp32", "bf16"])
+@pytest.mark.parametrize("along_depth", [True, False], ids=["forward", "input gradient"])
+def test_masked_kernels_compile_ahead_of_time(report: ModuleType, along_depth: bool, adapters: str, arch: str) -> None:
+    built = report.build_masked(Problem(4096, 4096, 4096, 2, (9, 0)), adapters, along_depth, arch)
+    assert built.spills == 0
+    assert 0 < built.shared <= report.SHARED_LIMIT[arch]
+    assert built.matrix_instructions > 0 and built.registers <= 255
 
 
 def test_tiles() -> None:

@@ -25,6 +25,8 @@ from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradi
 from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
 from sparse_compile.kernels.fused_linear.triton import product_spec
 from sparse_compile.kernels.gathered_linear import gathered_input_linear, gathered_linear, reference
+from sparse_compile.kernels.masked_linear import masked_linear, masked_weight
+from sparse_compile.kernels.masked_linear.reference import exact_gradients
 from sparse_compile.kernels.token_rows import put_rows, take_rows
 from sparse_compile.kernels.token_rows import reference as plain_rows
 from tolerances import assert_close_rms
@@ -199,6 +201,40 @@ def rows_by_role(dtype: torch.dtype, tokens_: int, width: int, kept: int | None,
                 assert torch.equal(mine, plain)
 
 
+MASKED_SHAPES = (
+    # tokens, in, out, rank
+    (33, 65, 47, 5),
+    (1, 16, 16, 16),
+    (5, 7, 9, 1),
+    (0, 7, 9, 3),
+    (70, 40, 130, 20),
+)
+
+
+def masked(dtype: torch.dtype, adapters: torch.dtype, shape: tuple[int, ...], strided: bool) -> None:
+    """Forward and both gradients, through the autograd formula, against fp64 on the weight as it is rounded."""
+    tokens, width, out, rank = shape
+    weight = drawn(width, out, seed=1, dtype=dtype).t() if strided else drawn(out, width, seed=1, dtype=dtype)
+    weight[torch.rand(out, width, generator=torch.Generator().manual_seed(5)) < 0.5] = 0
+    a, b = drawn(rank, width, seed=6, dtype=adapters), drawn(out, rank, seed=7, dtype=adapters)
+    bias = None if strided else drawn(out, seed=8, dtype=dtype)
+    x = drawn(width, tokens, seed=2, dtype=dtype).t() if strided else drawn(tokens, width, seed=2, dtype=dtype)
+    x, a, b = (each.requires_grad_() for each in (x, a, b))
+    y = masked_linear(x, weight, a, b, bias, 0.75, "exact", "triton")
+    assert y.dtype == dtype
+    d_y = drawn(*y.shape, seed=4, dtype=dtype)
+    wide = [None if each is None else each.detach().double() for each in (weight, a, b, bias)]
+    merged = masked_weight(weight, a, b, 0.75, dtype).detach().double()
+    expected = torch.nn.functional.linear(x.detach().double(), merged, wide[3])
+    assert_close_rms(y, expected, name="forward")
+    d_x, d_a, d_b = torch.autograd.grad(y, (x, a, b), d_y)
+    assert_close_rms(d_x, d_y.double() @ merged, name="input gradient")
+    for found, want in zip(
+        (d_a, d_b), exact_gradients(d_y.double(), x.detach().double(), *wide[:3], 0.75), strict=True
+    ):
+        assert_close_rms(found, want, dtype, name="adapter gradient")
+
+
 def whole_model() -> None:
     """A sparse block under autocast, from its graph to its gradients, computed by nothing but generated kernels."""
     model = Head(lora(8, 8), GatedMLP()).float()
@@ -240,6 +276,11 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = "x".join(map(str, shape))
         yield f"fused {name}", partial(fused, FORMULAS["swiglu, adapters, bias"], torch.float16, shape)
         yield f"fused, inputs gathered {name}", partial(fused, FORMULAS["sum"], torch.float32, shape, 1)
+    pairs = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
+    for (dtype, adapters), shape in itertools.product(pairs, MASKED_SHAPES):
+        for strided in (False, True)[: 2 if dtype == torch.float32 else 1]:
+            name = f"masked {dtype} {adapters} {'x'.join(map(str, shape))}{' strided' if strided else ''}"
+            yield name, partial(masked, dtype, adapters, shape, strided)
     for n, k in ((1, 1), (7, 3), (16, 16), (143, 1), (1000, 999), (20000, 200)):
         yield f"largest {k} of {n}", partial(largest, n, k)
     for dtype, (tokens_, width, kept), strided in itertools.product(

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.config import MASK_GRADIENTS
-from sparse_compile.kernels.masked_linear import blocks, reference
-from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable
+from sparse_compile.kernels.masked_linear import blocks, reference, triton
+from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable, triton_runs
 
 
 def _any_call(call: OpCall) -> None:
@@ -35,15 +35,23 @@ def _any_call(call: OpCall) -> None:
 
 
 MASKED_LINEAR = ProviderTable(
-    "masked_linear", reference.masked_linear, Provider("blocks", blocks.masked_linear, _any_call)
+    "masked_linear",
+    reference.masked_linear,
+    Provider("blocks", blocks.masked_linear, _any_call),
+    candidates=(Provider("triton", triton.masked_linear, triton_runs),),
 )
 MASKED_INPUT_GRADIENT = ProviderTable(
     "masked_input_gradient",
     reference.masked_input_gradient,
     Provider("blocks", blocks.masked_input_gradient, _any_call),
+    candidates=(Provider("triton", triton.masked_input_gradient, triton_runs),),
 )
 EXACT_GRADIENTS = ProviderTable(
-    "masked_factor_gradients", reference.exact_gradients, Provider("blocks", blocks.exact_gradients, _any_call)
+    "masked_factor_gradients",
+    reference.exact_gradients,
+    Provider("blocks", blocks.exact_gradients, _any_call),
+    # The mask lies on the result of that product, not on an operand: the kernel has nothing to fuse there.
+    candidates=(Provider("triton", blocks.exact_gradients, triton_runs),),
 )
 
 

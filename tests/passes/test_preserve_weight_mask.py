@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from decoder import LoRALinear
 from graphs import (
     ANALYSES,
     Head,
+    aot_eager,
     assert_golden,
     capture,
     frozen,
@@ -24,12 +25,14 @@ from graphs import (
     render,
     run_passes,
     run_rewritten,
+    stand_in_pass,
     tokens,
 )
 from models import normal, random_mask
 from sparse_compile import explain
 from sparse_compile.config import SparseLoRAConfig
-from sparse_compile.pipeline import evaluation_passes, run_pipeline
+from sparse_compile.passes.base import PassContext, PassOutcome, RequestedFunctionError
+from sparse_compile.pipeline import evaluation_passes, passes, run_pipeline
 from sparse_compile.weight_mask import mask_pattern, zero_fraction
 from tolerances import assert_close_rms
 
@@ -157,6 +160,64 @@ def test_a_site_with_a_masked_layer_stays_dense() -> None:
     assert any("keep the zeros" in each.reason and each.node == "body.0" for each in result.rejections)
 
 
+# --- A function that was asked for is never left out ------------------------------------------------------------------
+
+
+def lost(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+    raise RuntimeError("lost the thread")
+
+
+def illegal(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+    """Leave a node that no pass has signed."""
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        gm.graph.call_function(torch.sin, (output.args[0][0],))
+    return PassOutcome(True)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "reason"),
+    [
+        (PASS, lost, "RuntimeError: lost the thread"),
+        (PASS, illegal, "internal error: sin was inserted without a tag"),
+        ("find_projections", lost, "it needs projections"),
+    ],
+    ids=["raises", "illegal graph", "an analysis raises"],
+)
+@pytest.mark.filterwarnings("ignore:sparselora. find_projections failed")
+def test_a_failure_is_an_error(name: str, function: Any, reason: str) -> None:
+    captured = capture(Layer(), given(), config=PAPER)
+    order = [stand_in_pass(function, each) if each.name == name else each for each in passes()]
+    with pytest.raises(RequestedFunctionError, match=f"preserve_weight_mask failed.* than the one asked for. {reason}"):
+        run_pipeline(captured.gm, captured.ctx, order=order)
+    assert "masked_linear" not in str(captured.gm.graph)
+
+
+def test_another_failure_is_no_error_where_no_mask_was_asked_for() -> None:
+    captured = capture(Layer(), given(), config=SparseLoRAConfig(preset="none"))
+    order = [stand_in_pass(lost, each) if each.name == "find_projections" else each for each in passes()]
+    with pytest.warns(UserWarning, match="find_projections failed, the pass is left out"):
+        run_pipeline(captured.gm, captured.ctx, order=order)
+
+
+def test_a_masked_graph_that_does_not_compile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inductor(gm: fx.GraphModule, inputs: Any, *_: Any) -> Any:
+        if "masked_linear" in str(gm.graph):
+            raise NotImplementedError("no code for it")
+        return aot_eager(gm, inputs)
+
+    monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", inductor)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="NotImplementedError: no code for it") as told:
+        compiled(Layer(), preserve_weight_mask="auto")(given())
+    assert isinstance(told.value.inner_exception, RequestedFunctionError)
+    compiled(Layer())(given())
+
+
+def test_asking_for_it_and_leaving_it_out_is_an_error() -> None:
+    with pytest.raises(ValueError, match="asks for the pass that disable leaves out"):
+        SparseLoRAConfig(preserve_weight_mask="auto", disable=frozenset({PASS}))
+
+
 # --- Through the backend ----------------------------------------------------------------------------------------------
 
 
@@ -178,6 +239,30 @@ def test_training_and_evaluation_compute_the_masked_function(aot_eager_inductor:
         with torch.no_grad():
             assert_close_rms(call(x), masked(module.layer, x.tanh()))
     assert aot_eager_inductor.runs == [1, 1]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_adapters_that_are_only_evaluated_are_masked(aot_eager_inductor: Any, grad: bool) -> None:
+    """Frozen, as `PeftModel.from_pretrained` loads them, whether or not gradients are on."""
+    module, x = Layer().requires_grad_(False), given()
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
+        warnings.simplefilter("error")
+        y = compiled(module, preserve_weight_mask="auto")(x)
+    assert_close_rms(y, masked(module.layer, x.tanh()))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_evaluation_without_a_mask_is_told_once(aot_eager_inductor: Any, trained: bool) -> None:
+    module = Layer(NEAR_MISSES["two adapters"][0])
+    if not trained:
+        module.requires_grad_(False)
+    call = compiled(module, preserve_weight_mask="auto")
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for rows in (2, 3):
+            call(normal(rows, 5, 16))
+    (one,) = told
+    assert "a merge fills their zeros:\n  layer: it has several adapters" in str(one.message)
 
 
 def test_a_weight_that_is_written_to_is_told_once(aot_eager_inductor: Any) -> None:
