@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from sparse_compile.ir import (
     AttentionSite,
@@ -17,11 +18,13 @@ from sparse_compile.ir import (
     Parameter,
     ProductOrder,
     Projection,
+    QuantizedWeight,
     Rejection,
     Site,
     SparsityPlan,
     TokenRoles,
 )
+from sparse_compile.kernels.dequantize_4bit import dequantize_4bit
 
 if TYPE_CHECKING:
     from sparse_compile.config import SparseLoRAConfig
@@ -78,6 +81,8 @@ class PassContext:
         loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
         rows: the nodes that hold the output and the context rows, once they were inserted.
         providers: by site name, the providers that `lower_sparse_ops` chose.
+        values: by placeholder name, the live tensors that enter the graph.
+        quantized_weights: by the node that dequantises it, each frozen weight that is stored in 4 bits.
     """
 
     config: SparseLoRAConfig
@@ -96,11 +101,42 @@ class PassContext:
     loss_rows: LossRows | None = None
     rows: tuple[str, str] | None = None
     providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    quantized_weights: dict[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every matched site: FFN sites, then attention sites."""
         return (*self.ffn_sites, *self.attention_sites)
+
+    def frozen_weight(self, projection: Projection) -> Tensor:
+        """Return the weight of a layer as it is stored, (out, in) or transposed; dequantised, a fresh tensor."""
+        quantized = self.quantized_weights.get(projection.weight)
+        if quantized is None:
+            value = self.parameters[projection.weight].value
+            assert value is not None, "a layer without its weight at hand is no projection"
+            return value.detach()
+        packed, absmax, *nested = quantized.values
+        form = list(quantized.shape), quantized.blocksize, quantized.quant_type, quantized.dtype
+        with torch.no_grad():
+            return dequantize_4bit(packed, absmax, *nested, *form)
+
+    def weight_inputs(self, projection: Projection) -> tuple[str, ...]:
+        """Return the placeholders that hold the weight of a layer."""
+        quantized = self.quantized_weights.get(projection.weight)
+        if quantized is None:
+            return (projection.weight,)
+        return tuple(name for name in quantized.operands if name is not None)
+
+    def weight_kind(self, projection: Projection) -> tuple[torch.dtype, str]:
+        """Return the dtype that the weight of a layer has when it is multiplied with, and its device type."""
+        quantized = self.quantized_weights.get(projection.weight)
+        if quantized is None:
+            value = self.frozen_weight(projection)
+            return value.dtype, value.device.type
+        packed = quantized.values[0]
+        assert packed is not None
+        return quantized.dtype, packed.device.type
 
 
 class InvalidOptionError(ValueError):

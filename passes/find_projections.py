@@ -8,7 +8,7 @@
 
 A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
 
-A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on
+The weight may be a dequantisation of one that is stored in 4 bits. A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on
 the attention alone. Anything else that is added to the base product is left to the analyses that read the output.
 
 Declines when: the weight is trained, is no 2-D parameter of the graph, or is not at hand (the graph was given
@@ -76,17 +76,19 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
     if op_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
         transposed, weight = True, strip_casts(weight.args[0])
     parameter = ctx.parameters.get(weight.name)
+    quantized = ctx.quantized_weights.get(weight.name)
     value = tensor_value(operand)
-    if parameter is None or value is None or value.dim() != 2:
+    if (parameter is None and quantized is None) or value is None or value.dim() != 2:
         return Rejection("find_projections", node.name, "its weight is computed in the graph, not a parameter")
-    if parameter.trained:
+    if parameter is not None and parameter.trained:
         return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
-    if parameter.value is None:
+    if parameter is not None and parameter.value is None:
         return Rejection("find_projections", parameter.path, "its weight is not at hand while compiling")
+    path = parameter.path if parameter is not None else ctx.quantized_weights[weight.name].path
     chain = _branches(node, source, ctx)
     out_features, in_features = (int(size) for size in value.shape)
     return Projection(
-        name=_module_name(parameter.path),
+        name=_module_name(path),
         base=node.name,
         source=source.name,
         weight=weight.name,

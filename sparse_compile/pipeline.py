@@ -19,6 +19,7 @@ from sparse_compile.graph import copy_graph_module
 from sparse_compile.ir import Rejection, SparsityPlan
 from sparse_compile.passes.base import InvalidOptionError, Numerics, Pass, PassContext, PassOutcome
 from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
+from sparse_compile.passes.expose_4bit_weights import Expose4BitWeights
 from sparse_compile.passes.factor_dora_norm import FactorDoRANorm
 from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
@@ -50,6 +51,7 @@ def passes() -> tuple[Pass, ...]:
     """Return the passes in the order in which they run."""
     return (
         InlineCheckpointBodies(),  # first: every other pass sees one flat graph
+        Expose4BitWeights(),  # before the spelling of linear layers: it writes them in one
         CanonicalizeLinears(),  # one spelling of a linear layer for all analyses
         FindProjections(),  # frozen layers and their adapters: what sites are made of
         FindFFN(),
@@ -72,7 +74,7 @@ def passes() -> tuple[Pass, ...]:
 
 def evaluation_passes() -> tuple[Pass, ...]:
     """Return the passes of a graph without gradients: what changes the function itself, by request."""
-    needed = ("canonicalize_linears", "find_projections")
+    needed = ("expose_4bit_weights", "canonicalize_linears", "find_projections")
     return tuple(each for each in passes() if each.name in needed or each.numerics is Numerics.REQUESTED)
 
 
