@@ -119,7 +119,8 @@ class PassContext:
         packed, absmax, *nested = quantized.values
         form = list(quantized.shape), quantized.blocksize, quantized.quant_type, quantized.dtype
         with torch.no_grad():
-            return dequantize_4bit(packed, absmax, *nested, *form)
+            dense: Tensor = dequantize_4bit(packed, absmax, *nested, *form)
+        return dense
 
     def weight_inputs(self, projection: Projection) -> tuple[str, ...]:
         """Return the placeholders that hold the weight of a layer."""

@@ -1,6 +1,6 @@
 """Write a product with a weight in 4 bits as a product with the dequantised weight, the form that all passes know.
 
-    %y = autograd_function_apply(%fwd, %bwd, %x, %packed, ...)  ->  %w = sparselora.dequantize_4bit(%packed, %absmax, ...)
+    %y = autograd_function_apply(%fwd, %bwd, %x, ...)           ->  %w = dequantize_4bit(%packed, %absmax, ...)
          (%fwd: %out = bitsandbytes.gemm_4bit(%x, %packed, ...))     %y = linear(%x, %w, b)
     %y = bitsandbytes.gemm_4bit(%x, %packed, ...)               ->  the same (where no gradient reaches x)
     %q, %k = %x.to(bf16), %x.to(bf16)                           ->  one cast, which both layers read
@@ -42,7 +42,18 @@ from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _VIEWS = {"view", "reshape", "detach", "contiguous", "t"}
 # Of bitsandbytes' schema, which names its operands.
-_OPERANDS = ("A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code", "absmax_offset")
+_OPERANDS = (
+    "A",
+    "B",
+    "shapeB",
+    "absmax",
+    "blocksize",
+    "quant_type",
+    "bias",
+    "absmax_8bit",
+    "absmax_code",
+    "absmax_offset",
+)
 _SCALES = ("absmax", "absmax_8bit", "absmax_code", "absmax_offset")
 
 

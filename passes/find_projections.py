@@ -8,11 +8,12 @@
 
 A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
 
-The weight may be a dequantisation of one that is stored in 4 bits. A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on
-the attention alone. Anything else that is added to the base product is left to the analyses that read the output.
+The weight may be a dequantisation of one that is stored in 4 bits. A projection without a branch is a projection all
+the same: SparseLoRA prunes the MLP of a model whose adapters are on the attention alone. Anything else that is added to
+the base product is left to the analyses that read the output.
 
-Declines when: the weight is trained, holds several experts, is no 2-D parameter of the graph, or is not at hand (the graph was given
-stand-ins).
+Declines when: the weight is trained, holds several experts, is no 2-D parameter of the graph, or is not at hand (the
+graph was given stand-ins).
 """
 
 from __future__ import annotations

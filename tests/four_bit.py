@@ -6,7 +6,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models import tiny_llama
 
@@ -55,5 +55,3 @@ def pair(layers: int = 2, **how: Any) -> tuple[nn.Module, nn.Module]:
     sizes = {"layers": layers, "hidden": 64, "ffn": how.pop("ffn", 128)}
     model = quantized(tiny_llama(**sizes), **how)
     return model, dequantized(model, tiny_llama(**sizes))
-
-

@@ -14,9 +14,9 @@ pytest.importorskip("bitsandbytes")
 
 import bitsandbytes
 
-from four_bit import dequantized, pair, quantized
+from four_bit import pair, quantized
 from graphs import capture, rejections, run_passes
-from models import ALL_TARGETS, batch, tiny_llama, with_lora
+from models import ALL_TARGETS, batch, with_lora
 from oracle import SPARSITY, assert_differs, assert_same_step, oracle_step, sparse_step, told, train_step
 from sparse_compile import explain
 from sparse_compile.kernels.dequantize_4bit import dequantize_4bit, reference
@@ -39,7 +39,9 @@ def packed(rows: int, width: int, nested: bool, quant_type: str, blocksize: int 
     data, state = bitsandbytes.functional.quantize_4bit(
         weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
     )
-    scales = (state.state2.absmax, state.absmax, state.state2.code, state.offset) if nested else (state.absmax, *[None] * 3)
+    scales = (
+        (state.state2.absmax, state.absmax, state.state2.code, state.offset) if nested else (state.absmax, *[None] * 3)
+    )
     return data, *scales, [rows, width], blocksize, quant_type
 
 
@@ -88,9 +90,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("form", "preset"), [*((form, "none") for form in FORMS), ("nf4, nested", "exact")]
-)
+@pytest.mark.parametrize(("form", "preset"), [*((form, "none") for form in FORMS), ("nf4, nested", "exact")])
 def test_a_qlora_model_trains_as_the_oracle_says(form: str, preset: str, aot_eager_inductor: Any) -> None:
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(**FORMS[form]))
     inputs = batch(97, padding="right")

@@ -1,10 +1,11 @@
 """Dequantise the chosen rows or columns of a weight and read nothing of the others.
 
-Element i of the flattened weight (out, in) is a half of byte i // 2, the upper one where i is even, and belongs to block
-i // blocksize, which has a scale. Where rows are whole blocks, chosen rows are a smaller weight in the same format, which
-the library dequantises. A column has an element in each row, in a block with others that are not chosen: its halves of
-bytes and their scales are gathered one by one. Where rows are not whole blocks, the library's CPU kernel counts blocks
-anew in each row and its CUDA kernel does not (0.50): there the whole weight is dequantised by whichever runs the model.
+Element i of the flattened weight (out, in) is a half of byte i // 2, the upper one where i is even, and belongs to
+block i // blocksize, which has a scale. Where rows are whole blocks, chosen rows are a smaller weight in the same
+format, which the library dequantises. A column has an element in each row, in a block with others that are not chosen:
+its halves of bytes and their scales are gathered one by one. Where rows are not whole blocks, the library's CPU kernel
+counts blocks anew in each row and its CUDA kernel does not (0.50): there the whole weight is dequantised by whichever
+runs the model.
 """
 
 from __future__ import annotations

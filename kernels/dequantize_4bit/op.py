@@ -1,7 +1,8 @@
 """A semantic op for a frozen weight in 4 bits (QLoRA, arXiv 2305.14314), as bitsandbytes stores it.
 
-It is not differentiated: the weight is frozen. A product with its result is a product like any other, so that every pass
-that knows `linear` knows a quantised layer; marked for recomputation, the dense weight is never saved for the backward.
+It is not differentiated: the weight is frozen. A product with its result is a product like any other, so that every
+pass that knows `linear` knows a quantised layer; marked for recomputation, the dense weight is never saved for the
+backward.
 """
 
 from __future__ import annotations

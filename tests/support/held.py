@@ -33,14 +33,22 @@ TRAINING = (
     Held("`Trainer` with gradient checkpointing", "test_checkpointing.py::test_trainer_with_the_callback"),
     Held("`Trainer` with `bf16=True`", "test_checkpointing.py::test_trainer_with_bf16_autocast"),
     Held("autocast around the model or in it", "test_oracle.py::test_autocast"),
-    Held("a gradient scaler that skips steps", "test_schedule.py::TestCounting::test_steps_that_the_gradient_scaler_skips"),
+    Held(
+        "a gradient scaler that skips steps",
+        "test_schedule.py::TestCounting::test_steps_that_the_gradient_scaler_skips",
+    ),
     Held(
         "`resume_from_checkpoint`, the position of the schedule included",
         "test_schedule.py::TestCallback::test_a_resumed_run_resumes_its_phase",
     ),
-    Held("evaluation between steps: dense, without a warning", "test_backend.py::test_evaluation_runs_dense_and_silent"),
+    Held(
+        "evaluation between steps: dense, without a warning", "test_backend.py::test_evaluation_runs_dense_and_silent"
+    ),
     Held("`generate` between steps: dense, without a warning", "test_backend.py::test_generate_runs_dense_and_silent"),
-    Held("a loss outside the model, with `token_roles`", "test_backend.py::test_given_roles_equal_those_of_a_loss_inside_the_graph"),
+    Held(
+        "a loss outside the model, with `token_roles`",
+        "test_backend.py::test_given_roles_equal_those_of_a_loss_inside_the_graph",
+    ),
     Held(
         "an adapter that is swapped (`hotswap_adapter`)",
         "support/test_training_supported.py::test_a_swapped_adapter_trains_on_without_a_compilation",
@@ -54,9 +62,21 @@ TRAINING = (
 
 SHAPES = (
     Held("ragged prompts, padding on the left or right, packing", "test_oracle.py::test_every_batch_equals_the_oracle"),
-    Held("packing with position ids in transformers", "support/test_training_supported.py::test_packed_rows_with_position_ids"),
-    Held("padding to the longest: a new length at each step", "test_recompilation.py::test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase"),
-    Held("dynamic batch size, all or no tokens context", "test_recompilation.py::test_batch_sizes_and_extreme_splits_change_without_recompilation"),
+    Held(
+        "packing with position ids in transformers",
+        "support/test_training_supported.py::test_packed_rows_with_position_ids",
+    ),
+    Held(
+        "padding to the longest: a new length at each step",
+        "test_recompilation.py::test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase",
+    ),
+    Held(
+        "dynamic batch size, all or no tokens context",
+        "test_recompilation.py::test_batch_sizes_and_extreme_splits_change_without_recompilation",
+    ),
     Held("lengths from 1 up", "support/test_training_supported.py::test_every_length_from_one_up"),
-    Held("`dynamic=True` and `mark_dynamic`", "support/test_training_supported.py::test_a_symbolic_length_from_the_first_step_on"),
+    Held(
+        "`dynamic=True` and `mark_dynamic`",
+        "support/test_training_supported.py::test_a_symbolic_length_from_the_first_step_on",
+    ),
 )

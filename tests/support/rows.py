@@ -18,7 +18,7 @@ class NotSupportedError(Exception):
 
 
 def cases(rows: Mapping[str, Any]) -> list[Any]:
-    """Return the names of rows as parameters of a test; a row with `declined` is expected to raise, and nothing else."""
+    """Return the names of rows as parameters of a test; one with `declined` has to raise `NotSupportedError`."""
     return [
         pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=NotSupportedError, reason=row.declined))
         if row.declined
@@ -48,7 +48,9 @@ def exists(test: str) -> bool:
     body: list[ast.stmt] = ast.parse((TESTS / file).read_text(encoding="utf-8")).body
     for name in names:
         found = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
-        if not found or any("skip" in (mark := ast.unparse(each)) or "xfail" in mark for each in found[0].decorator_list):
+        if not found or any(
+            "skip" in (mark := ast.unparse(each)) or "xfail" in mark for each in found[0].decorator_list
+        ):
             return False
         body = found[0].body
     return bool(names)

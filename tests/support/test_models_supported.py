@@ -80,9 +80,9 @@ def test_a_model_that_is_declined_trains_dense_and_says_so(name: str, aot_eager_
         # A graph that reads images may be one of several: only when it runs again is it known that no other follows.
         for _ in range(3):
             train_step(model, call, inputs)
-    assert len(messages) == 1
-    assert "so training runs dense" in messages[0]
-    assert reason in messages[0], messages
+    # Where no site has the name asked for, another line says that.
+    (message,) = (each for each in messages if "so training runs dense" in each)
+    assert reason in message
     assert not any(aot_eager_inductor.sparse)
 
 

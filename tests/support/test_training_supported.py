@@ -167,7 +167,9 @@ TRAINING: dict[str, TrainingRow] = {
     "best_model": TrainingRow("`Trainer` that evaluates, saves and reloads the best model", reloads_the_best),
     "loraplus": TrainingRow("LoRA+ (`create_loraplus_optimizer`)", lora_plus),
     "bits_of_8": TrainingRow("8-bit optimizers (bitsandbytes)", bits_of_8),
-    "accelerate": TrainingRow("Accelerate's own loop (`prepare`, `accumulate`, `backward`)", accelerate_loop, forwards=4),
+    "accelerate": TrainingRow(
+        "Accelerate's own loop (`prepare`, `accumulate`, `backward`)", accelerate_loop, forwards=4
+    ),
     "sft": TrainingRow("TRL `SFTTrainer`, loss on completions", sft()),
     "sft_packing": TrainingRow("TRL `SFTTrainer`, packing", sft(packing=True)),
     "label_smoothing": TrainingRow(
@@ -262,7 +264,9 @@ def test_disabled_and_merged_adapters_run_dense_and_silent(aot_eager_inductor: A
 def test_every_length_from_one_up(aot_eager_inductor: Any) -> None:
     """A single token predicts nothing: its loss is NaN, compiled or not."""
     model = peft()()
-    call = torch.compile(model, backend="sparselora", options={"layer_sparsity": SITES, "preset": "none", "strict": True})
+    call = torch.compile(
+        model, backend="sparselora", options={"layer_sparsity": SITES, "preset": "none", "strict": True}
+    )
     for length in (5, 4, 3, 2, 1):
         inputs = batch(97, rows=2, length=length, prompts=[max(length - 1, 0), length // 2])
         step, kept = sparse_step(model, call, inputs)
