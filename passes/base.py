@@ -18,13 +18,12 @@ from sparse_compile.ir import (
     Parameter,
     ProductOrder,
     Projection,
-    QuantizedWeight,
     Rejection,
     Site,
     SparsityPlan,
     TokenRoles,
 )
-from sparse_compile.kernels.dequantize_4bit import dequantize_4bit
+from sparse_compile.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from sparse_compile.config import SparseLoRAConfig
@@ -116,11 +115,7 @@ class PassContext:
             value = self.parameters[projection.weight].value
             assert value is not None, "a layer without its weight at hand is no projection"
             return value.detach()
-        packed, absmax, *nested = quantized.values
-        form = list(quantized.shape), quantized.blocksize, quantized.quant_type, quantized.dtype
-        with torch.no_grad():
-            dense: Tensor = dequantize_4bit(packed, absmax, *nested, *form)
-        return dense
+        return quantized.dense()
 
     def weight_inputs(self, projection: Projection) -> tuple[str, ...]:
         """Return the placeholders that hold the weight of a layer."""
@@ -135,9 +130,7 @@ class PassContext:
         if quantized is None:
             value = self.frozen_weight(projection)
             return value.dtype, value.device.type
-        packed = quantized.values[0]
-        assert packed is not None
-        return quantized.dtype, packed.device.type
+        return quantized.dtype, quantized.device.type
 
 
 class InvalidOptionError(ValueError):

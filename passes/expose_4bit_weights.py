@@ -35,10 +35,11 @@ from sparse_compile.graph import (
     take_over,
     tensor_value,
 )
-from sparse_compile.ir import QuantizedWeight, Rejection
+from sparse_compile.ir import Rejection
 from sparse_compile.passes.adapter_inputs import mutation_between
 from sparse_compile.passes.autocast import autocast_dtypes
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.quantized_weight import QuantizedWeight
 
 _VIEWS = {"view", "reshape", "detach", "contiguous", "t"}
 # Of bitsandbytes' schema, which names its operands.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sympy
-import torch
 from torch import Tensor
 
 NodeName = str
@@ -32,29 +31,6 @@ class Parameter:
     path: str
     trained: bool
     value: Tensor | None
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A frozen weight that is stored in 4 bits, and what it takes to dequantise it.
-
-    Attributes:
-        path: of its packed parameter, such as `"layers.0.mlp.up_proj.weight"`.
-        operands: placeholders of the packed data and of its scales, as `sparselora::dequantize_4bit` takes them.
-        values: the live tensors of the operands.
-        shape: (out, in).
-        blocksize: elements that share a scale.
-        quant_type: `"nf4"` or `"fp4"`.
-        dtype: what the layer computes in, and the dtype of the dense weight.
-    """
-
-    path: str
-    operands: tuple[NodeName | None, ...]
-    values: tuple[Tensor | None, ...]
-    shape: tuple[int, int]
-    blocksize: int
-    quant_type: str
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,13 @@ class AdapterRow:
         title: what the page calls it.
         build: returns a model with it, in training mode.
         declined: the words of the one warning where it trains dense; empty where it trains sparsely.
-        dtype: precision that gradients are compared in.
+        for_oracle: returns the same model with frozen layers of their own, whose results the oracle masks.
     """
 
     title: str
     build: Callable[[], nn.Module]
     declined: str = ""
-    dtype: torch.dtype = torch.float32
+    for_oracle: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def base(**options: Any) -> nn.Module:
@@ -86,6 +87,28 @@ class TuneLinear(nn.Module):
         return out + self.scale * self.lora_b(self.lora_a(self.dropout(x)))
 
 
+class WrappedTuneLinear(nn.Module):
+    """The same layer, around a frozen one."""
+
+    def __init__(self, layer: TuneLinear) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False)
+        self.base_layer.weight = layer.weight
+        self.lora_a, self.lora_b, self.scale = layer.lora_a, layer.lora_b, layer.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.scale * self.lora_b(self.lora_a(x))
+
+
+def with_base_layers(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, TuneLinear):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, WrappedTuneLinear(layer))
+    return model
+
+
 class MatrixLinear(nn.Module):
     """A LoRA layer written by hand around a frozen one, with factors (in, r) and (r, out) and `@`."""
 
@@ -121,7 +144,6 @@ ADAPTERS: dict[str, AdapterRow] = {
     "mlp": AdapterRow("adapters on gate, up and down alone", peft(FFN_TARGETS)),
     "all": AdapterRow("adapters on all seven projections", peft()),
     "one_layer": AdapterRow("adapters in some blocks (`layers_to_transform`)", peft(layers_to_transform=[1])),
-    "dropout_zero_in_eval": AdapterRow("dropout of 0 (the default)", peft(lora_dropout=0.0)),
     "lora_bias": AdapterRow("bias in B (`lora_bias=True`)", peft(bias_in_base=True, lora_bias=True)),
     "bias_lora_only": AdapterRow(
         'trained biases of the adapted layers (`bias="lora_only"`)', peft(bias_in_base=True, bias="lora_only")
@@ -138,7 +160,9 @@ ADAPTERS: dict[str, AdapterRow] = {
     "olora": AdapterRow("OLoRA initialisation", peft(init_lora_weights="olora")),
     "two_active": AdapterRow("two active adapters", two_active),
     "dora": AdapterRow("DoRA", peft(use_dora=True)),
-    "torchtune": AdapterRow("LoRA layers as torchtune writes them", replaced(lambda x: TuneLinear(x, 4, 8.0))),
+    "torchtune": AdapterRow(
+        "LoRA layers as torchtune writes them", replaced(lambda x: TuneLinear(x, 4, 8.0)), for_oracle=with_base_layers
+    ),
     "hand_written": AdapterRow(
         "LoRA layers written by hand with `x @ A @ B`", replaced(lambda x: MatrixLinear(x, 4, 2.0))
     ),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from support.rows import Held
 
+DENSE = "dense, without a warning"
+
 ADAPTERS = (
     Held("dropout", "test_oracle.py::test_dropout_draws_what_the_eager_model_draws"),
     Held("adapters on a few projections", "test_oracle.py::test_blocks_with_few_adapters"),
     Held("fp32 adapters on a bf16 base", "test_oracle.py::test_bf16_base_with_fp32_adapters"),
     Held("DoRA, one graph under any backend", "test_peft_support.py::test_one_graph_bit_equal_to_eager"),
     Held(
-        "adapters that are disabled or merged run dense, without a warning",
+        "adapters that are disabled (`disable_adapter`) or merged",
         "support/test_training_supported.py::test_disabled_and_merged_adapters_run_dense_and_silent",
+        DENSE,
     ),
     Held(
         "QLoRA with bitsandbytes: NF4 or FP4, nested or not",
@@ -41,10 +44,8 @@ TRAINING = (
         "`resume_from_checkpoint`, the position of the schedule included",
         "test_schedule.py::TestCallback::test_a_resumed_run_resumes_its_phase",
     ),
-    Held(
-        "evaluation between steps: dense, without a warning", "test_backend.py::test_evaluation_runs_dense_and_silent"
-    ),
-    Held("`generate` between steps: dense, without a warning", "test_backend.py::test_generate_runs_dense_and_silent"),
+    Held("evaluation between steps", "test_backend.py::test_evaluation_runs_dense_and_silent", DENSE),
+    Held("`generate` between steps", "test_backend.py::test_generate_runs_dense_and_silent", DENSE),
     Held(
         "a loss outside the model, with `token_roles`",
         "test_backend.py::test_given_roles_equal_those_of_a_loss_inside_the_graph",

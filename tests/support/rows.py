@@ -34,12 +34,12 @@ class Held:
     Attributes:
         title: what the page calls it.
         test: `file::test`, under `tests/`.
-        note: what the test shows beyond that it trains sparsely: words of a warning where it does not.
+        outcome: what the page says of it.
     """
 
     title: str
     test: str
-    note: str = ""
+    outcome: str = "yes"
 
 
 def exists(test: str) -> bool:

@@ -12,8 +12,8 @@ PAGE = TESTS.parent / "docs" / "support.md"
 
 HEAD = """# What is supported
 
-Written from the tests by `make support`; do not edit. A row with "yes" is a test that passes; one with "no" is a strict
-xfail, whose reason are words of the one warning that users see: the model then trains as without this backend.
+Written from the tests by `make support`; do not edit. A row with "yes" or "dense" is a test that passes; one with "no"
+is a strict xfail, whose reason are words of the one warning that users see: it trains as without this backend.
 
 ## Models
 
@@ -46,7 +46,10 @@ def support_page() -> str:
     }
     elsewhere = {"Adapters": held.ADAPTERS, "Training": held.TRAINING, "Shapes": held.SHAPES}
     for section, text in SECTIONS.items():
-        lines = [*own.get(section, ()), *(f"| {row.title} | yes | `{row.test}` |\n" for row in elsewhere[section])]
+        lines = [
+            *own.get(section, ()),
+            *(f"| {row.title} | {row.outcome} | `{row.test}` |\n" for row in elsewhere[section]),
+        ]
         parts += [f"\n## {section}\n\n{text}\n\n| | sparse | test |\n|---|---|---|\n", *lines]
     return "".join(parts)
 
