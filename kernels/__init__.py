@@ -3,6 +3,7 @@
 from sparse_compile.kernels import (
     causal_attention,
     channel_selection,
+    dequantize_4bit,
     dora_norm,
     flop_formulas,
     frozen_linear,
@@ -18,6 +19,7 @@ from sparse_compile.kernels import (
 __all__ = [
     "causal_attention",
     "channel_selection",
+    "dequantize_4bit",
     "dora_norm",
     "flop_formulas",
     "frozen_linear",

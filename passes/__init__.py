@@ -2,6 +2,7 @@
 
 PASS_NAMES: tuple[str, ...] = (
     "inline_checkpoint_bodies",
+    "expose_4bit_weights",
     "canonicalize_linears",
     "find_projections",
     "find_ffn",

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from sparse_compile.ir import (
     AttentionSite,
@@ -22,6 +23,7 @@ from sparse_compile.ir import (
     SparsityPlan,
     TokenRoles,
 )
+from sparse_compile.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from sparse_compile.config import SparseLoRAConfig
@@ -79,6 +81,8 @@ class PassContext:
         rows: the nodes that hold the output and the context rows, once they were inserted.
         providers: by site name, the providers that `lower_sparse_ops` chose.
         kernel_sources: by file name, the source of each kernel that was generated for a site.
+        values: by placeholder name, the live tensors that enter the graph.
+        quantized_weights: by the node that dequantises it, each frozen weight that is stored in 4 bits.
     """
 
     config: SparseLoRAConfig
@@ -98,11 +102,37 @@ class PassContext:
     rows: tuple[str, str] | None = None
     providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kernel_sources: dict[str, str] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    quantized_weights: dict[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every matched site: FFN sites, then attention sites."""
         return (*self.ffn_sites, *self.attention_sites)
+
+    def frozen_weight(self, projection: Projection) -> Tensor:
+        """Return the weight of a layer as it is stored, (out, in) or transposed; dequantised, a fresh tensor."""
+        quantized = self.quantized_weights.get(projection.weight)
+        if quantized is None:
+            value = self.parameters[projection.weight].value
+            assert value is not None, "a layer without its weight at hand is no projection"
+            return value.detach()
+        return quantized.dense()
+
+    def weight_inputs(self, projection: Projection) -> tuple[str, ...]:
+        """Return the placeholders that hold the weight of a layer."""
+        quantized = self.quantized_weights.get(projection.weight)
+        if quantized is None:
+            return (projection.weight,)
+        return tuple(name for name in quantized.operands if name is not None)
+
+    def weight_kind(self, projection: Projection) -> tuple[torch.dtype, str]:
+        """Return the dtype that the weight of a layer has when it is multiplied with, and its device type."""
+        quantized = self.quantized_weights.get(projection.weight)
+        if quantized is None:
+            value = self.frozen_weight(projection)
+            return value.dtype, value.device.type
+        return quantized.dtype, quantized.device.type
 
 
 class InvalidOptionError(ValueError):

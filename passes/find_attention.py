@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from sparse_compile.graph import argument, calls_torch, hinted_shape, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph import CASTS, argument, calls_torch, hinted_shape, nodes_by_name, op_name, tensor_value
 from sparse_compile.ir import AttentionSite, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
-from sparse_compile.passes.find_ffn import site_name
+from sparse_compile.passes.find_ffn import read_by, site_name
 from sparse_compile.passes.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.head_layout import GROUP, Axis, Layout, Untraceable, follow, initial_layout, origin
 
@@ -273,7 +273,7 @@ class _Matcher:
         layouts = {attention.result: layout}
         node = attention.result
         while node not in self.by_source:
-            users = [user for user in node.users if user.op != "output"]
+            users = self._without_adapters([user for user in node.users if user.op != "output"])
             if len(users) != 1:
                 raise _NoMatchError(f"the attention result {node.name} is read {len(users)} times")
             node = users[0]
@@ -285,6 +285,14 @@ class _Matcher:
         if tuple(layouts[node][-1]) != expected or readers[0].in_features != heads * shape[-1]:
             raise _NoMatchError(f"{readers[0].name} does not read the heads side by side")
         return readers[0]
+
+    def _without_adapters(self, users: list[fx.Node]) -> list[fx.Node]:
+        """Return the cast that a layer alone reads, where all other readers of what is cast are its own adapters."""
+        casts = [user for user in users if op_name(user) in CASTS and len(self.by_source.get(user, ())) == 1]
+        if len(casts) != 1:
+            return users
+        own = read_by(self.by_source[casts[0]][0], self.nodes)
+        return casts if all(user in own for user in users if user is not casts[0]) else users
 
     def _check_closed(self, ways: tuple[list[fx.Node], ...], attention: _Attention) -> None:
         inside = {node for way in ways for node in way}

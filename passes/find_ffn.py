@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparse_compile.graph import hinted_shape, nodes_by_name
+from sparse_compile.graph import hinted_shape, nodes_by_name, strip_casts
 from sparse_compile.ir import FFNSite, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
@@ -75,15 +75,19 @@ def site_name(projections: tuple[Projection, ...]) -> str:
 
 
 def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:
-    """Return the nodes of a projection that read its input: its products, casts, dropouts and the adapters."""
+    """Return the nodes of a projection that read its input: its products, casts, dropouts and the adapters.
+
+    Adapters may read what the layer itself reads a cast of.
+    """
     own = {nodes[projection.base]}
+    roots = {projection.source, strip_casts(nodes[projection.source]).name}
     frontier = [nodes[name] for name in projection.products[1:]]
     frontier += [nodes[branch.a] for branch in projection.adapters]
     while frontier:
         node = frontier.pop()
         own.add(node)
         frontier += [operand for operand in node.all_input_nodes if operand.op != "placeholder"]
-        frontier = [operand for operand in frontier if operand.name != projection.source and operand not in own]
+        frontier = [operand for operand in frontier if operand.name not in roots and operand not in own]
     return own
 
 

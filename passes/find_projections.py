@@ -8,11 +8,12 @@
 
 A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
 
-A projection without a branch is a projection all the same: SparseLoRA prunes the MLP of a model whose adapters are on
-the attention alone. Anything else that is added to the base product is left to the analyses that read the output.
+The weight may be a dequantisation of one that is stored in 4 bits. A projection without a branch is a projection all
+the same: SparseLoRA prunes the MLP of a model whose adapters are on the attention alone. Anything else that is added to
+the base product is left to the analyses that read the output.
 
-Declines when: the weight is trained, is no 2-D parameter of the graph, or is not at hand (the graph was given
-stand-ins).
+Declines when: the weight is trained, holds several experts, is no 2-D parameter of the graph, or is not at hand (the
+graph was given stand-ins).
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.dora_term import dora_term
 from sparse_compile.passes.lora_branch import is_sum, match_branch
 
+EXPERTS = (
+    "its weight holds several experts: tokens are sorted by expert before they are multiplied, so that their places no "
+    "longer tell their roles. Routed experts stay dense"
+)
 _ADAPTER_WRAPPERS = {"base_layer", "weight", "parametrizations", "original"}
 
 
@@ -55,6 +60,7 @@ class FindProjections:
                 taken.update(found.products)
             elif found is not None:
                 rejections.append(found)
+        rejections += _experts(gm.graph, ctx)
         branches = sum(len(projection.adapters) for projection in ctx.projections.values())
         return PassOutcome(False, {"projections": len(ctx.projections), "branches": branches}, tuple(rejections))
 
@@ -76,17 +82,19 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
     if op_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
         transposed, weight = True, strip_casts(weight.args[0])
     parameter = ctx.parameters.get(weight.name)
+    quantized = ctx.quantized_weights.get(weight.name)
     value = tensor_value(operand)
-    if parameter is None or value is None or value.dim() != 2:
+    if (parameter is None and quantized is None) or value is None or value.dim() != 2:
         return Rejection("find_projections", node.name, "its weight is computed in the graph, not a parameter")
-    if parameter.trained:
+    if parameter is not None and parameter.trained:
         return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
-    if parameter.value is None:
+    if parameter is not None and parameter.value is None:
         return Rejection("find_projections", parameter.path, "its weight is not at hand while compiling")
+    path = parameter.path if parameter is not None else ctx.quantized_weights[weight.name].path
     chain = _branches(node, source, ctx)
     out_features, in_features = (int(size) for size in value.shape)
     return Projection(
-        name=_module_name(parameter.path),
+        name=_module_name(path),
         base=node.name,
         source=source.name,
         weight=weight.name,
@@ -98,6 +106,18 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
         out_features=out_features,
         dora=tuple(chain.dora),
     )
+
+
+def _experts(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:
+    """Name the frozen weights that hold a matrix for each of several experts."""
+    found = []
+    for node in graph.nodes:
+        parameter, value = ctx.parameters.get(node.name), tensor_value(node)
+        stacked = parameter is not None and not parameter.trained and value is not None and value.dim() == 3
+        # A convolution's weight has three dimensions too.
+        if stacked and parameter is not None and not any("conv" in op_name(user) for user in node.users):
+            found.append(Rejection("find_projections", _module_name(parameter.path), EXPERTS))
+    return found
 
 
 def _module_name(path: str) -> str:

@@ -86,9 +86,8 @@ class FuseProducts:
 
 
 def _call(plan: SitePlan, ctx: PassContext) -> OpCall:
-    value = ctx.parameters[plan.site.output.weight].value
-    assert value is not None, "a site without its weights at hand stays dense"
-    return OpCall(value.device.type, value.dtype)
+    dtype, device = ctx.weight_kind(plan.site.output)
+    return OpCall(device, dtype)
 
 
 def _ends(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node, torch.dtype]]:
@@ -141,6 +140,8 @@ class _Region:
     def __post_init__(self) -> None:
         self._lifted: dict[tuple[fx.Node, Window], sympy.Expr] = {}
         self.formula = Formula.of(self._lift(self.end, None))
+        if not self.products:
+            raise NotLiftableError("no product of it loads its weight by index: a 4-bit one is dequantised before")
         inside = {node for node, _ in self._lifted}
         for node in inside - {self.end}:
             strangers = [user for user in node.users if user not in inside]
@@ -150,7 +151,7 @@ class _Region:
     @property
     def worthwhile(self) -> bool:
         """Whether there is more than one product to compute: one alone is an op of its own."""
-        return bool(self.products) and len(self._lifted) > 1
+        return len(self._lifted) > 1
 
     def insert(self, rewriter: Rewriter, dtype: torch.dtype) -> fx.Node:
         """Insert the fused product; return the node that holds its result."""

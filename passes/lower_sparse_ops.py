@@ -73,7 +73,6 @@ def _calls_by_site(ctx: PassContext) -> dict[str, OpCall]:
     """Return, by site, the device and dtype of its frozen weights."""
     calls = {}
     for plan in ctx.plan.sparse_sites:
-        value = ctx.parameters[plan.site.output.weight].value
-        assert value is not None, "a site without its weights at hand stays dense"
-        calls[plan.site.name] = OpCall(value.device.type, value.dtype)
+        dtype, device = ctx.weight_kind(plan.site.output)
+        calls[plan.site.name] = OpCall(device, dtype)
     return calls

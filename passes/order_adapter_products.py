@@ -87,6 +87,8 @@ class _Matcher:
         """Return the layer, or why its products are left alone; that goes without saying where the string is empty."""
         if not projection.branches or projection.base not in self.nodes or projection.base in self.sparse:
             return ""
+        if projection.weight in self.ctx.quantized_weights:
+            return "its weight is stored in 4 bits, and a merged one would be a dense copy of it"
         layer = adapted_layer(projection, self.nodes)
         return layer if isinstance(layer, str) else self._reason(layer) or layer
 

@@ -94,11 +94,10 @@ def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
     store = FactorStore(None, config.predictor_rank, config.seed, upstream)
 
     def get(projection: Projection) -> LowRankFactors:
-        weight = ctx.parameters[projection.weight].value
-        assert weight is not None
+        weight = ctx.frozen_weight(projection)
         with torch.no_grad():
-            rows = weight.detach().t() if projection.transposed else weight
-            rows = rows if projection.fused is None else projection.fused.take(rows.detach())
+            rows = weight.t() if projection.transposed else weight
+            rows = rows if projection.fused is None else projection.fused.take(rows)
             return store.get(projection.name, rows)
 
     return get
@@ -128,9 +127,8 @@ class _Planner:
         reason = self._reason(site, source_shape)
         note = ""
         if not reason:
-            weight = self.ctx.parameters[site.output.weight].value
-            assert weight is not None
-            estimate = gain(site, kept, self.ctx.config.predictor_rank, weight.element_size(), weight.device.type)
+            dtype, device = self.ctx.weight_kind(site.output)
+            estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device)
             if not estimate.pays:
                 note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
                 reason = "" if named else note
@@ -155,10 +153,9 @@ class _Planner:
 
     def _compute_factors(self, site: Site) -> str:
         for projection in site.projections:
-            weight = self.ctx.parameters[projection.weight].value
-            assert weight is not None
+            weight = self.ctx.frozen_weight(projection)
             # A sum is finite exactly when no term is NaN or infinite, short of overflow: fp32 sums of a bf16 weight.
-            if not bool(torch.isfinite(weight.detach().sum(dtype=at_least_fp32(weight)))):
+            if not bool(torch.isfinite(weight.sum(dtype=at_least_fp32(weight)))):
                 return f"the weight of {projection.name} is not finite"
         found = {}
         for projection in predicted_projections(site):

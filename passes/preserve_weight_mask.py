@@ -95,8 +95,12 @@ class PreserveWeightMask:
 
 
 def adapted_projections(ctx: PassContext) -> Iterator[Projection]:
-    """Yield the layers with an adapter of any kind: those whose zeros are counted."""
-    return (projection for projection in ctx.projections.values() if projection.adapters)
+    """Yield the layers with an adapter of any kind: those whose zeros are counted. A weight in 4 bits has none."""
+    return (
+        projection
+        for projection in ctx.projections.values()
+        if projection.adapters and projection.weight not in ctx.quantized_weights
+    )
 
 
 def stored_weight(projection: Projection, ctx: PassContext) -> Tensor:
@@ -162,13 +166,15 @@ def _readers(weight: fx.Node) -> frozenset[str]:
 
 def _packed_layers(graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, str]]:
     """Yield the layers whose weights are packed, each with the reason to leave it."""
+    reason = "its weight is packed in 4 or 8 bits, which hold no zeros that a merge could keep"
+    yield from ((weight.path, reason) for weight in ctx.quantized_weights.values())
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bitsandbytes":
             weights = [
                 ctx.parameters[operand.name].path for operand in node.all_input_nodes if operand.name in ctx.parameters
             ]
             name = weights[0] if weights else node.name
-            yield name, "its weight is packed in 4 or 8 bits, which hold no zeros that a merge could keep"
+            yield name, reason
 
 
 def _added_flops(layer: AdaptedLayer, projection: Projection, ctx: PassContext) -> float:

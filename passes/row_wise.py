@@ -165,8 +165,10 @@ def _viewed(node: fx.Node, lead: Sizes) -> RowOperand:
 def _picked(node: fx.Node, lead: Sizes) -> RowOperand:
     operand, index = node.args
     assert isinstance(operand, fx.Node)
+    if _picks_part(node):
+        return RowOperand(operand, lead)
     if tensor_value(operand) is None:
-        return RowOperand(operand, lead)  # an element of what `chunk` or `split` returned
+        raise MixesRowsError(f"{op_name(operand)} is not known to keep tokens apart")
     sizes = sizes_of(operand)
     parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:

@@ -11,6 +11,7 @@ from sparse_compile.graph import LINEAR, Rewriter, argument, hinted_shape, nodes
 from sparse_compile.ir import Projection
 from sparse_compile.passes.autocast import autocast_dtypes
 from sparse_compile.passes.base import PassContext
+from sparse_compile.passes.expose_4bit_weights import mark_for_recomputation
 
 _OPS = torch.ops.sparselora
 
@@ -28,6 +29,7 @@ class SparseRows:
         self.nodes = nodes_by_name(rewriter.graph)
         assert ctx.rows is not None
         self.rows = tuple(self.nodes[name] for name in ctx.rows)
+        self._quantized = ctx.quantized_weights
         devices = {parameter.value.device.type for parameter in ctx.parameters.values() if parameter.value is not None}
         self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.autocast, device) for device in devices}
 
@@ -57,14 +59,20 @@ class SparseRows:
 
     def gathered(self, x: fx.Node, product: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
         """Insert a product with the frozen weight, of some output channels; with its bias, where it has one."""
-        weight = self._weight(projection)
-        y = self.rewriter.call(_OPS.gathered_linear.default, self.cast(x, product), weight, channels)
+        x = self.cast(x, product)
+        if projection.weight in self._quantized:
+            y = self.product(x, self._dequantized(projection, channels, 0), None, projection.in_features)
+        else:
+            y = self.rewriter.call(_OPS.gathered_linear.default, x, self._weight(projection), channels)
         return self._with_bias(y, product, channels)
 
     def gathered_input(self, h: fx.Node, product: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
         """Insert a product with the frozen weight, of some input channels; with its bias, where it has one."""
-        weight = self._weight(projection)
-        y = self.rewriter.call(_OPS.gathered_input_linear.default, self.cast(h, product), weight, channels)
+        h = self.cast(h, product)
+        if projection.weight in self._quantized:
+            y = self.product(h, self._dequantized(projection, channels, 1), None, _count(channels))
+        else:
+            y = self.rewriter.call(_OPS.gathered_input_linear.default, h, self._weight(projection), channels)
         return self._with_bias(y, product, None)
 
     def layer_channels(self, kept: Sequence[tuple[Projection, fx.Node]]) -> fx.Node:
@@ -122,6 +130,13 @@ class SparseRows:
         dtype = self._autocast.get(value.device.type, {}).get(at.name)
         return None if value.dtype == torch.float64 else dtype
 
+    def _dequantized(self, projection: Projection, channels: fx.Node, dim: int) -> fx.Node:
+        """Insert the chosen rows (dim 0) or columns (dim 1) of a weight that is stored in 4 bits."""
+        whole = self.nodes[projection.weight]
+        dense = self.rewriter.call(_OPS.dequantize_4bit.default, *whole.args, channels, dim)
+        mark_for_recomputation(dense)
+        return dense
+
     def _weight(self, projection: Projection) -> fx.Node:
         weight = self.nodes[projection.weight]
         return self.rewriter.method("t", weight) if projection.transposed else weight
@@ -142,3 +157,10 @@ class SparseRows:
             size if isinstance(size, int) else self.rewriter.method("size", like, dim)
             for dim, size in enumerate(value.shape[:-1])
         ]
+
+
+def _count(channels: fx.Node) -> int:
+    """Return how many channels a node holds that was made of a choice of channels."""
+    if channels.target is _OPS.expand_kv_channels.default:
+        return _count(channels.args[0]) * int(argument(channels, 2, "groups"))  # type: ignore[arg-type]
+    return int(argument(channels, 1, "k"))

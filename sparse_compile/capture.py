@@ -39,7 +39,12 @@ def capture_context(gm: fx.GraphModule, example_inputs: Sequence[object], config
     autocast = {
         device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     }
-    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast)
+    values = {
+        node.name: value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, Tensor) and not is_fake(value)
+    }
+    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast, values=values)
 
 
 def trained_parameters(gm: fx.GraphModule, example_inputs: Sequence[object], ctx: PassContext) -> list[Tensor]:

@@ -76,8 +76,8 @@ class Projection:
         name: module path, adapter wrappers left out: `"layers.0.mlp.up_proj"`.
         base: the canonical `linear(x, W, b)` node.
         source: its input x.
-        weight: placeholder of the weight.
-        transposed: whether the placeholder holds W' (in, out), as Conv1D layers do.
+        weight: placeholder of the weight, or the node that dequantises one stored in 4 bits.
+        transposed: whether that node holds W' (in, out), as Conv1D layers do.
         bias: the node added as bias, or None.
         branches: the LoRA branches added to it, in order; those of DoRA terms are not among them.
         output: the node that carries base, branches and DoRA terms.

@@ -26,6 +26,7 @@ from sparse_compile.passes.base import (
     RequestedFunctionError,
 )
 from sparse_compile.passes.canonicalize_linears import CanonicalizeLinears
+from sparse_compile.passes.expose_4bit_weights import Expose4BitWeights
 from sparse_compile.passes.factor_dora_norm import FactorDoRANorm
 from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
@@ -58,6 +59,7 @@ def passes() -> tuple[Pass, ...]:
     """Return the passes in the order in which they run."""
     return (
         InlineCheckpointBodies(),  # first: every other pass sees one flat graph
+        Expose4BitWeights(),  # before the spelling of linear layers: it writes them in one
         CanonicalizeLinears(),  # one spelling of a linear layer for all analyses
         FindProjections(),  # frozen layers and their adapters: what sites are made of
         FindFFN(),
@@ -81,7 +83,7 @@ def passes() -> tuple[Pass, ...]:
 
 def evaluation_passes() -> tuple[Pass, ...]:
     """Return the passes of a graph without gradients: what changes the function itself, by request."""
-    needed = ("canonicalize_linears", "find_projections")
+    needed = ("expose_4bit_weights", "canonicalize_linears", "find_projections")
     return tuple(each for each in passes() if each.name in needed or each.numerics is Numerics.REQUESTED)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 from graphs import aot_eager
 from oracle import assert_same_step, sparse_step, told, train_step
 from sparse_compile.reference import masked_dense
+from sparse_compile.session import session_for
+from support import held
+from support.rows import Held, exists
 from support.table import PAGE, support_page
 from support.zoo import DECLINED, MODELS, ModelRow
 from tolerances import Tolerance
@@ -35,6 +39,24 @@ def test_a_model_trains_as_the_oracle_says(name: str, aot_eager_inductor: Any) -
         expected = train_step(model, model, inputs)
     assert_same_step(step, expected, row.dtype, tolerance=HF_FP64 if row.dtype == torch.float64 else None)
     assert (train_step(model, model, inputs).loss - step.loss).abs() > 1e-6, "sparsity changes nothing here"
+    dense = layers_outside(model, kept)
+    assert all(any(part in name for part in row.stays) for name in dense), dense
+    assert all(any(part in name for name in dense) for part in row.stays), dense
+    (report,) = session_for([parameter for parameter in model.parameters() if parameter.requires_grad]).reports
+    for words in row.stays.values():
+        assert any(words in each.reason for each in report.rejections)
+
+
+def layers_outside(model: torch.nn.Module, sites: Iterable[str]) -> set[str]:
+    """Return the modules with frozen matrices that are in no sparse site; embeddings and the head are no part of it."""
+    found = set()
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        is_matrix = parameter.dim() > 1 and not parameter.requires_grad
+        table = isinstance(model.get_submodule(owner), torch.nn.Embedding)
+        if is_matrix and not table and not any(f"{site}." in name for site in sites):
+            found.add(owner)
+    return {name for name in found if not name.endswith(("lm_head", "embed_out", "head"))}
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_neox", "gpt2", "t5", "vit"])
@@ -53,13 +75,14 @@ def test_a_model_that_is_declined_trains_dense_and_says_so(name: str, aot_eager_
     row: ModelRow = DECLINED[name]
     model, inputs = row.build().to(row.dtype), row.inputs()
     call = torch.compile(model, backend="sparselora", options={"preset": "none", "layer_sparsity": {"mlp": 0.5}})
+    reason = row.declined
     with told() as messages:
         # A graph that reads images may be one of several: only when it runs again is it known that no other follows.
         for _ in range(3):
             train_step(model, call, inputs)
-    assert len(messages) == 1
-    assert "so training runs dense" in messages[0]
-    assert "integer tensor (batch, tokens)" in messages[0]
+    # Where no site has the name asked for, another line says that.
+    (message,) = (each for each in messages if "so training runs dense" in each)
+    assert reason in message
     assert not any(aot_eager_inductor.sparse)
 
 
@@ -75,3 +98,8 @@ def test_fused_projections_through_inductor() -> None:
 
 def test_the_page_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == support_page(), "run `make support`"
+
+
+@pytest.mark.parametrize("row", [*held.ADAPTERS, *held.TRAINING, *held.SHAPES], ids=lambda row: row.test)
+def test_a_row_that_is_held_elsewhere_is_a_test(row: Held) -> None:
+    assert exists(row.test)

@@ -40,7 +40,10 @@ class ModelRow:
         build: returns it with adapters, in fp64 and in training mode.
         sites: its sparse sites, by the end of their names: the name of an out-projection (feed-forward), or of the
             projections (attention).
-        dense: what of it stays dense, and why, as the page says it; empty where nothing does.
+        stays: of its frozen layers those that stay dense, by a part of their names, each with words of the reason that
+            the backend's report gives (or none, where it is no layer that is looked at); empty where no layer does.
+        declined: words of the one warning where all of it trains dense.
+        head_dim: channels of a head.
         inputs: returns a batch.
         roles: returns the output tokens of labels.
         dtype: of the model.
@@ -49,7 +52,9 @@ class ModelRow:
     title: str
     build: Callable[[], nn.Module]
     sites: Mapping[str, str | Attention]
-    dense: str = ""
+    stays: Mapping[str, str] = field(default_factory=dict)
+    declined: str = ""
+    head_dim: int = HEAD_DIM
     inputs: Callable[[], dict[str, Tensor]] = field(default=lambda: batch(VOCAB, padding="right"))
     roles: Callable[[Tensor], Tensor] = output_mask_from_labels
     dtype: torch.dtype = torch.float64
@@ -65,12 +70,18 @@ class ModelRow:
                 found.append(MaskedFFN(site.get_submodule(form), channels))
             else:
                 q, k, v, o = (site.get_submodule(each) for each in form.names)
-                found.append(MaskedAttention(q, k, v, o, *channels, HEAD_DIM, form.groups, form.rows))
+                found.append(MaskedAttention(q, k, v, o, *channels, self.head_dim, form.groups, form.rows))
         return found
 
 
 def hugging_face(
-    model: str, config: str, targets: tuple[str, ...], attention: str = "sdpa", **options: Any
+    model: str,
+    config: str,
+    targets: tuple[str, ...],
+    attention: str = "sdpa",
+    loss_type: str | None = "ForCausalLM",
+    dora: bool = False,
+    **options: Any,
 ) -> Callable[[], nn.Module]:
     """Return what builds a model of `transformers` with adapters on the layers named."""
 
@@ -81,9 +92,9 @@ def hugging_face(
         with torch.random.fork_rng(devices=[]):
             built = getattr(transformers, model)(settings)
         # Of a GPT-2 transformers knows no loss by its name: it logs a line at the loss, which cuts the graph there.
-        built.loss_type = built.loss_type or "ForCausalLM"
+        built.loss_type = built.loss_type or loss_type
         randomize(built, 0)
-        return with_lora(built.double().train(), targets)
+        return with_lora(built.double().train(), targets, dora=dora)
 
     return build
 
@@ -105,8 +116,8 @@ def _decoder(model: str, config: str, *, targets: tuple[str, ...] = QKVO, **opti
     return hugging_face(model, config, targets, **{**sizes, **options})
 
 
-def _interleaved() -> tuple[Tensor, Tensor, Tensor]:
-    heads = torch.arange(3 * HIDDEN).view(HEADS, 3, HEAD_DIM)
+def _interleaved(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    heads = torch.arange(HEADS * 3 * head_dim).view(HEADS, 3, head_dim)
     return heads[:, 0].flatten(), heads[:, 1].flatten(), heads[:, 2].flatten()
 
 
@@ -123,7 +134,21 @@ def _images() -> dict[str, Tensor]:
 
 
 GQA = Attention(groups=HEADS // KV_HEADS)
-ROUTED = "the routed experts: tokens are sorted by expert, so a token's role is not its place in the batch any more"
+ROUTED = {"mlp.experts": "holds several experts", "mlp.gate": ""}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_inner": FFN,
+    "n_layer": 1,
+    "n_head": HEADS,
+    "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+}
 
 MODELS: dict[str, ModelRow] = {
     "llama": ModelRow(
@@ -166,36 +191,23 @@ MODELS: dict[str, ModelRow] = {
             "GPTNeoXConfig",
             ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
             vocab_size=VOCAB,
-            hidden_size=HIDDEN,
+            # A quarter of a head's channels is rotated, which of 8 would be a single pair.
+            hidden_size=2 * HIDDEN,
             intermediate_size=FFN,
             num_hidden_layers=1,
             num_attention_heads=HEADS,
-            rotary_pct=0.5,
             use_cache=False,
         ),
-        {"attention": Attention((*("query_key_value",) * 3, "dense"), 1, _interleaved()), "mlp": "dense_4h_to_h"},
+        {
+            "attention": Attention((*("query_key_value",) * 3, "dense"), 1, _interleaved(2 * HEAD_DIM)),
+            "mlp": "dense_4h_to_h",
+        },
+        head_dim=2 * HEAD_DIM,
     ),
     "gpt2": ModelRow(
-        "GPT-2 (`Conv1D`, fused qkv)",
-        hugging_face(
-            "GPT2LMHeadModel",
-            "GPT2Config",
-            ("c_attn", "c_proj", "c_fc"),
-            vocab_size=VOCAB,
-            n_embd=HIDDEN,
-            n_inner=FFN,
-            n_layer=1,
-            n_head=HEADS,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=1,
-            eos_token_id=2,
-            use_cache=False,
-        ),
+        'GPT-2 (`Conv1D`, fused qkv) with `model.loss_type = "ForCausalLM"`',
+        hugging_face("GPT2LMHeadModel", "GPT2Config", ("c_attn", "c_proj", "c_fc"), **GPT2),
         {"attn": Attention((*("c_attn",) * 3, "c_proj"), 1, _side_by_side(HEADS)), "mlp": "c_proj"},
-        dense='all of it, unless `model.loss_type = "ForCausalLM"` is set: else a log line cuts the graph at the loss',
     ),
     "opt": ModelRow(
         "OPT (bias, ReLU, no gate)",
@@ -219,7 +231,7 @@ MODELS: dict[str, ModelRow] = {
         "Mixtral",
         _decoder("MixtralForCausalLM", "MixtralConfig", num_local_experts=4),
         {"self_attn": GQA},
-        dense=ROUTED,
+        stays=ROUTED,
         dtype=torch.float32,  # grouped products of experts have no fp64 kernel
     ),
     "qwen2_moe": ModelRow(
@@ -232,11 +244,11 @@ MODELS: dict[str, ModelRow] = {
             shared_expert_intermediate_size=FFN,
         ),
         {"self_attn": GQA, "mlp.shared_expert": "down_proj"},
-        dense=ROUTED,
+        stays=ROUTED,
         dtype=torch.float32,
     ),
     "t5": ModelRow(
-        "T5 (decoder blocks)",
+        "T5 (a decoder position is output where it predicts a label that counts)",
         hugging_face(
             "T5ForConditionalGeneration",
             "T5Config",
@@ -257,7 +269,10 @@ MODELS: dict[str, ModelRow] = {
             "decoder.block.0.layer.0.SelfAttention": Attention(("q", "k", "v", "o")),
             "decoder.block.0.layer.2.DenseReluDense": "wo",
         },
-        dense="the encoder (its tokens have no labels) and cross-attention",
+        stays={
+            "encoder": "the loss is computed for other tokens than this site's",
+            "EncDecAttention": "",
+        },
         inputs=lambda: {**batch(VOCAB, length=12), "input_ids": batch(VOCAB, length=17, seed=1)["input_ids"]},
         # The decoder reads labels shifted to the right: position t predicts the label of its own place.
         roles=lambda labels: labels != -100,
@@ -285,8 +300,18 @@ VISION = hugging_face(
 )
 
 DECLINED: dict[str, ModelRow] = {
-    "vit": ModelRow(
-        "ViT classifier", VISION, {}, dense="an image has one label, so nothing tells output tokens", inputs=_images
-    )
+    "vit": ModelRow("ViT classifier", VISION, {}, declined="integer tensor (batch, tokens)", inputs=_images),
+    "gpt2_as_it_comes": ModelRow(
+        "GPT-2 as it comes: transformers logs a line at its loss, which cuts the graph there",
+        hugging_face("GPT2LMHeadModel", "GPT2Config", ("c_attn",), loss_type=None, **GPT2),
+        {},
+        declined="integer tensor (batch, tokens)",
+    ),
+    "phi3_dora": ModelRow(
+        "Phi-3 with DoRA on its fused layers",
+        _decoder("Phi3ForCausalLM", "Phi3Config", targets=("qkv_proj", "gate_up_proj"), dora=True),
+        {},
+        declined="with a DoRA adapter",
+    ),
 }
-"""Models that train dense, said in one warning."""
+"""Models that train dense, each with words of the one warning that says so."""

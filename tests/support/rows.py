@@ -1,0 +1,56 @@
+"""What all parts of the support matrix share: rows that are declined, and rows that tests elsewhere hold."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+
+
+class NotSupportedError(Exception):
+    """A row trains dense, and one warning said why in the words of the row: raised by its test, a strict xfail."""
+
+
+def cases(rows: Mapping[str, Any]) -> list[Any]:
+    """Return the names of rows as parameters of a test; one with `declined` has to raise `NotSupportedError`."""
+    return [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=NotSupportedError, reason=row.declined))
+        if row.declined
+        else name
+        for name, row in rows.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A row that a test elsewhere in the suite holds.
+
+    Attributes:
+        title: what the page calls it.
+        test: `file::test`, under `tests/`.
+        outcome: what the page says of it.
+    """
+
+    title: str
+    test: str
+    outcome: str = "yes"
+
+
+def exists(test: str) -> bool:
+    """Tell whether `file::test` or `file::Class::test` is a test that is neither skipped nor expected to fail."""
+    file, *names = test.split("::")
+    body: list[ast.stmt] = ast.parse((TESTS / file).read_text(encoding="utf-8")).body
+    for name in names:
+        found = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
+        if not found or any(
+            "skip" in (mark := ast.unparse(each)) or "xfail" in mark for each in found[0].decorator_list
+        ):
+            return False
+        body = found[0].body
+    return bool(names)
