@@ -126,6 +126,7 @@ def test_disable(name: str) -> None:
         "fuse_adapters",
         "factor_dora_norm",
         "inline_checkpoint_bodies",
+        "expose_4bit_weights",
         "find_attention",
         "sparsify_attention",
         "fuse_products",
