@@ -41,7 +41,7 @@ from sparse_compile.kernels.providers import OpCall
 from sparse_compile.passes.adapted_layer import AdaptedLayer, adapted_layer
 from sparse_compile.passes.autocast import autocast_dtypes
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
-from sparse_compile.torch_private import UNKNOWN_SIZE
+from sparse_compile.torch_private import UNKNOWN_SIZE, overload
 from sparse_compile.weight_mask import mask_pattern, zero_fraction
 
 _OPS = torch.ops.sparselora
@@ -163,7 +163,8 @@ def _readers(weight: fx.Node) -> frozenset[str]:
 def _packed_layers(graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, str]]:
     """Yield the layers whose weights are packed, each with the reason to leave it."""
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bitsandbytes":
+        op = overload(node.target)
+        if op is not None and op.namespace == "bitsandbytes":
             weights = [
                 ctx.parameters[operand.name].path for operand in node.all_input_nodes if operand.name in ctx.parameters
             ]
