@@ -384,8 +384,8 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     with STATE_LOCK:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         strangers = {id(parameter) for parameter in parameters if _owner(parameter) is None}
-        for session, shard in sharded_models.shards(strangers):
-            session._root()._own([shard])
+        for of_model, shard in sharded_models.shards(strangers):
+            of_model._root()._own([shard])
         found = {session.id: session for parameter in parameters if (session := _owner(parameter)) is not None}
         if not found or was_skipped(optimizer):
             return

@@ -69,7 +69,7 @@ def inductor_options() -> Mapping[str, Any]:
     """Return Inductor's options with their values."""
     from torch._inductor import config
 
-    return config.get_config_copy()  # type: ignore[no-any-return]
+    return config.get_config_copy()
 
 
 def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
