@@ -136,6 +136,26 @@ def test_tensor_parallel_is_dense_and_said_so(ranks: list[Result]) -> None:
         assert "tensor parallel" in told
 
 
+def test_the_trainers_callback_keeps_graphs_whole_while_a_run_lasts() -> None:
+    from transformers import TrainerState
+
+    from sparse_compile import SparseLoRACallback
+
+    model, callback, config = decoder(), SparseLoRACallback(), torch._dynamo.config
+    run: Any = (None, TrainerState(), None)
+    callback.on_train_begin(*run, model=model)
+    assert config.optimize_ddp, "another backend's choice"
+    model.compile(backend="sparselora")
+    callback.on_train_begin(*run, model=model)
+    assert not config.optimize_ddp
+    callback.on_train_end(*run)
+    assert config.optimize_ddp
+    with config.patch(optimize_ddp="python_reducer"):
+        callback.on_train_begin(*run, model=model)
+        assert config.optimize_ddp == "python_reducer"
+        callback.on_train_end(*run)
+
+
 # --- Blocks on their own ----------------------------------------------------------------------------------------------
 
 
