@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CODE := setup.py sparse_compile passes kernels tests $(wildcard examples benchmarks)
 
-.PHONY: help setup demo test lint typecheck support bench kernels-report clean
+.PHONY: help setup demo test test-oldest lint typecheck support bench kernels-report clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -32,6 +32,25 @@ demo: $(STAMP) ## fine-tune a small model dense and sparse, and compare (a few m
 
 test: $(STAMP) ## run the tests, two at a time
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# The oldest versions that are admitted, in an environment of their own. PyPI serves the old torch for Linux as a CUDA
+# build alone (gigabytes); the index of PyTorch has it for CPUs: name it in PIP_EXTRA_INDEX_URL. OLDEST_TORCH picks
+# another build (`2.11.0` where CUDA is wanted, or on macOS).
+OLDEST := .venv-oldest
+OLDEST_TORCH ?= 2.11.0+cpu
+OLDEST_STAMP := $(OLDEST)/.set-up-$(OLDEST_TORCH)
+
+test-oldest: $(OLDEST_STAMP) ## run the fast tests on torch 2.11 and transformers 5.17, the oldest that are admitted
+	$(OLDEST)/bin/pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
+
+$(OLDEST_STAMP): pyproject.toml setup.py requirements-oldest.lock
+	$(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet "torch==$(OLDEST_TORCH)" || { \
+		echo "test-oldest: no torch $(OLDEST_TORCH) to be had here (pip's message is above). Set PIP_EXTRA_INDEX_URL to" \
+			"PyTorch's index of CPU builds, or OLDEST_TORCH to a version that your index serves." >&2; exit 1; }
+	$(OLDEST)/bin/python -m pip install --quiet --requirement requirements-oldest.lock
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(CODE)

@@ -7,12 +7,12 @@ import operator
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
 from sparse_compile.ir import LoRABranch, Projection
 from sparse_compile.passes.base import PassContext
+from sparse_compile.torch_private import overload, overload_writes
 
 _WORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 """Functions whose names end like those of calls in place because they would be words of Python otherwise."""
@@ -118,8 +118,8 @@ def _storage_path(node: fx.Node) -> Iterator[fx.Node]:
 def writes_in_place(node: fx.Node) -> bool:
     """Tell whether a call may write to one of its operands."""
     name = op_name(node)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    if (op := overload(node.target)) is not None:
+        return overload_writes(op)
     if node.op not in ("call_function", "call_method") or name in _MODE_SWITCHES:
         return False
     if node.target in _WORDS:

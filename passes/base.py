@@ -67,6 +67,8 @@ class PassContext:
         parameters: by placeholder name, every parameter and buffer of the graph.
         roles_given: whether `token_roles(...)` is open at this compilation.
         autocast: device types for which autocast was already on where the graph begins, with its dtype.
+        stack: `(position, count)` of the part of the model that the graph holds, among the parts alike: the graph of a
+            block that was compiled alone is one of `count`; `(0, 1)` for a whole model.
         projections: by name of the base node.
         ffn_sites: in graph order.
         attention_sites: in graph order.
@@ -89,6 +91,7 @@ class PassContext:
     parameters: Mapping[str, Parameter]
     roles_given: bool = False
     autocast: Mapping[str, object] = field(default_factory=dict)
+    stack: tuple[int, int] = (0, 1)
     projections: dict[str, Projection] = field(default_factory=dict)
     ffn_sites: tuple[FFNSite, ...] = ()
     attention_sites: tuple[AttentionSite, ...] = ()

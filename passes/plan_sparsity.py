@@ -64,8 +64,9 @@ def requested_sparsity(site: Site, ctx: PassContext) -> tuple[float, bool]:
         matches = [pattern for pattern in config.layer_sparsity if match_site(pattern, site.name)]
         # The longest suffix is the most specific one.
         return (config.layer_sparsity[max(matches, key=len)], True) if matches else (0.0, False)
+    position, graphs = ctx.stack
     count = len(ctx.ffn_sites) if site.kind == "ffn" else len(ctx.attention_sites)
-    return preset_sparsity(config.preset, site.kind, site.index, count), False
+    return preset_sparsity(config.preset, site.kind, position * count + site.index, graphs * count), False
 
 
 def predicted_projections(site: Site) -> tuple[Projection, ...]:

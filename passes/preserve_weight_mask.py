@@ -41,7 +41,7 @@ from sparse_compile.kernels.providers import OpCall
 from sparse_compile.passes.adapted_layer import AdaptedLayer, adapted_layer
 from sparse_compile.passes.autocast import autocast_dtypes
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
-from sparse_compile.torch_private import UNKNOWN_SIZE
+from sparse_compile.torch_private import UNKNOWN_SIZE, overload
 from sparse_compile.weight_mask import mask_pattern, zero_fraction
 
 _OPS = torch.ops.sparselora
@@ -169,7 +169,8 @@ def _packed_layers(graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, str
     reason = "its weight is packed in 4 or 8 bits, which hold no zeros that a merge could keep"
     yield from ((weight.path, reason) for weight in ctx.quantized_weights.values())
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bitsandbytes":
+        op = overload(node.target)
+        if op is not None and op.namespace == "bitsandbytes":
             weights = [
                 ctx.parameters[operand.name].path for operand in node.all_input_nodes if operand.name in ctx.parameters
             ]

@@ -17,11 +17,13 @@ from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.loss_rows import restored
 from sparse_compile.mask_watch import guard_masks, tell_unmasked, watching_masks
+from sparse_compile.model_part import part_of
 from sparse_compile.passes.base import PassContext, RequestedFunctionError
 from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import evaluation_passes, passes, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
 from sparse_compile.session import Session, session_for
+from sparse_compile.sharded import any_in_parts, is_sharded
 from sparse_compile.torch_private import (
     compile_id,
     compile_with_inductor,
@@ -63,16 +65,23 @@ def sparselora(
     """
     make_dora_traceable()  # PEFT may have been imported since: then for what is traced from now on
     config = SparseLoRAConfig.from_options(options)
-    ctx = capture_context(gm, example_inputs, config)
+    part = part_of(gm)
+    ctx = capture_context(gm, example_inputs, config, part)
 
     def dense() -> CompiledGraph:
         return compile_with_inductor(gm, example_inputs, config.inductor, mode)
 
+    masks = "preserve_weight_mask" in config.requested
+    if any_in_parts(example_inputs):
+        reason = "parameters of this model are DTensors, of which each rank holds a part (tensor parallel)"
+        if masks:
+            raise RequestedFunctionError(f"preserve_weight_mask needs whole weights: {reason}")
+        _tell_once(f"{reason}. Predictors need whole weights, so it runs dense, without the exact passes")
+        return dense()
     trained = trained_parameters(gm, example_inputs, ctx)
     trains = torch.is_grad_enabled()
     if not trained and trains:
         _tell_untrained(gm, ctx)
-    masks = "preserve_weight_mask" in config.requested
     if not trained or not trains:
         if not masks:
             return dense()
@@ -81,7 +90,8 @@ def sparselora(
         tell_unmasked(ctx, session_for(trained, config).once if trained else _once)
         return compile_with_inductor(requested or gm, example_inputs, config.inductor, mode)
 
-    session = session_for(trained, config)
+    model = part.model if part is not None and is_sharded(part.model) else None
+    session = session_for(trained, config, sharded=model)
     root = dump_root(config.dump_dir)
     dump = GraphDump(root, compile_id(gm)) if root else None
     result = run_pipeline(gm, ctx, dump)
@@ -99,6 +109,9 @@ def sparselora(
     install_value_guard("sparse_compile.roles", "ROLES_GIVEN")
     if result.sparse is not None:
         install_value_guard("sparse_compile.session", "PHASES", session.id)
+    path = "" if part is None else part.path
+    if result.sparse is not None or (path and ctx.roles is not None and _asks_for_sparsity(config)):
+        # Blocks are alike: what is planned for one, dense or sparse, goes for no other.
         install_identity_guards(_inputs_of_this_model(gm, ctx))
     if masks:
         guard_masks(gm, ctx)
@@ -109,7 +122,7 @@ def sparselora(
     compiled = compiled or dense()
     if masks:
         compiled = watching_masks(compiled, ctx, session, whole_step=is_whole_step(gm, ctx))
-    return _watched(compiled, session, report, config, frame_key(gm))
+    return _watched(compiled, session, report, config, (frame_key(gm), path))
 
 
 def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:
@@ -169,7 +182,7 @@ def _inductor_options(gm: fx.GraphModule, config: SparseLoRAConfig) -> Mapping[s
 
 
 def _watched(
-    compiled: CompiledGraph, session: Session, report: GraphReport, config: SparseLoRAConfig, key: int
+    compiled: CompiledGraph, session: Session, report: GraphReport, config: SparseLoRAConfig, key: Hashable
 ) -> CompiledGraph:
     """Tell the session of every run of a compiled training graph."""
     runs = 0
@@ -266,19 +279,24 @@ def _tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
         return
     if any(parameter.trained for parameter in ctx.parameters.values()):
         without = f"dense, without {', '.join(requested)}" if requested else "dense"
-        reason = (
+        _tell_once(
             f"TorchDynamo handed over a graph without its parameters, so it runs {without}. Its DDP optimizer does "
-            "that: set torch._dynamo.config.optimize_ddp = False"
+            "that, which cuts a graph into buckets of trained parameters: set "
+            "torch._dynamo.config.optimize_ddp = False before the first step (adapters have few gradients, so little is lost), or train with SparseLoRACallback "
+            "in transformers' Trainer, which does so"
         )
     elif sparsity and is_whole_step(gm, ctx):
-        reason = (
+        _tell_once(
             "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, for "
-            "example with peft.get_peft_model, before training"
+            "example with peft.get_peft_model, before training",
+            frozenset(parameter.path for parameter in ctx.parameters.values()),
         )
-    else:
-        return
-    if _once((reason, frozenset(parameter.path for parameter in ctx.parameters.values()))):
-        warnings.warn(f"sparselora: {reason}.", stacklevel=2)
+
+
+def _tell_once(reason: str, model: object = None) -> None:
+    """Warn of something that no session can remember: once in this process, or once for each model named."""
+    if _once((reason, model)):
+        warnings.warn(f"sparselora: {reason}.", stacklevel=3)
 
 
 def _once(key: Hashable) -> bool:

@@ -12,7 +12,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpointing import without_input_hooks
+from .label_roles import LabelRoles
 from .session import Session, session_for
+from .sharded import is_sharded
+from .torch_private import backend_name, whole_graphs_under_ddp
 
 __all__ = ["SparseLoRACallback"]
 
@@ -29,10 +32,14 @@ class SparseLoRACallback(TrainerCallback):
 
     With `gradient_checkpointing=True`, re-entrant or not, a hook would cut the model's graph behind the embedding. It
     is off while a run lasts, where that changes no gradient (`checkpointing.without_input_hooks`).
+
+    In a distributed run TorchDynamo leaves graphs whole under DDP (`torch._dynamo.config.optimize_ddp` is off while the
+    run lasts), and under FSDP2, whose blocks are graphs of their own, the labels of a batch give its roles.
     """
 
     def __init__(self) -> None:
         self._session: Session | None = None
+        self._label_roles: LabelRoles | None = None
         self._undo = ExitStack()
 
     def on_train_begin(
@@ -47,10 +54,16 @@ class SparseLoRACallback(TrainerCallback):
         self._undo.close()  # of a run that an error ended
         trained = [] if model is None else [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Nothing is trained: no graph of this model can be sparse, and there is nothing to tie a session to.
-        self._session = session_for(trained) if trained else None
+        sharded = model if model is not None and is_sharded(model) else None
+        self._session = session_for(trained, sharded=sharded) if trained else None
         self._give_position(state)
         if model is not None and trained:
             self._undo = without_input_hooks(model)
+            if any(backend_name(module) == "sparselora" for module in model.modules()):
+                self._undo.enter_context(whole_graphs_under_ddp())
+        if sharded is not None and trained:
+            self._label_roles = LabelRoles(sharded)
+            self._undo.callback(self._label_roles.remove)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,6 +76,22 @@ class SparseLoRACallback(TrainerCallback):
     ) -> None:
         """Set the position before the first forward of an optimizer step."""
         self._give_position(state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the roles of a batch whose gradients are accumulated."""
+        self._close_roles()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the roles of the last batch of an optimizer step."""
+        self._close_roles()
+
+    def _close_roles(self) -> None:
+        if self._label_roles is not None:
+            self._label_roles.close()
 
     def _give_position(self, state: TrainerState) -> None:
         if self._session is not None:

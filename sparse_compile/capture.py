@@ -15,27 +15,33 @@ from sparse_compile.cost import ASSUMED_CONTEXT_SHARE
 from sparse_compile.graph import hinted_shape, nodes_by_name, tensor_value
 from sparse_compile.ir import Parameter
 from sparse_compile.kernels.roles.reference import output_mask
+from sparse_compile.model_part import ModelPart
 from sparse_compile.passes.base import PassContext
-from sparse_compile.torch_private import is_fake, module_path
+from sparse_compile.torch_private import is_fake, module_path, source_of
 
 
-def capture_context(gm: fx.GraphModule, example_inputs: Sequence[object], config: SparseLoRAConfig) -> PassContext:
+def capture_context(
+    gm: fx.GraphModule, example_inputs: Sequence[object], config: SparseLoRAConfig, part: ModelPart | None = None
+) -> PassContext:
     """Return a fresh context for the passes over a captured graph.
 
     Args:
         gm: the graph, as Dynamo hands it over.
         example_inputs: its inputs; parameters come as they are, other tensors may be stand-ins.
         config: the user's options.
+        part: the part of a model that the graph was captured from; None for a whole model.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     parameters = {}
     for node, value in zip(placeholders, example_inputs, strict=True):
-        path = ".".join(module_path(getattr(node, "_dynamo_source", None)))
+        path = module_path(source_of(node))
         stand_in = tensor_value(node)
         if isinstance(value, nn.Parameter) or isinstance(stand_in, nn.Parameter):
             trained = bool(getattr(value, "requires_grad", False))
             live = value if isinstance(value, Tensor) and not is_fake(value) else None
-            parameters[node.name] = Parameter(node.name, path or node.name, trained, live)
+            if part is not None and part.path and path:
+                path = (part.path, *path)
+            parameters[node.name] = Parameter(node.name, ".".join(path) or node.name, trained, live)
     autocast = {
         device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     }
@@ -44,7 +50,8 @@ def capture_context(gm: fx.GraphModule, example_inputs: Sequence[object], config
         for node, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, Tensor) and not is_fake(value)
     }
-    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast, values=values)
+    stack = (0, 1) if part is None else (part.position, part.count)
+    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast, stack, values=values)
 
 
 def trained_parameters(gm: fx.GraphModule, example_inputs: Sequence[object], ctx: PassContext) -> list[Tensor]:

@@ -415,9 +415,9 @@ def _inductor(value: object) -> FrozenMapping[Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"inductor must be a dict of Inductor options, got {value!r}")
     if value:
-        from torch._inductor import config
+        from .torch_private import inductor_options
 
-        known = config.get_config_copy()
+        known = inductor_options()
         # Inductor reads dashes as underscores.
         unknown = [key for key in value if str(key).replace("-", "_") not in known]
         if unknown:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from sparse_compile.graph import TAG, value_of
 from sparse_compile.ir import Parameter
+from sparse_compile.torch_private import overload
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
@@ -56,7 +57,7 @@ def _target(node: fx.Node) -> str:
     target: Any = node.target
     if isinstance(target, str):
         return f".{target}"
-    if isinstance(target, torch._ops.OpOverload):
+    if overload(target) is not None:
         return str(target)
     module = getattr(target, "__module__", None) or "torch"
     return f"{module.replace('_operator', 'operator')}.{getattr(target, '__name__', type(target).__name__)}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.capture import capture_context, count_tokens, trained_parameters
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.graph import hinted_shape, tensor_value
+from sparse_compile.model_part import part_of
 from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import run_pipeline
 from sparse_compile.report import GraphReport, Report, graph_report
-from sparse_compile.torch_private import compile_id, without_recompile_limit
+from sparse_compile.sharded import any_in_parts
+from sparse_compile.torch_private import compile_id, uncompiled, without_recompile_limit
 
 
 def explain(
@@ -47,8 +48,9 @@ def explain(
     make_dora_traceable()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        ctx = capture_context(gm, example_inputs, options)
+        ctx = capture_context(gm, example_inputs, options, part_of(gm))
         trains = torch.is_grad_enabled() and bool(trained_parameters(gm, example_inputs, ctx))
+        trains = trains and not any_in_parts(example_inputs)
         result = run_pipeline(gm, ctx) if trains else None
         seen = False
 
@@ -78,17 +80,3 @@ def _zeros(node: Any) -> Any:
     if value is None:
         return node if not isinstance(node, fx.Node) else int(getattr(node.meta["example_value"], "node", None).hint)  # type: ignore[union-attr]
     return torch.zeros(hinted_shape(node), dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)
-
-
-@contextmanager
-def uncompiled(model: object) -> Iterator[None]:
-    """Have a module that was compiled in place run its own code."""
-    compiled = getattr(model, "_compiled_call_impl", None)
-    if compiled is None:
-        yield
-        return
-    model._compiled_call_impl = None  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ Conventions: a weight is (out, in) as ``torch.nn.Linear`` stores it; ``A`` is (i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -27,7 +28,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import match_site
-from .torch_private import is_fake
+from .file_lock import held_lock
+from .torch_private import WRAPPER_NAMES, is_fake, write_count
 from .upstream import FACTORS_FILE
 
 ALGORITHM_VERSION = 1
@@ -168,8 +170,7 @@ def _finite(thin: Tensor) -> Tensor:
 
 
 def _orthonormal(thin: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(_finite(thin)).Q
-    return basis
+    return torch.linalg.qr(_finite(thin)).Q  # type: ignore[no-any-return]
 
 
 def default_cache_dir() -> Path:
@@ -187,8 +188,8 @@ class FactorStore:
     """Give the factors of frozen weights, each computed once.
 
     Factors are kept on disk by the content of the weight, so that another process, another run and a tied weight find
-    them. Files are replaced atomically; a file that is truncated, damaged or of another shape is computed anew.
-    A folder that cannot be written is one ``RuntimeWarning``, after which nothing more is written.
+    them; of processes that want the same at once, one computes them. Files are replaced atomically; one that is
+    truncated, damaged or of another shape is computed anew. A folder that cannot be written is one ``RuntimeWarning``.
 
     Args:
         cache_dir: Folder of the disk cache. ``None``: :func:`default_cache_dir`.
@@ -242,10 +243,8 @@ class FactorStore:
             return None
         key = max(keys, key=len)
         factors = self.upstream[key]
-        for part, given, wanted in (
-            ("w1", factors.a, (weight.shape[1], factors.rank)),
-            ("w2", factors.b, (factors.rank, weight.shape[0])),
-        ):
+        shapes = ((weight.shape[1], factors.rank), (factors.rank, weight.shape[0]))
+        for part, given, wanted in zip(("w1", "w2"), (factors.a, factors.b), shapes, strict=True):
             if given.shape != wanted:
                 raise ValueError(f"{key}.{part} has shape {_shape(given)}, the weight needs {wanted}")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -253,10 +252,13 @@ class FactorStore:
 
     def _cached_or_computed(self, weight: Tensor) -> LowRankFactors:
         path = self.cache_dir / f"{_content_digest(weight, self.rank, self.seed)}.safetensors"
-        factors = _read(path, weight, self.rank)
-        if factors is None:
-            factors = factorize(weight, self.rank, self.seed)
-            self._write(path, factors)
+        if (factors := _read(path, weight, self.rank)) is not None:
+            return factors
+        # The processes of a distributed job come by at the same time, but not surely all of them: no collective here.
+        with held_lock(self.cache_dir, path.stem):
+            if (factors := _read(path, weight, self.rank)) is None:
+                factors = factorize(weight, self.rank, self.seed)
+                self._write(path, factors)
         return factors
 
     def _write(self, path: Path, factors: LowRankFactors) -> None:
@@ -329,7 +331,7 @@ def load_upstream_factors(path: str | os.PathLike[str]) -> dict[str, LowRankFact
 
 def _layer_name(name: str) -> str:
     """Drop what PEFT and wrappers put into a module path, and the parameter's own name."""
-    parts = [part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "_checkpoint_wrapped_module")]
+    parts = [part for part in name.split(".") if part != "base_layer" and part not in WRAPPER_NAMES]
     return ".".join(parts[:-1] if parts[-1] == "weight" else parts)
 
 
@@ -340,8 +342,8 @@ def _identity(weight: Tensor) -> tuple[object, ...]:
     """
     flat = weight.detach()
     sample = flat[:: max(1, flat.shape[0] // 16), :: max(1, flat.shape[1] // 16)]
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.dtype, weight.stride(), tuple(sample.double().flatten().tolist())
+    values = tuple(sample.double().flatten().tolist())
+    return weight.data_ptr(), write_count(weight), weight.dtype, weight.stride(), values
 
 
 def _content_digest(weight: Tensor, rank: int, seed: int) -> str:
@@ -354,8 +356,10 @@ def _content_digest(weight: Tensor, rank: int, seed: int) -> str:
     rows = max(1, _HASH_CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
 
     def leaf(start: int) -> bytes:
-        chunk = weight[start : start + rows].cpu().contiguous().view(torch.uint8)
-        return hashlib.blake2b(chunk.numpy().data, digest_size=32).digest()
+        chunk = weight[start : start + rows].cpu().contiguous()
+        # Not by `numpy()`, after which a storage can no longer be resized, as FSDP2 does with gathered weights.
+        data = (ctypes.c_char * chunk.nbytes).from_address(chunk.data_ptr())
+        return hashlib.blake2b(data, digest_size=32).digest()
 
     header = (ALGORITHM_VERSION, rank, seed, str(weight.dtype), tuple(weight.shape))
     root = hashlib.blake2b(repr(header).encode(), digest_size=20)
@@ -381,7 +385,7 @@ def _read(path: Path, weight: Tensor, rank: int) -> LowRankFactors | None:
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
     out_features, in_features = weight.shape
-    rank = min(rank, out_features, in_features)
+    rank = min(rank, *weight.shape)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     sound = (
         a.shape == (in_features, rank)

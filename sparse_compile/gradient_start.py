@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_compile.explain import uncompiled
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.peft_support import lora_layers
+from sparse_compile.torch_private import uncompiled
 
 _OVERSAMPLING = 10
 """Vectors beyond the rank that a randomised SVD follows (Halko et al., arXiv 0909.4061, section 4.2)."""

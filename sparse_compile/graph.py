@@ -13,12 +13,21 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sparse_compile.torch_private import copy_dynamo_attributes, size_hint
+from sparse_compile.torch_private import (
+    LINEAR as LINEAR,  # the target of a linear layer, for all who read graphs
+)
+from sparse_compile.torch_private import (
+    copy_dynamo_attributes,
+    is_erased,
+    is_op,
+    overload,
+    overload_name,
+    size_hint,
+    take_source,
+)
 
 TAG = "sparselora"
 """Key of `node.meta` under which a rewrite records its pass and site."""
-
-LINEAR = torch._C._nn.linear
 
 CASTS = frozenset({"to", "type", "float", "double", "half", "bfloat16", "type_as"})
 """Names of the calls that change the dtype (or the device) of a tensor and nothing else."""
@@ -51,8 +60,8 @@ def op_name(node: fx.Node) -> str:
         return str(node.target)
     if node.op != "call_function":
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
+    if (op := overload(node.target)) is not None:
+        return overload_name(op)
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -65,7 +74,7 @@ def calls_torch(node: fx.Node) -> bool:
         return tensor_value(node.args[0]) is not None if node.args else False
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if is_op(node.target):
         return True
     module = getattr(node.target, "__module__", None) or ""
     # Builtins of torch (torch.matmul, torch._C._nn.gelu) report no module or a private one.
@@ -142,8 +151,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         copied = graph.node_copy(node, mapping.__getitem__)
         copied.meta = dict(node.meta)
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source
+        take_source(copied, node)
         mapping[node] = copied
     assert [node.name for node in graph.nodes] == [node.name for node in gm.graph.nodes], "a copy keeps node names"
     copied_module = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
@@ -287,7 +295,7 @@ def erase_unused(root: fx.Node) -> int:
     frontier = [root]
     while frontier:
         node = frontier.pop()
-        if node.op not in ("call_function", "call_method") or node.users or node._erased:
+        if node.op not in ("call_function", "call_method") or node.users or is_erased(node):
             continue
         operands = node.all_input_nodes
         node.graph.erase_node(node)

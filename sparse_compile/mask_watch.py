@@ -13,7 +13,7 @@ from sparse_compile.passes.base import PassContext
 from sparse_compile.passes.preserve_weight_mask import adapted_projections
 from sparse_compile.report import summary_of
 from sparse_compile.session import Session
-from sparse_compile.torch_private import install_identity_guards
+from sparse_compile.torch_private import install_identity_guards, write_count
 
 _RULE = "preserve_weight_mask"
 
@@ -81,15 +81,15 @@ def _versions(ctx: PassContext) -> list[tuple[str, weakref.ref[Tensor], int]]:
     """Return, of each weight whose zeros were counted, its name and how often it had been written to."""
     values = {each.name: ctx.parameters[each.weight].value for each in adapted_projections(ctx)}
     return [
-        (name, weakref.ref(value), value._version)
+        (name, weakref.ref(value), count)
         for name, value in values.items()
-        if value is not None and not value.is_inference()  # which has no version, and cannot be written to in training
+        if value is not None and (count := write_count(value)) is not None
     ]
 
 
 def _tell_if_written(versions: list[tuple[str, weakref.ref[Tensor], int]], session: Session) -> None:
     """Warn once where a weight has other values than those its zeros were counted in."""
-    written = [name for name, weight, version in versions if (w := weight()) is not None and w._version != version]
+    written = [name for name, weight, version in versions if (w := weight()) is not None and write_count(w) != version]
     if written and session.once((_RULE, "written")):
         warnings.warn(
             f"sparselora: {len(written)} weights were written to after their zeros were counted ({written[0]} among "

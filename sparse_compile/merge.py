@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_compile.config import DEFAULT_MASK_THRESHOLD
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.peft_support import lora_layers
+from sparse_compile.torch_private import original_module
 from sparse_compile.weight_mask import zero_fraction
 
 
@@ -34,7 +35,7 @@ def merge_masked(model: nn.Module, threshold: float = DEFAULT_MASK_THRESHOLD) ->
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], got {threshold}")
-    model = getattr(model, "_orig_mod", model)
+    model = original_module(model)
     layers = lora_layers(model)
     if not layers or not hasattr(model, "unload"):
         raise ValueError("merge_masked takes a model from peft.get_peft_model with LoRA adapters; this one has none")

@@ -9,7 +9,7 @@ a change of phase selects (or compiles) the graph of the other phase, and flippi
 
 How steps are counted: torch calls a global hook after every `Optimizer.step`. Optimizers that are no
 `torch.optim.Optimizer`, or that hold copies of the parameters, are not seen; `SparseLoRACallback` and `Schedule` cover
-those.
+those. Under FSDP2 graphs see gathered parameters and the optimizer holds sharded ones: there the model ties the two.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from . import sharded as sharded_models
 from .config import SparseLoRAConfig, match_site
-from .schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at, sparse_window
+from .schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at, sparse_window, was_skipped
 from .torch_private import after_backward, running_backward
 
 __all__ = ["FORWARDS_BEFORE_WARNING", "PHASES", "Session", "session_for"]
@@ -52,7 +53,9 @@ parameter of every optimizer; an id is not reused before the reference's callbac
 _hook_registered = False
 
 
-def session_for(trained: Sequence[Tensor], config: SparseLoRAConfig | None = None) -> Session:
+def session_for(
+    trained: Sequence[Tensor], config: SparseLoRAConfig | None = None, sharded: nn.Module | None = None
+) -> Session:
     """Return the session of the model that these parameters belong to, made on first use.
 
     It is the session that has any of them; parameters that it did not have become its own. Where they bridge several
@@ -63,6 +66,8 @@ def session_for(trained: Sequence[Tensor], config: SparseLoRAConfig | None = Non
         trained: parameters that the model trains.
         config: what the user chose; None leaves a session's configuration as it is (the callback, which may come before
             the first compilation, knows none). A configuration replaces an older one.
+        sharded: the model, where FSDP2 manages it. Its graphs and the callback see no parameter in common: the model is
+            what makes their session one.
 
     Raises:
         ValueError: `trained` is empty.
@@ -72,6 +77,9 @@ def session_for(trained: Sequence[Tensor], config: SparseLoRAConfig | None = Non
     _register_hook_once()
     with STATE_LOCK:
         found = {session.id: session for parameter in trained if (session := _owner(parameter)) is not None}
+        if sharded is not None:
+            known = (session._root() for session in sharded_models.sessions_of(sharded))
+            found |= {session.id: session for session in known}
         if found:
             session, *others = (found[key] for key in sorted(found))
             for other in others:
@@ -79,6 +87,8 @@ def session_for(trained: Sequence[Tensor], config: SparseLoRAConfig | None = Non
         else:
             session = Session()
         session._own(trained)
+        if sharded is not None:
+            sharded_models.remember(sharded, session)
         if config is not None:
             session._configure(config)
         session._refresh()
@@ -372,9 +382,12 @@ def _register_hook_once() -> None:
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Count the step for every session whose parameters the optimizer holds; the first one also checks site names."""
     with STATE_LOCK:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        strangers = {id(parameter) for parameter in parameters if _owner(parameter) is None}
+        for of_model, shard in sharded_models.shards(strangers):
+            of_model._root()._own([shard])
         found = {session.id: session for parameter in parameters if (session := _owner(parameter)) is not None}
-        if not found or _was_skipped(optimizer):
+        if not found or was_skipped(optimizer):
             return
         sessions = list(found.values())
         # Sessions may share a schedule, which counts a step once.
@@ -382,13 +395,3 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         counted = [schedule.note_step() for schedule in schedules.values()]
         if any(counted):
             _check_sites(sessions)
-
-
-def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether a gradient scaler had this optimizer skip the update.
-
-    For most optimizers the scaler does not call `step` at all. A fused one is called all the same and finds `found_inf`
-    on itself, for the duration of the call. Reading it waits for the device, as the scaler does for all the others.
-    """
-    found_inf = getattr(optimizer, "found_inf", None)
-    return isinstance(found_inf, Tensor) and bool(found_inf)

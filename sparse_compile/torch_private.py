@@ -5,18 +5,72 @@ When a PyTorch release moves one of them, this is the only file to mend; `tests/
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket  # what `torch.ops` holds
+
+from .source_hash import source_hash
+
+LINEAR: Final = torch._C._nn.linear
+"""What a graph calls for `torch.nn.functional.linear`."""
+
+WRAPPER_NAMES: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""Names that `torch.compile` and checkpoint wrappers put into a module's path, which no user knows."""
+
+
+def overload(target: object) -> OpOverload | None:
+    """Return the target of a call where it is one overload of an op, such as `torch.ops.aten.add.Tensor`."""
+    return target if isinstance(target, OpOverload) else None
+
+
+def is_op(target: object) -> bool:
+    """Tell whether the target of a call is an op, or one overload of it."""
+    return isinstance(target, OpOverload | OpOverloadPacket)
+
+
+def overload_name(target: OpOverload) -> str:
+    """Return the bare name of an op: `"add"`."""
+    return str(target._schema.name.split("::")[-1])
+
+
+def overload_writes(target: OpOverload) -> bool:
+    """Tell whether an op writes to one of its operands."""
+    return bool(target._schema.is_mutable)
+
+
+def source_of(node: fx.Node) -> Any:
+    """Return Dynamo's record of how an input of a graph is reached from the frame's variables; None without one."""
+    return getattr(node, "_dynamo_source", None)
+
+
+def take_source(node: fx.Node, origin: fx.Node) -> None:
+    """Give a copied input the source of its original."""
+    if hasattr(origin, "_dynamo_source"):
+        node._dynamo_source = origin._dynamo_source
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Tell whether a node was erased from its graph."""
+    return node._erased
+
+
+def write_count(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to in place, not counting `.data`; None for a tensor of inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def inductor_options() -> Mapping[str, Any]:
+    """Return Inductor's options with their values."""
+    from torch._inductor import config
+
+    return config.get_config_copy()
 
 
 def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
@@ -115,6 +169,27 @@ def module_path(source: Any) -> tuple[str, ...]:
     return tuple(name for name in reversed(names) if name not in containers)
 
 
+def root_name(source: Any) -> str | None:
+    """Return the name of the local variable that a Dynamo source begins at, None where it begins elsewhere."""
+    from torch._dynamo.source import ChainedSource, LocalSource  # type: ignore[attr-defined]
+
+    while isinstance(source, ChainedSource):
+        source = source.base
+    return source.local_name if isinstance(source, LocalSource) else None
+
+
+def frame_locals() -> Mapping[str, object]:
+    """Return the local variables of the frame that Dynamo compiles in this thread, none where it does not."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return {}
+    scope: Mapping[str, object] = translator.output.local_scope
+    return scope
+
+
 def install_value_guard(module: str, attribute: str, key: int | None = None) -> None:
     """Make Dynamo recompile the frame being compiled when a module-level plain value changes.
 
@@ -150,7 +225,7 @@ def install_identity_guards(placeholders: Iterable[fx.Node]) -> None:
 
     guards = TracingContext.get().guards_context.dynamo_guards
     for node in placeholders:
-        source = getattr(node, "_dynamo_source", None)
+        source = source_of(node)
         if source is None:
             continue
         guards.add(source.make_guard(GuardBuilder.ID_MATCH))
@@ -243,6 +318,26 @@ def backend_name(module: nn.Module) -> str | None:
         backend = backend._torchdynamo_orig_backend
     name = getattr(backend, "compiler_name", None)
     return name if isinstance(name, str) else None
+
+
+@contextmanager
+def uncompiled(module: object) -> Iterator[None]:
+    """Have a module that was compiled in place run its own code."""
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is None:
+        yield
+        return
+    module._compiled_call_impl = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled  # type: ignore[attr-defined]
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """Return what `torch.compile` wrapped, or the module itself where it wrapped nothing."""
+    original: nn.Module = getattr(module, "_orig_mod", module)
+    return original
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
@@ -340,6 +435,20 @@ def load_source(source: str) -> ModuleType:
     return module
 
 
+def whole_graphs_under_ddp() -> AbstractContextManager[Any]:
+    """Have Dynamo leave graphs whole under `DistributedDataParallel`.
+
+    Its DDP optimizer would cut them into buckets of trained parameters, so that the reduction of one overlaps with the
+    backward of the next. What the user chose beside it is left alone.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.utils import get_optimize_ddp_mode
+
+    if get_optimize_ddp_mode() != "ddp_optimizer":
+        return nullcontext()
+    return config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
+
+
 def saving_what_is_marked() -> AbstractContextManager[Any]:
     """Have the partitioner save what is marked MUST_SAVE under any activation memory budget, while a graph is compiled.
 
@@ -349,21 +458,6 @@ def saving_what_is_marked() -> AbstractContextManager[Any]:
     from torch._functorch import config
 
     return config.patch(activation_memory_budget=max(config.activation_memory_budget, 1e-6))  # type: ignore[no-any-return]
-
-
-@functools.cache
-def source_hash() -> str:
-    """Return a hash of the sources of this package and of the passes and kernels beneath it."""
-    import sparse_compile.kernels
-    import sparse_compile.passes
-
-    digest = hashlib.sha256()
-    for package in (sparse_compile, sparse_compile.passes, sparse_compile.kernels):
-        root = Path(package.__path__[0])
-        for file in sorted(root.rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def running_backward() -> int | None:

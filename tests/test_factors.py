@@ -7,6 +7,8 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_compile import factors
 from sparse_compile.factors import FactorStore, LowRankFactors, NonFiniteWeight, factorize, load_upstream_factors
+from sparse_compile.file_lock import held_lock
 from tolerances import assert_close_rms
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -38,6 +41,11 @@ def product(found: LowRankFactors) -> Tensor:
 
 def identical(left: LowRankFactors, right: LowRankFactors) -> bool:
     return torch.equal(left.a, right.a) and torch.equal(left.b, right.b)
+
+
+def entries(cache: Path) -> list[Path]:
+    """What a cache folder holds, beside the file that processes lock."""
+    return [path for path in cache.iterdir() if path.name != ".lock"]
 
 
 @pytest.fixture
@@ -187,7 +195,7 @@ class TestFactorStore:
         assert len(factorized) == 1
         assert identical(first, second)
         assert identical(first, factorize(weight, 8, 0))
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(entries(tmp_path)) == 1
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_files_give_back_every_dtype(self, tmp_path: Path, dtype: torch.dtype, factorized: list[Tensor]) -> None:
@@ -217,7 +225,7 @@ class TestFactorStore:
             FactorStore(tmp_path, rank, seed).get("a", other)
         monkeypatch.setattr(factors, "ALGORITHM_VERSION", factors.ALGORITHM_VERSION + 1)
         FactorStore(tmp_path, 8, 0).get("a", weight.clone())
-        assert len(factorized) == len(list(tmp_path.iterdir())) == 9
+        assert len(factorized) == len(entries(tmp_path)) == 9
 
     def test_content_is_hashed_in_chunks_and_whatever_the_strides(
         self, tmp_path: Path, factorized: list[Tensor], monkeypatch: pytest.MonkeyPatch
@@ -274,7 +282,7 @@ class TestFactorStore:
     ) -> None:
         weight = random_weight(64, 96)
         expected = FactorStore(tmp_path, 8, 0).get("a", weight)
-        (path,) = tmp_path.iterdir()
+        (path,) = entries(tmp_path)
         sound = path.read_bytes()
         tensors = load_file(path)
         if damage == "empty":
@@ -309,7 +317,7 @@ class TestFactorStore:
             assert path.read_bytes() == sound
             FactorStore(tmp_path, 8, 0).get("a", weight.clone())
             assert len(factorized) == 2
-        assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+        assert [entry.name for entry in entries(tmp_path)] == [path.name]
 
     def test_folder_that_cannot_be_written_is_one_warning(self, tmp_path: Path, factorized: list[Tensor]) -> None:
         blocked = tmp_path / "file"
@@ -326,7 +334,7 @@ class TestFactorStore:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         FactorStore(None, 8, 0).get("a", random_weight(16, 24))
-        assert len(list((tmp_path / "own").iterdir())) == 1
+        assert len(entries(tmp_path / "own")) == 1
         monkeypatch.setenv("SPARSELORA_CACHE_DIR", "")
         assert factors.default_cache_dir() == tmp_path / "xdg" / "sparselora" / "factors"
         monkeypatch.setenv("XDG_CACHE_HOME", "")
@@ -340,7 +348,7 @@ class TestFactorStore:
             store.get("layers.3.mlp.up_proj", weight)
         with pytest.raises(ValueError, match=r"layers\.3\.mlp\.up_proj.*no data"):
             store.get("layers.3.mlp.up_proj", weight.to("meta"))
-        assert list(tmp_path.iterdir()) == []
+        assert entries(tmp_path) == []
 
 
 CHILD = """
@@ -368,7 +376,7 @@ def test_processes_that_write_at_once_agree(tmp_path: Path, factorized: list[Ten
         time.sleep(0.01)
     go.touch()
     assert [child.wait(timeout=120) for child in children] == [0, 0]
-    assert len(list(cache.iterdir())) == 12
+    assert len(entries(cache)) == 12
     for seed in range(12):
         weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(seed))
         assert identical(FactorStore(cache, 8, 0).get("w", weight), factorize(weight, 8, 0))
@@ -472,3 +480,62 @@ class TestUpstream:
 def test_factors_must_fit_each_other() -> None:
     with pytest.raises(ValueError, match=r"\(4, 2\) and \(3, 5\)"):
         LowRankFactors(torch.ones(4, 2), torch.ones(3, 5))
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_held_by_one_process_at_a_time_and_patience_ends(tmp_path: Path) -> None:
+    key, other = "ab" * 10, "cd" * 10
+    code = (
+        "import sys, time; from pathlib import Path; from sparse_compile.file_lock import held_lock\n"
+        f"with held_lock(Path({str(tmp_path)!r}), {key!r}): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        start = time.monotonic()
+        with held_lock(tmp_path, other):
+            pass
+        with held_lock(tmp_path, key, patience=0.2):
+            waited = time.monotonic() - start
+    finally:
+        holder.kill()
+        holder.wait()
+    assert 0.2 <= waited < 30
+    with held_lock(tmp_path, key):  # the system freed it
+        pass
+
+
+def test_a_folder_that_cannot_be_made_needs_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with held_lock(tmp_path / "file" / "folder", "ab" * 10):
+        pass
+
+
+def test_what_another_process_wrote_meanwhile_is_read_not_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(6, 5)
+    expected = FactorStore(tmp_path, 2, 0).get("w", weight.clone())
+    (written,) = entries(tmp_path)
+    content = written.read_bytes()
+    written.unlink()
+
+    @contextmanager
+    def lock_after_another(folder: Path, key: str) -> Iterator[None]:
+        written.write_bytes(content)
+        yield
+
+    monkeypatch.setattr(factors, "held_lock", lock_after_another)
+    monkeypatch.setattr(factors, "factorize", None)
+    found = FactorStore(tmp_path, 2, 0).get("w", weight)
+    assert torch.equal(found.a, expected.a)
+
+
+def test_a_weight_that_was_factorised_can_still_be_resized(tmp_path: Path) -> None:
+    """FSDP2 frees and fills the storage of gathered weights."""
+    weight = random_weight(6, 5)
+    FactorStore(tmp_path, 2, 0).get("w", weight)
+    weight.untyped_storage().resize_(0)

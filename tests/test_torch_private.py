@@ -26,7 +26,11 @@ NAMES: dict[str, str] = {
     "torch._dynamo.source.ImportSource": "install_value_guard",
     "torch._dynamo.guards.GuardBuilder.EQUALS_MATCH": "install_value_guard",
     "torch._dynamo.guards.GuardBuilder.ID_MATCH": "install_identity_guards",
-    "torch._dynamo.source.LocalSource": "install_identity_guards",
+    "torch._dynamo.source.LocalSource": "install_identity_guards, root_name",
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "frame_locals",
+    "torch._dynamo.config.optimize_ddp": "whole_graphs_under_ddp",
+    "torch._dynamo.utils.get_optimize_ddp_mode": "whole_graphs_under_ddp",
+    "torch._inductor.config.get_config_copy": "inductor_options",
     "torch._guards.ChainedSource": "install_identity_guards",
     "torch._guards.Source.make_guard": "install_value_guard",
     "torch._guards.TracingContext.get": "install_value_guard",
@@ -38,16 +42,18 @@ NAMES: dict[str, str] = {
     "torch._dynamo.config.recompile_limit": "without_recompile_limit",
     "torch._dynamo.config.accumulated_recompile_limit": "without_recompile_limit",
     "torch._functorch.config.activation_memory_budget": "saving_what_is_marked",
-    "torch.nn.Module._compiled_call_impl": "backend_name",
+    "torch.nn.Module._compiled_call_impl": "backend_name, uncompiled",
+    "torch.Tensor._version": "write_count",
+    "torch.fx.Node._erased": "is_erased",
     "torch._inductor.config.reorder_for_peak_memory": "an option that backend.py gives to Inductor",
     "torch._inductor.list_mode_options": "compile_with_inductor",
     "torch._inductor.codecache.PyCodeCache.load": "load_source",
     "torch._inductor.compile_fx.compile_fx": "compile_with_inductor",
     "torch.compiler.config.cache_key_tag": "compile_with_inductor",
     "torch.utils._pytree.tree_flatten": "flattened",
-    "torch._C._nn.linear": "graph.LINEAR",
-    "torch._ops.OpOverload": "graph.op_name",
-    "torch._ops.OpOverloadPacket": "graph.calls_torch",
+    "torch._C._nn.linear": "LINEAR",
+    "torch._ops.OpOverload": "overload, overload_name, overload_writes",
+    "torch._ops.OpOverloadPacket": "is_op",
     "torch.ops.mkldnn._linear_pointwise": "onednn_linear",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "cpu_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "cpu_flash_attention_backward",
@@ -94,6 +100,22 @@ def private_imports(source: str) -> Iterator[str]:
         yield from (name for name in names if name.startswith("torch.") and "._" in name)
 
 
+def private_attributes(source: str) -> Iterator[str]:
+    """Yield attributes with a leading underscore that are reached from something else than an object of ours."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            path = ast.unparse(node)
+            if path.startswith("torch.") or node.attr in FOREIGN_ATTRIBUTES:
+                yield path
+
+
+FOREIGN_ATTRIBUTES = {
+    "_compiled_call_impl", "_dynamo_source", "_erased", "_forward_hooks", "_orig_mod", "_param_name_to_source",
+    "_schema", "_version",
+}  # fmt: skip
+"""Private attributes of PyTorch's objects, which no name of a module announces."""
+
+
 def test_every_import_of_a_private_module_is_listed() -> None:
     """What `torch_private.py` imports from private modules stands in the table."""
     imported = private_imports(inspect.getsource(torch_private))
@@ -106,8 +128,7 @@ def test_private_modules_are_imported_nowhere_else() -> None:
     for package in (sparse_compile, passes, kernels):
         for file in Path(package.__path__[0]).rglob("*.py"):
             found = set(private_imports(file.read_text(encoding="utf-8")))
-            # Options of Inductor are looked up by their names in its configuration, which has no public list.
-            found -= {"torch._inductor.config"} if file.name == "config.py" else set()
+            found |= set(private_attributes(file.read_text(encoding="utf-8")))
             if file.name != "torch_private.py":
                 assert not found, f"move {sorted(found)} of {file.name} to torch_private.py"
 
@@ -120,12 +141,15 @@ def test_attributes_of_a_captured_graph() -> None:
     def backend(gm: Any, example_inputs: Any) -> Any:
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         seen["source"] = [torch_private.module_path(getattr(node, "_dynamo_source", None)) for node in placeholders]
+        roots = {torch_private.root_name(torch_private.source_of(node)) for node in placeholders}
+        seen["roots"] = [torch_private.frame_locals().get(name) for name in roots if name]
         seen["compile id"] = gm.meta.get("dynamo_compile_id")
         seen["parameter sources"] = getattr(gm, "_param_name_to_source", None)
         seen["frame"] = torch_private.frame_key(gm)
         return gm.forward
 
     torch.compile(layer, backend=backend)(torch.ones(1, 2))
+    assert any(root is layer for root in seen["roots"]), "sources no longer begin at a variable of the frame"
     assert set(seen["source"]) >= {("weight",), ("bias",)}, "placeholders no longer carry `_dynamo_source`"
     assert str(seen["compile id"]) == "0/0", "`gm.meta` no longer holds `dynamo_compile_id`"
     assert isinstance(seen["parameter sources"], dict), "GraphModules no longer carry `_param_name_to_source`"
