@@ -282,8 +282,8 @@ def _tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
         _tell_once(
             f"TorchDynamo handed over a graph without its parameters, so it runs {without}. Its DDP optimizer does "
             "that, which cuts a graph into buckets of trained parameters: set "
-            "torch._dynamo.config.optimize_ddp = False before the first step (adapters have few gradients, so little is lost), or train with SparseLoRACallback "
-            "in transformers' Trainer, which does so"
+            "torch._dynamo.config.optimize_ddp = False before the first step (adapters have few gradients, so little "
+            "is lost), or train with SparseLoRACallback in transformers' Trainer, which does so"
         )
     elif sparsity and is_whole_step(gm, ctx):
         _tell_once(
