@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -25,17 +26,19 @@ class EagerCompiler:
     """Stands in for Inductor and keeps account.
 
     Attributes:
+        ahead_of_time: whether AOTAutograd and the partitioner come first, as with Inductor.
         graphs: every graph that it compiled, in order.
         runs: for each of them, how often it ran forward.
     """
 
+    ahead_of_time: bool
     graphs: list[torch.fx.GraphModule] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], *_: Any) -> Callable[..., Any]:
-        from graphs import aot_eager
+        from graphs import aot_eager, graph_eager
 
-        compiled = aot_eager(gm, example_inputs)
+        compiled = (aot_eager if self.ahead_of_time else graph_eager)(gm, example_inputs)
         number = len(self.graphs)
         self.graphs.append(gm)
         self.runs.append(0)
@@ -72,10 +75,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the compile cache of this run."""
+    """Remove the compile cache of this run, and let the interpreter take down what was frozen."""
+    gc.unfreeze()
     cache = config.stash.get(SUITE_CACHE, None)
     if cache is not None:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what the imports left, and most of its rounds: tracing allocates a great deal."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -107,7 +118,22 @@ def aot_eager_inductor(monkeypatch: pytest.MonkeyPatch) -> EagerCompiler:
 
     Data-dependent sizes, autograd formulas and the partitioner are exercised in a second, where Inductor takes many.
     """
-    compiler = EagerCompiler()
+    compiler = EagerCompiler(ahead_of_time=True)
+    monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
+    return compiler
+
+
+@pytest.fixture
+def eager_inductor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> EagerCompiler:
+    """Have the backend run its graphs op by op under plain autograd, for a fifth of the time of AOTAutograd.
+
+    For what the backend decides and what its graphs compute. A module that uses it has tests through AOTAutograd too:
+    where a test asks for `aot_eager_inductor` as well, that is what it gets.
+    """
+    if "aot_eager_inductor" in request.fixturenames:
+        through_aot: EagerCompiler = request.getfixturevalue("aot_eager_inductor")
+        return through_aot
+    compiler = EagerCompiler(ahead_of_time=False)
     monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
     return compiler
 

@@ -149,7 +149,7 @@ def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> 
 # --- Dense where it must be -------------------------------------------------------------------------------------------
 
 
-def test_evaluation_runs_dense_and_silent(aot_eager_inductor: Any) -> None:
+def test_evaluation_runs_dense_and_silent(eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61)
     call = compiled(model)
@@ -162,12 +162,12 @@ def test_evaluation_runs_dense_and_silent(aot_eager_inductor: Any) -> None:
     assert messages == []
     assert record == {}
     torch.testing.assert_close((loss, logits), model(**inputs), rtol=1e-12, atol=1e-12)
-    assert aot_eager_inductor.sparse == [False, False]
+    assert eager_inductor.sparse == [False, False]
     # And training afterwards is sparse.
     assert sparse_step(model, call, inputs)[1].keys() == SITES.keys()
 
 
-def test_generate_runs_dense_and_silent(aot_eager_inductor: Any) -> None:
+def test_generate_runs_dense_and_silent(eager_inductor: Any) -> None:
     model = with_lora(tiny_llama(layers=2))
     prompt = batch(97, rows=2, length=5)["input_ids"]
     expected = model.generate(input_ids=prompt, max_new_tokens=3, do_sample=False)
@@ -180,13 +180,13 @@ def test_generate_runs_dense_and_silent(aot_eager_inductor: Any) -> None:
     assert torch.equal(generated, expected)
     assert messages == []
     assert record == {}
-    assert not any(aot_eager_inductor.sparse)
+    assert not any(eager_inductor.sparse)
 
 
 # --- Schedule ---------------------------------------------------------------------------------------------------------
 
 
-def test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing(aot_eager_inductor: Any) -> None:
+def test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing(eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61)
     call = compiled(model, start_step=2, end_step=4)
@@ -207,8 +207,8 @@ def test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing(aot_eager_in
             parameter.grad = actual.gradients.get(name)
         optimizer.step()
         optimizer.zero_grad()
-    assert aot_eager_inductor.sparse == [False, True]
-    assert aot_eager_inductor.runs == [4, 2]
+    assert eager_inductor.sparse == [False, True]
+    assert eager_inductor.runs == [4, 2]
 
 
 # --- When something fails ---------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def broken(*_: Any) -> Any:
 
 @pytest.mark.parametrize("failing", [InsertPredictors, SparsifyFFN])
 def test_an_approximate_pass_that_raises_leaves_the_graph_dense_with_one_warning(
-    failing: type, monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
+    failing: type, monkeypatch: pytest.MonkeyPatch, eager_inductor: Any
 ) -> None:
     monkeypatch.setattr(failing, "run", broken)
     model = fp64_decoder(layers=2)
@@ -232,11 +232,11 @@ def test_an_approximate_pass_that_raises_leaves_the_graph_dense_with_one_warning
     assert_same_step(step, train_step(model, model, inputs), torch.float64)
     assert len(messages) == 1, messages
     assert all(part in messages[0] for part in (failing.name, "RuntimeError: broken on purpose", "dense"))
-    assert aot_eager_inductor.sparse == [False]
-    assert aot_eager_inductor.runs == [2]
+    assert eager_inductor.sparse == [False]
+    assert eager_inductor.runs == [2]
 
 
-def test_a_pass_that_raises_raises_when_strict(monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any) -> None:
+def test_a_pass_that_raises_raises_when_strict(monkeypatch: pytest.MonkeyPatch, eager_inductor: Any) -> None:
     monkeypatch.setattr(SparsifyFFN, "run", broken)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="broken on purpose"):
         compiled(fp64_decoder(layers=2), strict=True)(**batch(61))
@@ -257,12 +257,12 @@ def _unsupported_operator() -> Exception:
     ids=["RuntimeError", "DynamicOutputShapeException", "UnsupportedOperatorException"],
 )
 def test_where_inductor_fails_on_the_sparse_graph_the_dense_one_runs(
-    error: Any, monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
+    error: Any, monkeypatch: pytest.MonkeyPatch, eager_inductor: Any
 ) -> None:
     def failing(gm: Any, *args: Any) -> Any:
         if any("sparselora" in str(node.target) for node in gm.graph.nodes):
             raise error()
-        return aot_eager_inductor(gm, *args)
+        return eager_inductor(gm, *args)
 
     monkeypatch.setattr(backend, "compile_with_inductor", failing)
     model = fp64_decoder(layers=2)
@@ -272,10 +272,10 @@ def test_where_inductor_fails_on_the_sparse_graph_the_dense_one_runs(
     assert_same_step(step, train_step(model, model, inputs), torch.float64)
     assert len(messages) == 1, messages
     assert "did not compile" in messages[0] and type(error()).__name__ in messages[0]
-    assert aot_eager_inductor.runs == [1]
+    assert eager_inductor.runs == [1]
 
 
-def test_a_pass_that_is_disabled_does_not_run(aot_eager_inductor: Any) -> None:
+def test_a_pass_that_is_disabled_does_not_run(eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61)
     step, kept = sparse_step(model, compiled(model, disable=["sparsify_ffn"]), inputs)
@@ -290,7 +290,7 @@ def test_a_pass_that_is_disabled_does_not_run(aot_eager_inductor: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])
-def test_dumps(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any) -> None:
+def test_dumps(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager_inductor: Any) -> None:
     options = {"dump_dir": str(tmp_path / "dump")} if how == "option" else {}
     if how == "environment":
         monkeypatch.setenv("SPARSELORA_DUMP", str(tmp_path / "dump"))
@@ -322,7 +322,7 @@ def test_dumps(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aot_ea
 
 
 @pytest.mark.parametrize("given", ["labels", "output_mask"])
-def test_given_roles_equal_those_of_a_loss_inside_the_graph(given: str, aot_eager_inductor: Any) -> None:
+def test_given_roles_equal_those_of_a_loss_inside_the_graph(given: str, eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61, padding="left")
     labels = inputs["labels"]
@@ -358,7 +358,7 @@ class WithoutLoss(nn.Module):
         return self.model(input_ids)[1], labels[:, 1:] != -100
 
 
-def test_labels_that_the_graph_only_compares_tell_the_roles(aot_eager_inductor: Any) -> None:
+def test_labels_that_the_graph_only_compares_tell_the_roles(eager_inductor: Any) -> None:
     model = WithoutLoss(fp64_decoder(layers=2))
     inputs = batch(61)
     call = compiled(model)
@@ -414,7 +414,7 @@ def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any) -> N
 # --- Several models ---------------------------------------------------------------------------------------------------
 
 
-def test_two_models_of_one_class_share_no_graph(aot_eager_inductor: Any) -> None:
+def test_two_models_of_one_class_share_no_graph(eager_inductor: Any) -> None:
     """A sparse graph holds the predictor of one model's weights and follows one model's schedule."""
     inputs = batch(61)
     models = [fp64_decoder(layers=2, seed=seed) for seed in (0, 1)]

@@ -15,7 +15,7 @@ from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.reference import masked_dense, output_mask_from_labels
 from sparse_compile.session import session_for
 
-pytestmark = pytest.mark.usefixtures("aot_eager_inductor")
+pytestmark = pytest.mark.usefixtures("eager_inductor")
 
 SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
 
@@ -46,7 +46,12 @@ def outputs(model: nn.Module, call: Any, inputs: dict[str, Tensor]) -> list[Tens
         pytest.param(2, 2, [1, 1], id="two tokens"),
     ],
 )
-def test_extreme_batches_equal_the_oracle(rows: int, length: int, prompts: list[int]) -> None:
+def test_extreme_batches_equal_the_oracle(
+    rows: int, length: int, prompts: list[int], request: pytest.FixtureRequest
+) -> None:
+    if 1 in (rows, length):
+        # AOTAutograd knows the sizes of a batch, which at one are special, and not how many tokens have which role.
+        request.getfixturevalue("aot_eager_inductor")
     model = fp64_decoder(layers=2)
     inputs = batch(61, rows=rows, length=length, prompts=prompts)
     with record_channels() as record, told() as messages:

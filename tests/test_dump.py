@@ -21,10 +21,10 @@ TESTS = Path(__file__).resolve().parent
 PROGRAM = """
 import sys
 import torch
-from graphs import aot_eager
+from graphs import graph_eager
 from models import batch, fp64_decoder
 import sparse_compile.backend
-sparse_compile.backend.compile_with_inductor = aot_eager
+sparse_compile.backend.compile_with_inductor = graph_eager
 options = {"layer_sparsity": {"1.mlp": 0.5, "1.self_attn": 0.5}}
 torch.compile(fp64_decoder(layers=3), backend="sparselora", options=options)(**batch(61))
 """

@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+from graphs import aot_eager
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -37,18 +43,61 @@ SPARSE_ARMS = ("o2", "o2-all-sparse", "o2-random-dense")
 
 
 def run_example(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run an example in a folder of its own."""
+    """Run an example as a user does: a program of its own, compiled by Inductor, in a folder of its own."""
     # Sparse arms need factors, which belong into no cache but the test's.
     environment = {**os.environ, "SPARSELORA_CACHE_DIR": str(folder / "factors")}
     command = [sys.executable, str(ROOT / "examples" / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+class Ran(NamedTuple):
+    """What a program that ran in this process left: as `subprocess.CompletedProcess` has it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(script: str, *arguments: str, folder: Path) -> Ran:
+    """Run an example in this process, its graphs op by op behind AOTAutograd, whichever the backend.
+
+    That every line of it works needs neither imports anew nor C++; `test_train_with_trainer` has both.
+    """
+    path, out, err, code = ROOT / "examples" / script, StringIO(), StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, settings_of_transformers(), warnings.catch_warnings():
+        patch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: aot_eager(gm, inputs))
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.syspath_prepend(str(path.parent))
+        patch.setenv("SPARSELORA_CACHE_DIR", str(folder / "factors"))
+        patch.chdir(folder)
+        torch._dynamo.reset()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as end:
+                # As the interpreter ends: a message goes to stderr and is a failure.
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                print(end.code if isinstance(end.code, str) else "", file=err)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def settings_of_transformers() -> Iterator[None]:
+    """Put verbosity and progress bars back as they were."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the demo with two dense seeds, o2 and its two ablations; return its output folder."""
     folder = tmp_path_factory.mktemp("demo")
-    done = run_example(
+    done = run_here(
         "finetune.py", *TINY, "--preset", "o2", "--seeds", "0,1", "--ablations", "--out", "out", folder=folder
     )
     assert done.returncode == 0, done.stderr
@@ -130,7 +179,7 @@ def test_own_model_and_chat_data(demo: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "chat.jsonl", [{"messages": turns * 2}] * 12)
     sizes = ("--steps", "1", "--batch-size", "2", "--eval-examples", "2", "--timing-rounds", "1")
     source = ("--model", "model", "--data", "chat.jsonl", "--presets", "dense")
-    done = run_example("finetune.py", *source, *sizes, "--out", "out", folder=tmp_path)
+    done = run_here("finetune.py", *source, *sizes, "--out", "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "results.json").read_text())["data"] == {
         "train": 10,
@@ -149,13 +198,13 @@ def test_train_with_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_inspect_passes(tmp_path: Path) -> None:
-    done = run_example("inspect_passes.py", "--dump", "dump", folder=tmp_path)
+    done = run_here("inspect_passes.py", "--dump", "dump", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "layers.1.mlp" in done.stdout
     lines = done.stdout.splitlines()
     assert any(line.startswith("+++ ") and line.endswith("_sparsify_ffn.txt") for line in lines)
     assert any(line.startswith("+") and "sparselora" in line for line in lines)
-    unknown = run_example("inspect_passes.py", "--dump", "dump", "--pass", "nonsense", folder=tmp_path)
+    unknown = run_here("inspect_passes.py", "--dump", "dump", "--pass", "nonsense", folder=tmp_path)
     assert unknown.returncode == 1
     assert "no pass 'nonsense'" in unknown.stderr and "sparsify_attention" in unknown.stderr
 

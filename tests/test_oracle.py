@@ -44,7 +44,7 @@ from sparse_compile.factors import factorize
 from sparse_compile.reference import masked_dense, output_mask_from_labels, scored_positions
 from tolerances import Tolerance
 
-pytestmark = pytest.mark.usefixtures("aot_eager_inductor")
+pytestmark = pytest.mark.usefixtures("eager_inductor")
 
 VARIANTS = variants(DecoderConfig(layers=2))
 
@@ -92,6 +92,17 @@ def test_sparsity_and_exact_optimisations_together(variant: str, layers: int) ->
         step, kept = sparse_step(model, call, inputs)
         assert kept.keys() == SPARSITY.keys() - ({"layers.1.mlp"} if layers == 2 else set())
         assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=kind)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "eager", "ungated"])
+def test_through_aot_autograd(variant: str, aot_eager_inductor: Any) -> None:
+    """Traced ahead of time and cut by the partitioner, with and without the exact optimisations."""
+    model = Fp64Decoder(VARIANTS[variant])
+    inputs = batch(61, padding="left")
+    for preset in ("none", "exact"):
+        step, kept = sparse_step(model, compiled(model, preset=preset), inputs)
+        assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=preset)
+    assert aot_eager_inductor.sparse == [True, True]
 
 
 def test_every_length_and_split_equals_the_oracle(aot_eager_inductor: Any) -> None:
@@ -161,7 +172,7 @@ def test_gradients_are_those_of_the_sparse_function() -> None:
     assert slope == pytest.approx(expected, rel=1e-5)
 
 
-def test_dropout_draws_what_the_eager_model_draws() -> None:
+def test_dropout_draws_what_the_eager_model_draws(aot_eager_inductor: Any) -> None:
     # Dropout sits before A, on all tokens, in the order of the eager model: one seed gives one result.
     model = with_lora(llama(dtype=torch.float64), (*ATTENTION_TARGETS, "gate_proj", "up_proj"), dropout=0.3)
     inputs = batch(97)
@@ -220,7 +231,7 @@ def test_llama_in_fp32() -> None:
     assert_same_step(step, oracle_step(model, kept, inputs), torch.float32)
 
 
-def test_bf16_base_with_fp32_adapters() -> None:
+def test_bf16_base_with_fp32_adapters(aot_eager_inductor: Any) -> None:
     model = with_lora(llama(dtype=torch.bfloat16), ALL_TARGETS)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
     inputs = batch(97, padding="right")
@@ -244,7 +255,7 @@ class Autocast(nn.Module):
 
 
 @pytest.mark.parametrize("where", ["outside the graph", "inside the graph"])
-def test_autocast(where: str) -> None:
+def test_autocast(where: str, aot_eager_inductor: Any) -> None:
     model = Autocast(with_lora(llama(), ALL_TARGETS)) if "inside" in where else with_lora(llama(), ALL_TARGETS)
     call = compiled(model)
     inputs = batch(97, padding="left")
@@ -265,7 +276,9 @@ class CheckpointedLayer(decoder.DecoderLayer):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_checkpoints_of_a_hand_written_model(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_of_a_hand_written_model(
+    attention: str, monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
+) -> None:
     monkeypatch.setattr(decoder, "DecoderLayer", CheckpointedLayer)
     model = fp64_decoder(layers=2, attention=attention, bias=True)
     call = compiled(model)

@@ -16,11 +16,13 @@ from graphs import (
     ANALYSES,
     Captured,
     Head,
+    aot_eager,
     assert_golden,
     assert_like_masked_dense,
     capture,
     frozen,
     gradients_of,
+    graph_eager,
     lora,
     rejections,
     render,
@@ -67,10 +69,16 @@ def fuse(function: Callable[..., Any], *args: Tensor, **options: Any) -> tuple[C
     return captured, run_passes(captured, *EXACT)[PASS]
 
 
-def check(module: nn.Module, *inputs: Tensor, adapters: int, tolerance: Tolerance | None = None) -> None:
+def check(
+    module: nn.Module,
+    *inputs: Tensor,
+    adapters: int,
+    tolerance: Tolerance | None = None,
+    compiler: Callable[..., Any] = graph_eager,
+) -> None:
     """Assert that so many adapters are fused, and that values and gradients are those of eager."""
     seed = torch.get_rng_state()
-    ran = run_rewritten(module, *inputs, only=EXACT)
+    ran = run_rewritten(module, *inputs, only=EXACT, compiler=compiler)
     actual = gradients_of(ran.value.sum(), module, *(x for x in inputs if x.requires_grad))
     torch.set_rng_state(seed)
     expected = module(*inputs)
@@ -91,7 +99,7 @@ def test_golden() -> None:
 
 
 def test_values_and_gradients() -> None:
-    check(Layers(), given(), adapters=3)
+    check(Layers(), given(), adapters=3, compiler=aot_eager)
 
 
 def test_an_input_without_a_gradient() -> None:
@@ -306,7 +314,7 @@ def test_another_checkpoint() -> None:
 def test_within_a_checkpoint() -> None:
     module = Layers(lambda m, x: checkpoint(attention_inputs, m, x, use_reentrant=False))
     x = given()
-    ran = run_rewritten(module, x, only=("inline_checkpoint_bodies", *EXACT))
+    ran = run_rewritten(module, x, only=("inline_checkpoint_bodies", *EXACT), compiler=aot_eager)
     assert {record.name: record.stats for record in ran.result.records}[PASS]["adapters"] == 3
     expected = module(x)
     assert_close_rms(ran.value, expected)
@@ -417,7 +425,10 @@ def test_all_exact_passes_together(name: str, disabled: tuple[str, ...]) -> None
         inputs["labels"][:, 1:] = -100
         inputs["labels"][1, 5] = 7
     ran = run_rewritten(
-        lambda **inputs: model(**inputs)[0], **inputs, config=SparseLoRAConfig(preset="exact", disable=disabled)
+        lambda **inputs: model(**inputs)[0],
+        **inputs,
+        config=SparseLoRAConfig(preset="exact", disable=disabled),
+        compiler=aot_eager if name == "ragged" else graph_eager,
     )
     records = {record.name: record for record in ran.result.records}
     assert records["select_loss_rows"].changed and records[PASS].stats["groups"] >= (4 if disabled else 1)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from graphs import (
     ANALYSES,
     Head,
+    aot_eager,
     assert_golden,
     assert_like_masked_dense,
     capture,
@@ -114,7 +115,7 @@ def test_dynamic_first_dimension() -> None:
 
 def test_forward_and_gradients() -> None:
     model, x = nn.Sequential(Checkpointed(), Checkpointed()), normal(3, 8).requires_grad_()
-    ran = run_rewritten(model, x, only=(PASS,))
+    ran = run_rewritten(model, x, only=(PASS,), compiler=aot_eager)
     actual, expected = (gradients_of(value.square().sum(), model, x) for value in (ran.value, model(x)))
     assert_close_rms(ran.value, model(x))
     for name, gradient in expected.items():
@@ -144,6 +145,7 @@ def test_sparse_blocks_inside_checkpoints(blocks: int) -> None:
         *inputs,
         labels=inputs[1],
         config=config,
+        compiler=aot_eager,
         sites=lambda kept: [MaskedFFN(model.get_submodule(f"{name}.down"), found) for name, found in kept.items()],
     )
     captured = capture(model, *inputs, config=config)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from graphs import ANALYSES, assert_golden, capture, render, run_passes, run_rewritten, targets
+from graphs import (
+    ANALYSES,
+    aot_eager,
+    assert_golden,
+    capture,
+    graph_eager,
+    render,
+    run_passes,
+    run_rewritten,
+    targets,
+)
 from models import BATCHES, DecoderConfig, Fp64Decoder, batch, gradients, masked_sites, variants
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.kernels.channel_selection import record_channels
@@ -20,11 +30,19 @@ PASS = "sparsify_attention"
 SMALL = DecoderConfig(layers=1, hidden=8, ffn=12, heads=2, kv_heads=1, head_dim=4, vocab=11, adapters=("q_proj",))
 
 
-def check(config: DecoderConfig, layer_sparsity: dict[str, float], inputs: dict[str, Tensor]) -> Any:
+def check(
+    config: DecoderConfig,
+    layer_sparsity: dict[str, float],
+    inputs: dict[str, Tensor],
+    compiler: Callable[..., Any] = graph_eager,
+) -> Any:
     model = Fp64Decoder(config)
     with record_channels() as chosen:
         ran = run_rewritten(
-            lambda **kwargs: model(**kwargs)[0], **inputs, config=SparseLoRAConfig(layer_sparsity=layer_sparsity)
+            lambda **kwargs: model(**kwargs)[0],
+            **inputs,
+            config=SparseLoRAConfig(layer_sparsity=layer_sparsity),
+            compiler=compiler,
         )
     assert ran.result.sparse is not None, ran.result.rejections
     ran.value.backward()
@@ -61,11 +79,11 @@ def test_both_blocks_of_a_layer() -> None:
 
 
 def test_one_channel() -> None:
-    check(SMALL, {"self_attn": 0.99}, batch(11))
+    check(SMALL, {"self_attn": 0.99}, batch(11), aot_eager)
 
 
 def test_one_head_and_bias() -> None:
-    check(replace(SMALL, heads=1, kv_heads=1, bias=True), {"self_attn": 0.5}, batch(11))
+    check(replace(SMALL, heads=1, kv_heads=1, bias=True), {"self_attn": 0.5}, batch(11), aot_eager)
 
 
 def rewritten(sites: dict[str, float], dynamic: Callable[..., Any] = lambda *_: (), **fields: Any) -> Any:

@@ -13,11 +13,13 @@ from torch.nn import functional as F  # noqa: N812
 from graphs import (
     ANALYSES,
     Head,
+    aot_eager,
     assert_golden,
     assert_like_masked_dense,
     capture,
     frozen,
     gradients_of,
+    graph_eager,
     lora,
     render,
     run_passes,
@@ -69,10 +71,17 @@ def sites(model: Head) -> Callable[[dict[str, Tensor]], list[MaskedFFN]]:
     return lambda kept: [MaskedFFN(model.get_submodule(f"{name}.down"), channels) for name, channels in kept.items()]
 
 
-def check(model: Head, layer_sparsity: dict[str, float], inputs: tuple[Tensor, Tensor] | None = None) -> Any:
+def check(
+    model: Head,
+    layer_sparsity: dict[str, float],
+    inputs: tuple[Tensor, Tensor] | None = None,
+    compiler: Callable[..., Any] = graph_eager,
+) -> Any:
     inputs = inputs or tokens(rows=3)
     config = SparseLoRAConfig(layer_sparsity=layer_sparsity)
-    return assert_like_masked_dense(model, *inputs, labels=inputs[1], config=config, sites=sites(model))
+    return assert_like_masked_dense(
+        model, *inputs, labels=inputs[1], config=config, sites=sites(model), compiler=compiler
+    )
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "bare"])
@@ -86,7 +95,7 @@ def test_forward_and_gradients(name: str, adapters: bool) -> None:
 def test_chained_sites(bias: bool) -> None:
     """One site's output is the next one's input."""
     blocks = [MLP(FUNCTIONS[name], bias=bias) for name in ("silu gate", "relu squared", "a scale a channel")]
-    ran = check(Head(*blocks), {"0": 0.5, "1": 0.75, "2": 0.25})
+    ran = check(Head(*blocks), {"0": 0.5, "1": 0.75, "2": 0.25}, compiler=aot_eager)
     assert next(record for record in ran.result.records if record.name == PASS).stats["sites"] == 3
 
 
@@ -96,13 +105,13 @@ def test_a_sparse_site_between_dense_ones() -> None:
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "bare"])
 def test_one_channel(adapters: bool) -> None:
-    check(Head(lora(8, 8), MLP(FUNCTIONS["silu gate"], adapters)), {"body.1": 0.99})
+    check(Head(lora(8, 8), MLP(FUNCTIONS["silu gate"], adapters)), {"body.1": 0.99}, compiler=aot_eager)
 
 
 def test_rank_one() -> None:
     mlp = MLP(FUNCTIONS["silu gate"])
     mlp.gate, mlp.down = lora(8, 12, rank=1), lora(12, 8, rank=1)
-    check(Head(mlp), {"0": 0.5})
+    check(Head(mlp), {"0": 0.5}, compiler=aot_eager)
 
 
 def test_adapters_on_some_projections() -> None:
@@ -203,7 +212,6 @@ def test_dynamic_sizes() -> None:
 
 
 def backend_of(config: SparseLoRAConfig) -> Callable[..., Any]:
-    from graphs import aot_eager
     from sparse_compile.capture import capture_context
     from sparse_compile.pipeline import run_pipeline
 
