@@ -15,12 +15,14 @@ import argparse
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lors_quality
 import lors_speed
+import torch
 from lors_models import CRITERIA, PATTERNS, TARGETS
 from lors_quality import Pruned, Settings, Task
 from markdown import replace_tables, table
@@ -40,14 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     arguments = sys.argv[1:] if argv is None else list(argv)
+    known = lors_speed.ARMS if args.speed else lors_quality.ARMS
+    args.arms = args.arms or list(known)
+    unknown = (set(args.arms) - set(known)) | (set(args.prunings) - set(PRUNINGS))
+    if unknown:
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join((*known, *PRUNINGS))}")
     if args.speed:
+        if args.processor_time and torch.get_num_threads() > 1:
+            parser.error("--processor-time adds up what all threads take: set OMP_NUM_THREADS=1")
         name, text = "the step", _speed(args, arguments)
     else:
         if not (args.model and args.data and args.eval_data):
             parser.error("give --speed, or --model, --data and --eval-data")
-        unknown = (set(args.arms) - set(lors_quality.ARMS)) | (set(args.prunings) - set(PRUNINGS))
-        if unknown:
-            parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join((*lors_quality.ARMS, *PRUNINGS))}")
         name, text = args.model.name, _quality(args, arguments)
     if args.out is None:
         print(text)
@@ -58,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speed(args: argparse.Namespace, arguments: Sequence[str]) -> str:
     workload = dataclasses.replace(STEP, **{size: getattr(args, size) for size in SIZES})
-    measured = lors_speed.measure(workload, args.pattern, lors_speed.ARMS, args.rounds, args.warm_up, arguments)
+    clock = time.process_time if args.processor_time else time.perf_counter
+    measured = lors_speed.measure(workload, args.pattern, args.arms, args.rounds, args.warm_up, clock, arguments)
     rows = lors_speed.plain(measured)
     append_rows(rows, args.results)
     about = (
         f"`{workload.label}`, pruned by magnitude to {args.pattern}; fp32, medians of {args.rounds} rounds taken in "
-        f"turns, {_where(rows[0])}."
+        f"turns{', in processor time' if args.processor_time else ''}, {_where(rows[0])}."
     )
     return f"{about}\n\n{table(lors_speed.HEAD, lors_speed.table(rows))}"
 
@@ -143,12 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of rows to append to and to go on from")
     parser.add_argument("--out", type=Path, help="Markdown file whose tables are replaced")
+    parser.add_argument("--arms", type=_names, help="default: all of the part that runs")
 
     quality = parser.add_argument_group("held-out loss")
     quality.add_argument("--model", type=Path, help="folder of a Llama-like model and its tokenizer")
     quality.add_argument("--data", type=Path, help="JSON lines with question and answer, to learn from")
     quality.add_argument("--eval-data", type=Path, help="the same, held out")
-    quality.add_argument("--arms", type=_names, default=list(lors_quality.ARMS), help="default: all")
     quality.add_argument("--prunings", type=_names, default=list(PRUNINGS), help=f"default: {','.join(PRUNINGS)}")
     quality.add_argument(
         "--seeds", type=lambda text: [int(seed) for seed in _names(text)], default=[0, 1, 2], help="default: 0,1,2"
@@ -163,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--pattern", choices=PATTERNS, default="2:4", help="of the pruned weights (default: 2:4)")
     speed.add_argument("--rounds", type=_positive, default=7, help="measured rounds (default: 7)")
     speed.add_argument("--warm-up", type=int, default=1, help="rounds before them (default: 1)")
+    speed.add_argument(
+        "--processor-time", action="store_true", help="of one thread, instead of the clock's: for a busy machine"
+    )
     for size in SIZES:
         speed.add_argument(f"--{size.replace('_', '-')}", type=_positive, default=getattr(STEP, size), metavar="N")
     return parser

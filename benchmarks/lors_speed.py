@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,15 @@ class SpeedRow:
 
 
 def measure(
-    workload: Workload, pattern: str, arms: Sequence[str], rounds: int, warm_up: int, arguments: Sequence[str]
+    workload: Workload,
+    pattern: str,
+    arms: Sequence[str],
+    rounds: int,
+    warm_up: int,
+    clock: Callable[[], float],
+    arguments: Sequence[str],
 ) -> list[SpeedRow]:
-    """Measure the arms in turns on a model pruned by magnitude.
+    """Measure the arms in turns on a model pruned by magnitude; steps are timed by `clock`.
 
     Raises:
         RuntimeError: two arms begin with different losses, so they train different functions.
@@ -79,7 +85,7 @@ def measure(
     models = {arm: arm_model(base, workload, arm) for arm in arms}
     steps = {arm: training_step(_compiled(model, arm), batch) for arm, model in models.items()}
     with tempfile.TemporaryDirectory() as caches:
-        times = interleaved(steps, Path(caches), rounds, warm_up)
+        times = interleaved(steps, Path(caches), rounds, warm_up, clock)
     losses = {arm: times[arm].loss for arm in arms}
     if max(losses.values()) - min(losses.values()) > 1e-3 * max(losses.values()):
         raise RuntimeError(f"the arms train different functions: their first losses are {losses}")

@@ -132,7 +132,13 @@ class ArmTimes:
     graphs: int
 
 
-def interleaved(steps: Mapping[str, Step], caches: Path, rounds: int, warm_up: int) -> dict[str, ArmTimes]:
+def interleaved(
+    steps: Mapping[str, Step],
+    caches: Path,
+    rounds: int,
+    warm_up: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, ArmTimes]:
     """Time the arms in turns: A B C A B C ...
 
     Args:
@@ -140,6 +146,7 @@ def interleaved(steps: Mapping[str, Step], caches: Path, rounds: int, warm_up: i
         caches: folder in which each arm's first call finds caches of its own, empty.
         rounds: measured rounds.
         warm_up: rounds between the first calls and the measured ones.
+        clock: what the measured steps are timed by, in seconds.
 
     Raises:
         RuntimeError: a compiled arm compiled nothing, or something was compiled after the first calls.
@@ -161,10 +168,10 @@ def interleaved(steps: Mapping[str, Step], caches: Path, rounds: int, warm_up: i
     gc.collect()
     for index in range(warm_up + rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if index >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     if compiled_graphs() != known:
         raise RuntimeError("a graph was compiled again after the first calls, so step times contain a compilation")
     return {name: ArmTimes(first[name], tuple(seconds[name]), losses[name], graphs[name]) for name in steps}

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -113,7 +114,9 @@ def test_one_run_of_the_step(
     monkeypatch.setattr(benchmarks["measure"], "load_compiler", lambda: None)
     sizes = {"layers": 1, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "vocab": 97, "length": 16, "output": 4}
     workload = dataclasses.replace(benchmarks["lors"].STEP, rank=4, **sizes)
-    rows = benchmarks["lors_speed"].measure(workload, "2:4", ("eager", "lors", "lors-exact"), 1, 0, ["--speed"])
+    rows = benchmarks["lors_speed"].measure(
+        workload, "2:4", ("eager", "lors", "lors-exact"), 1, 0, time.process_time, ["--speed"]
+    )
     by_arm = {row.arm: row for row in rows}
     # q, o: 64 x 64; k, v: 64 x 32; gate, up, down: 64 x 96, on three inputs of 64 and one of 96 numbers a token.
     weights, inputs = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96, 32 * (3 * 64 + 96)
