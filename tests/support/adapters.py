@@ -161,7 +161,9 @@ ADAPTERS: dict[str, AdapterRow] = {
     "two_active": AdapterRow("two active adapters", two_active),
     "dora": AdapterRow("DoRA", peft(use_dora=True)),
     "torchtune": AdapterRow(
-        "LoRA layers as torchtune writes them", replaced(lambda x: TuneLinear(x, 4, 8.0)), for_oracle=with_base_layers
+        "LoRA layers as torchtune writes them",
+        replaced(lambda x: TuneLinear(x, 4, 8.0)),
+        for_oracle=with_base_layers,
     ),
     "hand_written": AdapterRow(
         "LoRA layers written by hand with `x @ A @ B`", replaced(lambda x: MatrixLinear(x, 4, 2.0))

@@ -20,7 +20,7 @@ from support.adapters import SITES, peft
 from support.rows import NotSupportedError, cases
 
 STEPS = 3
-FFN = "base_model.model.model.layers.0.mlp"
+FFN = "layers.0.mlp"
 
 
 def model_for(start_step: int = 0, **options: Any) -> nn.Module:
@@ -97,7 +97,7 @@ def lora_plus(model: nn.Module, folder: Path) -> None:
     from peft.optimizers import create_loraplus_optimizer
 
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
-    assert len({group["lr"] for group in optimizer.param_groups}) == 2
+    assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(0.016)
     trainer_for(model, folder, optimizers=(optimizer, None)).train()
 
 
@@ -194,7 +194,9 @@ def test_a_way_to_train_is_sparse_at_every_step(name: str, tmp_path: Path, aot_e
         assert not record
         raise NotSupportedError(row.declined)
     assert messages == []
-    assert len(record[FFN]) == row.forwards
+    # TRL calls the decoder below the head by itself, so the names of its modules begin there.
+    (choices,) = (found for name, found in record.items() if name.endswith(FFN))
+    assert len(choices) == row.forwards
 
 
 # --- What happens to a model between steps ----------------------------------------------------------------------------

@@ -244,7 +244,7 @@ MODELS: dict[str, ModelRow] = {
             shared_expert_intermediate_size=FFN,
         ),
         {"self_attn": GQA, "mlp.shared_expert": "down_proj"},
-        stays=ROUTED,
+        stays={**ROUTED, "mlp.shared_expert_gate": ""},
         dtype=torch.float32,
     ),
     "t5": ModelRow(
@@ -270,8 +270,8 @@ MODELS: dict[str, ModelRow] = {
             "decoder.block.0.layer.2.DenseReluDense": "wo",
         },
         stays={
-            "encoder": "the loss is computed for other tokens than this site's",
-            "EncDecAttention": "",
+            "encoder": "",
+            "EncDecAttention": "cross-attention stays dense",
         },
         inputs=lambda: {**batch(VOCAB, length=12), "input_ids": batch(VOCAB, length=17, seed=1)["input_ids"]},
         # The decoder reads labels shifted to the right: position t predicts the label of its own place.
@@ -305,7 +305,7 @@ DECLINED: dict[str, ModelRow] = {
         "GPT-2 as it comes: transformers logs a line at its loss, which cuts the graph there",
         hugging_face("GPT2LMHeadModel", "GPT2Config", ("c_attn",), loss_type=None, **GPT2),
         {},
-        declined="integer tensor (batch, tokens)",
+        declined="neither a cross-entropy nor labels compared with ignore_index are in the graph",
     ),
     "phi3_dora": ModelRow(
         "Phi-3 with DoRA on its fused layers",
