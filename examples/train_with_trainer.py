@@ -9,6 +9,7 @@ the run is, so that its first twentieth stays dense.
 
 import argparse
 
+import torch
 from finetuning.demo_model import DemoSize, as_records, pretrained
 from finetuning.records import Collator, pad_token_id, read_records, tokenize
 from peft import LoraConfig, get_peft_model
@@ -53,6 +54,7 @@ def main() -> None:
             logging_steps=10,
             report_to=[],
             save_strategy="no",
+            use_cpu=not torch.accelerator.is_available(),  # several processes would find no device else
             remove_unused_columns=False,  # the collator below takes the examples as they are
         ),
         train_dataset=examples,
