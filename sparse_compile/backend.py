@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,18 @@ from sparse_compile.dump import GraphDump, dump_root
 from sparse_compile.loss_rows import restored
 from sparse_compile.mask_watch import guard_masks, tell_unmasked, watching_masks
 from sparse_compile.model_part import part_of
+from sparse_compile.notices import (
+    asks_for_sparsity,
+    once,
+    tell_about_sites,
+    tell_once,
+    tell_untrained,
+    tell_when_all_is_compiled,
+)
 from sparse_compile.passes.base import PassContext, RequestedFunctionError
 from sparse_compile.peft_support import make_dora_traceable
-from sparse_compile.pipeline import evaluation_passes, passes, run_pipeline
-from sparse_compile.report import GraphReport, graph_report, plan_data, summary_of
+from sparse_compile.pipeline import evaluation_passes, run_pipeline
+from sparse_compile.report import GraphReport, graph_report, plan_data
 from sparse_compile.session import Session, session_for
 from sparse_compile.sharded import any_in_parts, is_sharded
 from sparse_compile.torch_private import (
@@ -38,8 +45,6 @@ from sparse_compile.torch_private import (
 make_dora_traceable()
 
 _LOG = logging.getLogger(__name__)
-_matched: set[SparseLoRAConfig] = set()
-_told: set[Hashable] = set()
 
 CompiledGraph = Callable[..., Any]
 
@@ -76,18 +81,18 @@ def sparselora(
         reason = "parameters of this model are DTensors, of which each rank holds a part (tensor parallel)"
         if masks:
             raise RequestedFunctionError(f"preserve_weight_mask needs whole weights: {reason}")
-        _tell_once(f"{reason}. Predictors need whole weights, so it runs dense, without the exact passes")
+        tell_once(f"{reason}. Predictors need whole weights, so it runs dense, without the exact passes")
         return dense()
     trained = trained_parameters(gm, example_inputs, ctx)
     trains = torch.is_grad_enabled()
     if not trained and trains:
-        _tell_untrained(gm, ctx)
+        tell_untrained(gm, ctx)
     if not trained or not trains:
         if not masks:
             return dense()
         requested = run_pipeline(gm, ctx, order=evaluation_passes()).exact
         guard_masks(gm, ctx)
-        tell_unmasked(ctx, session_for(trained, config).once if trained else _once)
+        tell_unmasked(ctx, session_for(trained, config).once if trained else once)
         return compile_with_inductor(requested or gm, example_inputs, config.inductor, mode)
 
     model = part.model if part is not None and is_sharded(part.model) else None
@@ -104,13 +109,13 @@ def sparselora(
             dump.kernel(name, source)
         dump.data("plan", plan_data(ctx.plan, ctx.product_orders))
         dump.data("manifest", report.to_dict())
-    _tell_about_sites(gm, ctx, session, report, failed=result.failed)
+    tell_about_sites(gm, ctx, session, report, failed=result.failed)
 
     install_value_guard("sparse_compile.roles", "ROLES_GIVEN")
     if result.sparse is not None:
         install_value_guard("sparse_compile.session", "PHASES", session.id)
     path = "" if part is None else part.path
-    if result.sparse is not None or (path and ctx.roles is not None and _asks_for_sparsity(config)):
+    if result.sparse is not None or (path and ctx.roles is not None and asks_for_sparsity(config)):
         # Blocks are alike: what is planned for one, dense or sparse, goes for no other.
         install_identity_guards(_inputs_of_this_model(gm, ctx))
     if masks:
@@ -193,114 +198,7 @@ def _watched(
         runs += 1
         if runs == 2:
             # All graphs of a training step have been compiled by now, whichever sessions they belong to.
-            if config in _matched:
-                _tell_declined(session, report)
-            else:
-                _tell_if_nothing_matched(session, config)
+            tell_when_all_is_compiled(session, report, config)
         return compiled(*args)
 
     return run
-
-
-def _asks_for_sparsity(config: SparseLoRAConfig) -> bool:
-    if config.layer_sparsity is not None:
-        return any(config.layer_sparsity.values())
-    return config.preset in ("o1", "o2")
-
-
-def _tell_about_sites(
-    gm: fx.GraphModule, ctx: PassContext, session: Session, report: GraphReport, *, failed: bool
-) -> None:
-    """Warn, once each, about what was asked for and is not there."""
-    config = ctx.config
-    session.add_site_names(site.name for site in ctx.sites)
-    if config.layer_sparsity is not None:
-        session.expect_sites(config.layer_sparsity)
-        if is_whole_step(gm, ctx):
-            session.check_sites_now()
-    if ctx.plan.sparse_sites:
-        _matched.add(config)
-        _tell_declined(session, report)
-    elif failed:
-        session.once("nothing matched")  # the pipeline has said why
-    elif is_whole_step(gm, ctx):
-        _tell_if_nothing_matched(session, config)
-
-
-def _tell_declined(session: Session, report: GraphReport) -> None:
-    """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse."""
-    dense = [site for site in report.sites if site.kept == site.total and site.provider == "dense"]
-    sites = {site.name: site.reason for site in dense if site.reason}
-    lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
-    if lines:
-        if not report.roles:
-            lines += summary_of(tuple(each for each in report.rejections if each.rule == "trace_roles"), most=2)
-        warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)
-
-
-def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None:
-    """Warn once where sparsity was asked for and no graph of the model has a sparse site."""
-    graphs: list[GraphReport] = session.reports
-    matched = any(site.kept < site.total for graph in graphs for site in graph.sites)
-    if matched or not _asks_for_sparsity(config) or not session.once("nothing matched"):
-        return
-    wanted = "layer_sparsity" if config.layer_sparsity is not None else f"preset {config.preset!r}"
-    kinds = Counter(site.kind for graph in graphs for site in graph.sites)
-    roles = sorted({graph.roles for graph in graphs if graph.roles})
-    # What an exact pass leaves alone is no reason for a site to stay dense.
-    optimising = {each.name for each in passes() if each.optimises}
-    declined = (rejection for graph in graphs for rejection in graph.rejections)
-    reasons = summary_of(tuple(rejection for rejection in declined if rejection.rule not in optimising), most=6)
-    skipped = {
-        each.record.name: each.record.skipped for graph in graphs for each in graph.passes if each.record.skipped
-    }
-    reasons += [f"  {name}: {reason}" for name, reason in skipped.items()]
-    if kinds and not reasons:
-        reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow for it, or names no site"]
-    found = (
-        f"{sum(graph.projections for graph in graphs)} frozen linear layers with "
-        f"{sum(graph.adapters for graph in graphs)} adapters, {kinds['ffn']} feed-forward and {kinds['attention']} "
-        f"attention blocks, token roles from {' and '.join(roles) or 'nowhere'}"
-    )
-    lines = [
-        f"sparselora: {wanted} asks for sparsity and no site became sparse, so training runs dense.",
-        "Looked for: feed-forward and attention blocks of frozen linear layers, and labels that mark output tokens.",
-        f"Found: {found}.",
-        "Declined:",
-        *(reasons or ["  nothing: there was nothing to match"]),
-    ]
-    warnings.warn("\n".join(lines), stacklevel=2)
-
-
-def _tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """Warn once where something was asked for that the graph cannot have, because nothing of it is trained."""
-    sparsity, requested = _asks_for_sparsity(ctx.config), ctx.config.requested
-    if not sparsity and not requested:
-        return
-    if any(parameter.trained for parameter in ctx.parameters.values()):
-        without = f"dense, without {', '.join(requested)}" if requested else "dense"
-        _tell_once(
-            f"TorchDynamo handed over a graph without its parameters, so it runs {without}. Its DDP optimizer does "
-            "that, which cuts a graph into buckets of trained parameters: set "
-            "torch._dynamo.config.optimize_ddp = False before the first step (adapters have few gradients, so little "
-            "is lost), or train with SparseLoRACallback in transformers' Trainer, which does so"
-        )
-    elif sparsity and is_whole_step(gm, ctx):
-        _tell_once(
-            "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, for "
-            "example with peft.get_peft_model, before training",
-            frozenset(parameter.path for parameter in ctx.parameters.values()),
-        )
-
-
-def _tell_once(reason: str, model: object = None) -> None:
-    """Warn of something that no session can remember: once in this process, or once for each model named."""
-    if _once((reason, model)):
-        warnings.warn(f"sparselora: {reason}.", stacklevel=3)
-
-
-def _once(key: Hashable) -> bool:
-    """Return True the first time that `key` is asked for, by any model: for models that have no session."""
-    is_first = key not in _told
-    _told.add(key)
-    return is_first

@@ -6,16 +6,16 @@ Everything here is pure: a configuration is an immutable, hashable and picklable
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
+from . import option_checks as check
 from . import upstream
+from .option_checks import FrozenMapping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,35 +35,6 @@ DEFAULT_MASK_THRESHOLD = 0.3
 
 DEFAULT_START_FRACTION = 0.05
 """Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
-
-_V = TypeVar("_V")
-
-
-class FrozenMapping(Mapping[str, _V], Generic[_V]):
-    """Keep a mapping that compares like a dict, cannot change, and can be hashed (where its values can) and pickled."""
-
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Mapping[str, _V] | Iterable[tuple[str, _V]] = ()) -> None:
-        self._items: dict[str, _V] = dict(items)
-
-    def __getitem__(self, key: str) -> _V:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __reduce__(self) -> tuple[type[FrozenMapping[_V]], tuple[dict[str, _V]]]:
-        return type(self), (self._items,)
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 @dataclass(frozen=True)
@@ -148,32 +119,32 @@ class SparseLoRAConfig:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Reject unknown options as the ``ValueError`` that every other mistake is, not as a ``TypeError``."""
-        _reject_unknown(kwargs, [f.name for f in fields(cls)], "option")
+        check.reject_unknown(kwargs, [f.name for f in fields(cls)], "option")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         normalised = {
-            "preset": _choice("preset", self.preset, PRESETS),
-            "layer_sparsity": _layer_sparsity(self.layer_sparsity),
-            "predictor_rank": _integer("predictor_rank", self.predictor_rank, minimum=1),
-            "predictor_path": _path("predictor_path", self.predictor_path),
-            "predictor_tokens": _predictor_tokens(self.predictor_tokens),
-            "start_step": _step("start_step", self.start_step),
-            "end_step": _step("end_step", self.end_step),
-            "keep_logits": _boolean("keep_logits", self.keep_logits),
-            "merge_low_precision": _boolean("merge_low_precision", self.merge_low_precision),
-            "kernels": _choice("kernels", self.kernels, KERNELS),
-            "preserve_weight_mask": _choice("preserve_weight_mask", self.preserve_weight_mask, MASKINGS),
-            "mask_threshold": _mask_threshold(self.mask_threshold),
-            "mask_gradient": _choice("mask_gradient", self.mask_gradient, MASK_GRADIENTS),
-            "disable": _pass_names(self.disable),
-            "strict": _boolean("strict", self.strict),
-            "dump_dir": _path("dump_dir", self.dump_dir),
-            "seed": _integer("seed", self.seed, minimum=0, limit=2**63),
-            "ignore_index": _integer("ignore_index", self.ignore_index),
-            "token_selection": _choice("token_selection", self.token_selection, TOKEN_SELECTIONS),
-            "channel_selection": _choice("channel_selection", self.channel_selection, CHANNEL_SELECTIONS),
-            "inductor": _inductor(self.inductor),
+            "preset": check.choice("preset", self.preset, PRESETS),
+            "layer_sparsity": check.layer_sparsity(self.layer_sparsity),
+            "predictor_rank": check.integer("predictor_rank", self.predictor_rank, minimum=1),
+            "predictor_path": check.path("predictor_path", self.predictor_path),
+            "predictor_tokens": check.predictor_tokens(self.predictor_tokens),
+            "start_step": check.step("start_step", self.start_step),
+            "end_step": check.step("end_step", self.end_step),
+            "keep_logits": check.boolean("keep_logits", self.keep_logits),
+            "merge_low_precision": check.boolean("merge_low_precision", self.merge_low_precision),
+            "kernels": check.choice("kernels", self.kernels, KERNELS),
+            "preserve_weight_mask": check.choice("preserve_weight_mask", self.preserve_weight_mask, MASKINGS),
+            "mask_threshold": check.mask_threshold(self.mask_threshold),
+            "mask_gradient": check.choice("mask_gradient", self.mask_gradient, MASK_GRADIENTS),
+            "disable": check.pass_names(self.disable),
+            "strict": check.boolean("strict", self.strict),
+            "dump_dir": check.path("dump_dir", self.dump_dir),
+            "seed": check.integer("seed", self.seed, minimum=0, limit=2**63),
+            "ignore_index": check.integer("ignore_index", self.ignore_index),
+            "token_selection": check.choice("token_selection", self.token_selection, TOKEN_SELECTIONS),
+            "channel_selection": check.choice("channel_selection", self.channel_selection, CHANNEL_SELECTIONS),
+            "inductor": check.inductor(self.inductor),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
@@ -221,7 +192,7 @@ class SparseLoRAConfig:
             return cls()
         if not isinstance(options, Mapping):
             raise ValueError(f"options must be a dict, got {type(options).__name__}; use SparseLoRAConfig.to_options()")
-        _reject_unknown(options, [f.name for f in fields(cls)], "option")
+        check.reject_unknown(options, [f.name for f in fields(cls)], "option")
         return cls(**options)
 
     @classmethod
@@ -304,127 +275,6 @@ def kept_count(n: int, sparsity: float) -> int:
     assert n >= 1, n
     assert 0 <= sparsity < 1, sparsity
     return max(1, n - math.floor(n * Fraction(repr(float(sparsity)))))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names))) or "none"
-
-
-def _reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"unknown {what} {name!r}{hint}. Known: {_listed(known)}")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
-
-
-def _boolean(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _integer(name: str, value: object, minimum: int | None = None, limit: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    number = int(value)
-    if minimum is not None and number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    if limit is not None and number >= limit:
-        raise ValueError(f"{name} must be below {limit}, got {number}")
-    return number
-
-
-def _path(name: str, value: object) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or not text:
-        raise ValueError(f"{name} must be a path, got {value!r}")
-    return text
-
-
-def _predictor_tokens(value: object) -> str | int:
-    if value in ("mean", "all"):
-        return str(value)
-    if isinstance(value, str):
-        raise ValueError(f"predictor_tokens must be 'mean', 'all' or a number of tokens, got {value!r}")
-    return _integer("predictor_tokens", value, minimum=1)
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _mask_threshold(value: object) -> float:
-    threshold = _number("mask_threshold", value)
-    if not 0 < threshold <= 1:  # NaN fails this comparison too
-        raise ValueError(f"mask_threshold is a fraction of zeros in (0, 1], got {value!r}")
-    return threshold
-
-
-def _step(name: str, value: object) -> float | int | None:
-    if value is None:
-        return None
-    if not isinstance(value, bool) and isinstance(value, Integral):
-        return _integer(name, value, minimum=0)
-    fraction = _number(name, value)
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"{name} as a float is a fraction in [0, 1] (steps are an int), got {value!r}")
-    return fraction
-
-
-def _layer_sparsity(value: object) -> FrozenMapping[float] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise ValueError(f"layer_sparsity must map site names to sparsities, got {value!r}")
-    checked: dict[str, float] = {}
-    for site, given in value.items():
-        if not isinstance(site, str) or not all(site.split(".")):
-            raise ValueError(f"layer_sparsity: {site!r} is not a dotted site name")
-        sparsity = _number(f"layer_sparsity[{site!r}]", given)
-        # NaN fails this comparison too.
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"layer_sparsity[{site!r}] must lie in [0, 1), got {given!r}")
-        checked[site] = sparsity
-    return FrozenMapping(checked)
-
-
-def _pass_names(value: object) -> frozenset[str]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"disable must be a collection of pass names, got {value!r}")
-    names = frozenset(value)
-    if names:
-        # Imported here: passes are configured, and know this module.
-        from sparse_compile.passes import PASS_NAMES
-
-        _reject_unknown(names, PASS_NAMES, "pass")
-    return names
-
-
-def _inductor(value: object) -> FrozenMapping[Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"inductor must be a dict of Inductor options, got {value!r}")
-    if value:
-        from .torch_private import inductor_options
-
-        known = inductor_options()
-        # Inductor reads dashes as underscores.
-        unknown = [key for key in value if str(key).replace("-", "_") not in known]
-        if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), known, n=3)
-            hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
-            raise ValueError(f"unknown inductor option {unknown[0]!r}{hint}: see torch._inductor.list_options()")
-    return FrozenMapping(value)
 
 
 def _plain(value: Any) -> Any:

@@ -99,8 +99,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give each test the same seeds, an empty predictor cache, and a backend and a Dynamo without memory of others."""
-    if backend := sys.modules.get("sparse_compile.backend"):
-        for remembered in (backend._told, backend._matched):
+    if notices := sys.modules.get("sparse_compile.notices"):
+        for remembered in (notices._told, notices._matched):
             remembered.clear()
     monkeypatch.setenv("SPARSELORA_CACHE_DIR", str(tmp_path / "sparselora_cache"))
     random.seed(0)

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_compile.backend as backend
 import sparse_compile.factors as factors
+import sparse_compile.notices as notices
 from decoder import Fp64Decoder, fp64_decoder
 from graphs import aot_eager
 from sparse_compile import Schedule, token_roles
@@ -276,7 +277,7 @@ def main() -> None:
         if len(sys.argv) > 2 and name not in sys.argv[2:]:
             continue
         torch._dynamo.reset()
-        for remembered in (backend._told, backend._matched):
+        for remembered in (notices._told, notices._matched):
             remembered.clear()
         torch.manual_seed(0)
         with warnings.catch_warnings(record=True) as caught:

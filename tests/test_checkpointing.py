@@ -231,7 +231,7 @@ def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(
     elsewhere: bool, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SparseLoRAConfig(layer_sparsity=SPARSITY, strict=True)
-    monkeypatch.setattr("sparse_compile.backend._matched", {config} if elsewhere else set())
+    monkeypatch.setattr("sparse_compile.notices._matched", {config} if elsewhere else set())
     model = checkpointed_llama(use_reentrant=True)
     inputs = batch(97)
     call = compiled(model)
