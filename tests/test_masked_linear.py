@@ -91,6 +91,21 @@ def test_zeros_stay_zeros_whatever_the_adapter_holds() -> None:
     assert torch.equal(merged == 0, weight == 0)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_fp32(bias: bool) -> None:
+    """Wide enough for oneDNN, which takes fp32 products on some processors."""
+    wide = operands()
+    given = [each.detach().float().requires_grad_(each.requires_grad) for each in wide]
+    if not bias:
+        wide[4] = given[4] = None  # type: ignore[call-overload]
+    y, expected = masked_linear(*given, SCALE, "exact", "blocks"), plain(*wide)
+    assert_close_rms(y, expected)
+    found = torch.autograd.grad(y.sin().sum(), [given[0], given[2], given[3]])
+    wanted = torch.autograd.grad(expected.sin().sum(), [wide[0], wide[2], wide[3]])
+    for gradient, want, name in zip(found, wanted, "xAB", strict=True):
+        assert_close_rms(gradient, want, torch.float32, name=name)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("rule", MASK_GRADIENTS)
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=["fp32 adapters", "bf16 adapters"])
