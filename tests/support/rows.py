@@ -19,12 +19,14 @@ class NotSupportedError(Exception):
 
 def cases(rows: Mapping[str, Any]) -> list[Any]:
     """Return the names of rows as parameters of a test; one with `declined` has to raise `NotSupportedError`."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=NotSupportedError, reason=row.declined))
-        if row.declined
-        else name
+    marks = {
+        name: [
+            *([pytest.mark.xfail(strict=True, raises=NotSupportedError, reason=row.declined)] if row.declined else []),
+            *([pytest.mark.slow] if getattr(row, "slow", False) else []),
+        ]
         for name, row in rows.items()
-    ]
+    }
+    return [pytest.param(name, marks=found) for name, found in marks.items()]
 
 
 @dataclass(frozen=True)

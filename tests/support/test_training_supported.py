@@ -152,12 +152,14 @@ class TrainingRow:
         run: trains a compiled model, with a folder to write to.
         forwards: training forwards of the run, all of them sparse.
         declined: the words of the one warning where it trains dense; empty where it trains sparsely.
+        slow: whether its test takes more than about ten seconds.
     """
 
     title: str
     run: Callable[[nn.Module, Path], None]
     forwards: int = STEPS
     declined: str = ""
+    slow: bool = False
 
 
 NO_LABELS = "token_roles"
@@ -170,8 +172,8 @@ TRAINING: dict[str, TrainingRow] = {
     "accelerate": TrainingRow(
         "Accelerate's own loop (`prepare`, `accumulate`, `backward`)", accelerate_loop, forwards=4
     ),
-    "sft": TrainingRow("TRL `SFTTrainer`, loss on completions", sft()),
-    "sft_packing": TrainingRow("TRL `SFTTrainer`, packing", sft(packing=True)),
+    "sft": TrainingRow("TRL `SFTTrainer`, loss on completions", sft(), slow=True),
+    "sft_packing": TrainingRow("TRL `SFTTrainer`, packing", sft(packing=True), slow=True),
     "label_smoothing": TrainingRow(
         "`label_smoothing_factor`: the labels never reach the model", smooths_labels, declined=NO_LABELS
     ),
