@@ -1,4 +1,4 @@
-"""What all parts of the support matrix share: rows that are declined, and rows that tests elsewhere hold."""
+"""What the parts of the support matrix share: the parameters of their tests, and rows that tests elsewhere hold."""
 
 from __future__ import annotations
 
@@ -13,20 +13,12 @@ import pytest
 TESTS = Path(__file__).resolve().parent.parent
 
 
-class NotSupportedError(Exception):
-    """A row trains dense, and one warning said why in the words of the row: raised by its test, a strict xfail."""
-
-
 def cases(rows: Mapping[str, Any]) -> list[Any]:
-    """Return the names of rows as parameters of a test; one with `declined` has to raise `NotSupportedError`."""
-    marks = {
-        name: [
-            *([pytest.mark.xfail(strict=True, raises=NotSupportedError, reason=row.declined)] if row.declined else []),
-            *([pytest.mark.slow] if getattr(row, "slow", False) else []),
-        ]
+    """Return the names of rows as parameters of a test."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if getattr(row, "slow", False) else [])
         for name, row in rows.items()
-    }
-    return [pytest.param(name, marks=found) for name, found in marks.items()]
+    ]
 
 
 @dataclass(frozen=True)
