@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decoder import fill_normal
 from models import ALL_TARGETS, ATTENTION_TARGETS, FFN_TARGETS, tiny_llama
@@ -23,14 +22,10 @@ class AdapterRow:
     Attributes:
         title: what the page calls it.
         build: returns a model with it, in training mode.
-        declined: the words of the one warning where it trains dense; empty where it trains sparsely.
-        for_oracle: returns the same model with frozen layers of their own, whose results the oracle masks.
     """
 
     title: str
     build: Callable[[], nn.Module]
-    declined: str = ""
-    for_oracle: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def base(**options: Any) -> nn.Module:
@@ -71,74 +66,6 @@ def two_active() -> nn.Module:
     return trained_for_a_while(model, seed=2)
 
 
-class TuneLinear(nn.Module):
-    """A LoRA layer as torchtune writes it: the frozen weight is the module's own, the scale comes before B's result."""
-
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_a = nn.Linear(layer.in_features, rank, bias=False)
-        self.lora_b = nn.Linear(rank, layer.out_features, bias=False)
-        self.scale = alpha / rank
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = nn.functional.linear(x, self.weight)
-        return out + self.scale * self.lora_b(self.lora_a(self.dropout(x)))
-
-
-class WrappedTuneLinear(nn.Module):
-    """The same layer, around a frozen one."""
-
-    def __init__(self, layer: TuneLinear) -> None:
-        super().__init__()
-        self.base_layer = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False)
-        self.base_layer.weight = layer.weight
-        self.lora_a, self.lora_b, self.scale = layer.lora_a, layer.lora_b, layer.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.scale * self.lora_b(self.lora_a(x))
-
-
-def with_base_layers(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, TuneLinear):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, WrappedTuneLinear(layer))
-    return model
-
-
-class MatrixLinear(nn.Module):
-    """A LoRA layer written by hand around a frozen one, with factors (in, r) and (r, out) and `@`."""
-
-    def __init__(self, layer: nn.Linear, rank: int, scale: float) -> None:
-        super().__init__()
-        self.base_layer = layer
-        self.down = nn.Parameter(torch.randn(layer.in_features, rank) / layer.in_features**0.5)
-        self.up = nn.Parameter(torch.randn(rank, layer.out_features) * 0.1)
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + (x @ self.down @ self.up) * self.scale
-
-
-def replaced(wrap: Callable[[nn.Linear], nn.Module]) -> Callable[[], nn.Module]:
-    """Return what builds a model with every projection wrapped by hand."""
-
-    def build() -> nn.Module:
-        model = base().requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for name, layer in list(model.named_modules()):
-                if isinstance(layer, nn.Linear) and name.endswith("_proj"):
-                    parent, _, own = name.rpartition(".")
-                    setattr(model.get_submodule(parent), own, wrap(layer))
-        return model.train()
-
-    return build
-
-
 ADAPTERS: dict[str, AdapterRow] = {
     "attention": AdapterRow("adapters on q, k, v and o alone", peft(ATTENTION_TARGETS)),
     "mlp": AdapterRow("adapters on gate, up and down alone", peft(FFN_TARGETS)),
@@ -160,12 +87,4 @@ ADAPTERS: dict[str, AdapterRow] = {
     "olora": AdapterRow("OLoRA initialisation", peft(init_lora_weights="olora")),
     "two_active": AdapterRow("two active adapters", two_active),
     "dora": AdapterRow("DoRA", peft(use_dora=True)),
-    "torchtune": AdapterRow(
-        "LoRA layers as torchtune writes them",
-        replaced(lambda x: TuneLinear(x, 4, 8.0)),
-        for_oracle=with_base_layers,
-    ),
-    "hand_written": AdapterRow(
-        "LoRA layers written by hand with `x @ A @ B`", replaced(lambda x: MatrixLinear(x, 4, 2.0))
-    ),
 }

@@ -12,11 +12,6 @@ ADAPTERS = (
     Held("fp32 adapters on a bf16 base", "test_oracle.py::test_bf16_base_with_fp32_adapters"),
     Held("DoRA, one graph under any backend", "test_peft_support.py::test_one_graph_bit_equal_to_eager"),
     Held(
-        "adapters that are disabled (`disable_adapter`) or merged",
-        "support/test_training_supported.py::test_disabled_and_merged_adapters_run_dense_and_silent",
-        DENSE,
-    ),
-    Held(
         "QLoRA with bitsandbytes: NF4 or FP4, nested or not",
         "test_four_bit.py::test_a_qlora_model_trains_as_the_oracle_says",
     ),
@@ -50,23 +45,11 @@ TRAINING = (
         "a loss outside the model, with `token_roles`",
         "test_backend.py::test_given_roles_equal_those_of_a_loss_inside_the_graph",
     ),
-    Held(
-        "an adapter that is swapped (`hotswap_adapter`)",
-        "support/test_training_supported.py::test_a_swapped_adapter_trains_on_without_a_compilation",
-    ),
-    Held(
-        "saving, and `merge_and_unload` after training",
-        "support/test_training_supported.py::test_a_trained_model_merges_and_saves_as_any_other",
-    ),
     Held("merging a pruned model (`merge_masked`)", "test_merge.py::test_zeros_survive_training_and_merging"),
 )
 
 SHAPES = (
     Held("ragged prompts, padding on the left or right, packing", "test_oracle.py::test_every_batch_equals_the_oracle"),
-    Held(
-        "packing with position ids in transformers",
-        "support/test_training_supported.py::test_packed_rows_with_position_ids",
-    ),
     Held(
         "padding to the longest: a new length at each step",
         "test_recompilation.py::test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase",
@@ -75,9 +58,9 @@ SHAPES = (
         "dynamic batch size, all or no tokens context",
         "test_recompilation.py::test_batch_sizes_and_extreme_splits_change_without_recompilation",
     ),
-    Held("lengths from 1 up", "support/test_training_supported.py::test_every_length_from_one_up"),
+    Held("`dynamic=True`: one graph", "test_oracle.py::test_every_length_and_split_equals_the_oracle"),
     Held(
-        "`dynamic=True` and `mark_dynamic`",
-        "support/test_training_supported.py::test_a_symbolic_length_from_the_first_step_on",
+        "lengths from 1 up, one row, no context or no output token",
+        "test_bad_input.py::test_extreme_batches_equal_the_oracle",
     ),
 )

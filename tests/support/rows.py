@@ -1,4 +1,4 @@
-"""What all parts of the support matrix share: rows that are declined, and rows that tests elsewhere hold."""
+"""What the parts of the support matrix share: the parameters of their tests, and rows that tests elsewhere hold."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ import pytest
 TESTS = Path(__file__).resolve().parent.parent
 
 
-class NotSupportedError(Exception):
-    """A row trains dense, and one warning said why in the words of the row: raised by its test, a strict xfail."""
-
-
 def cases(rows: Mapping[str, Any]) -> list[Any]:
-    """Return the names of rows as parameters of a test; one with `declined` has to raise `NotSupportedError`."""
+    """Return the names of rows as parameters of a test."""
     return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=NotSupportedError, reason=row.declined))
-        if row.declined
-        else name
+        pytest.param(name, marks=[pytest.mark.slow] if getattr(row, "slow", False) else [])
         for name, row in rows.items()
     ]
 
