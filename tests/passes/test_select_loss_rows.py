@@ -443,7 +443,8 @@ def test_stops_where_rows_are_mixed(name: str) -> None:
     assert outcome.changed and outcome.stats["linears"] == 3
     assert any(reason in found for found in rejections(outcome)), rejections(outcome)
     assert targets(captured.gm).count("select_rows") >= 1
-    check(model, *tokens(), linears=3)
+    # Plain autograd refuses to write into what an op of several outputs returned; AOTAutograd writes no views.
+    check(model, *tokens(), linears=3, compiler=aot_eager if name == "in place" else graph_eager)
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------

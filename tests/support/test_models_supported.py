@@ -42,9 +42,10 @@ def test_a_model_trains_as_the_oracle_says(name: str, aot_eager_inductor: Any) -
     dense = layers_outside(model, kept)
     assert all(any(part in name for part in row.stays) for name in dense), dense
     assert all(any(part in name for name in dense) for part in row.stays), dense
-    (report,) = session_for([parameter for parameter in model.parameters() if parameter.requires_grad]).reports
+    reports = session_for([parameter for parameter in model.parameters() if parameter.requires_grad]).reports
+    # AOTAutograd may have Dynamo trace the frame again (a number that it makes a tensor of): then there are two, alike.
     for words in row.stays.values():
-        assert any(words in each.reason for each in report.rejections)
+        assert any(words in each.reason for each in reports[-1].rejections)
 
 
 def layers_outside(model: torch.nn.Module, sites: Iterable[str]) -> set[str]:
