@@ -85,7 +85,7 @@ loss.backward()
 expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 graphs = torch._dynamo.utils.counters["stats"]
 
-for backend in ("sparselora", "inductor"):
+for backend in ("sparselora", "aot_eager"):
     torch._dynamo.reset()
     graphs.clear()
     model.zero_grad()
@@ -100,7 +100,7 @@ for backend in ("sparselora", "inductor"):
 """
 
 
-def test_looking_up_the_backend_is_enough_and_serves_inductor_too(repo_root: Any) -> None:
+def test_looking_up_the_backend_is_enough_and_serves_other_backends_too(repo_root: Any) -> None:
     program = ONE_PROCESS.replace("TESTS", repr(str(repo_root / "tests")))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
