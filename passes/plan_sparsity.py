@@ -12,6 +12,7 @@ is trained or not finite, or (presets) it does not pay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -129,7 +130,8 @@ class _Planner:
         note = ""
         if not reason:
             dtype, device = self.ctx.weight_kind(site.output)
-            estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device)
+            tokens = math.prod(source_shape[:-1])
+            estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device, tokens)
             if not estimate.pays:
                 note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
                 reason = "" if named else note

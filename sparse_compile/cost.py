@@ -75,7 +75,7 @@ class Gain:
 
     Attributes:
         saved: FLOPs of products not computed.
-        spent: FLOPs of the predictor, and of the time that splitting and merging tokens takes.
+        spent: FLOPs of the predictor, and of the time that splitting and merging tokens and gathering weights takes.
     """
 
     saved: float
@@ -87,10 +87,12 @@ class Gain:
         return self.saved > self.spent
 
 
-def gain(site: Site, kept: int, rank: int, itemsize: int, device: str) -> Gain:
+def gain(site: Site, kept: int, rank: int, itemsize: int, device: str, tokens: int) -> Gain:
     """Estimate what sparsity at a site saves and costs, per token.
 
-    Bytes: forward and backward each read and write the rows of every tensor that is split or merged.
+    Bytes: forward and backward each read and write the rows of every tensor that is split or merged, and the channels
+    of each weight that are kept, which are gathered once for all tokens. Measured with 1024 tokens and hidden 1024 on
+    two CPU cores: an attention block at 0.2 loses (0.986 of the speed), at 0.5 gains (1.022).
 
     Args:
         site: the site.
@@ -98,6 +100,7 @@ def gain(site: Site, kept: int, rank: int, itemsize: int, device: str) -> Gain:
         rank: rank of the predictor's factors.
         itemsize: bytes of an activation's element.
         device: `"cpu"` or `"cuda"`.
+        tokens: of a batch, at the sizes seen at tracing.
     """
     share = kept / site.channels
     dense = sum(projection_flops(projection) for projection in site.projections)
@@ -110,7 +113,8 @@ def gain(site: Site, kept: int, rank: int, itemsize: int, device: str) -> Gain:
         predictor = 2.0 * rank * 3 * site.projections[0].in_features
     else:
         predictor = 2.0 * site.projections[0].in_features
-    moved = 2 * 2 * elements * itemsize
+    gathered = share * sum(each.in_features * each.out_features for each in site.projections) / max(tokens, 1)
+    moved = 2 * 2 * (elements + gathered) * itemsize
     return Gain(saved, moved * FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"]) + predictor)
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from graphs import ANALYSES, Captured, Head, capture, frozen, lora, rejections, run_passes, tokens
 from models import batch, fp64_decoder
-from sparse_compile.config import SparseLoRAConfig
-from sparse_compile.cost import Gain
-from sparse_compile.ir import SitePlan
+from sparse_compile.config import SparseLoRAConfig, kept_count
+from sparse_compile.cost import Gain, gain
+from sparse_compile.ir import AttentionSite, Projection, SitePlan
 from sparse_compile.passes import plan_sparsity
 from sparse_compile.passes.base import PassOutcome
 
@@ -115,6 +115,20 @@ def test_a_preset_takes_what_pays() -> None:
 
 
 ALL = {"layer_sparsity": {"body.0": 0.5}}
+
+
+@pytest.mark.parametrize(("sparsity", "tokens", "pays"), [(0.2, 1024, False), (0.5, 1024, True), (0.2, 16384, True)])
+def test_low_sparsity_pays_where_many_tokens_share_the_gathered_weights(
+    sparsity: float, tokens: int, pays: bool
+) -> None:
+    """As measured on two CPU cores with 1024 tokens, hidden 1024 and 16 heads over 4: 0.986x at 0.2, 1.022x at 0.5."""
+
+    def projection(inputs: int, outputs: int) -> Projection:
+        return Projection("layer", "base", "x", "weight", False, None, (), "output", inputs, outputs)
+
+    query, key, value, output = (projection(1024, width) for width in (1024, 256, 256, 1024))
+    site = AttentionSite("site", 0, "x", query, key, value, output, 4, 4, 64, 64, None)
+    assert gain(site, kept_count(256, sparsity), 8, 4, "cpu", tokens).pays == pays
 
 
 def test_declines_without_roles() -> None:
