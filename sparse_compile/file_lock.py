@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["held_lock"]
 
@@ -43,7 +46,9 @@ def held_lock(folder: Path, key: str, patience: float = PATIENCE_S) -> Iterator[
 
 
 def _acquire(descriptor: int, offset: int, patience: float) -> None:
-    """Lock one byte, beyond the end of an empty file as well."""
+    """Lock one byte, beyond the end of an empty file as well; Windows has no such locks."""
+    if sys.platform == "win32":
+        return
     deadline = time.monotonic() + patience
     while True:
         try:
