@@ -368,7 +368,8 @@ for weight in weights:
 def test_processes_that_write_at_once_agree(tmp_path: Path, factorized: list[Tensor]) -> None:
     cache, go = tmp_path / "cache", tmp_path / "go"
     ready = [tmp_path / f"ready{i}" for i in range(2)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Sums in another number of threads round otherwise.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     commands = [[sys.executable, "-c", CHILD, str(cache), str(flag), str(go)] for flag in ready]
     children = [subprocess.Popen(command, env=environment) for command in commands]
     while not all(flag.exists() for flag in ready):
