@@ -5,10 +5,10 @@ Run under Triton's interpreter and compiled ahead of time in tests; not yet meas
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
+
+from sparse_compile.kernels.triton_launch import on_device_of
 
 _CHUNK = 4096
 """Scores that a program holds at once, at most."""
@@ -22,8 +22,7 @@ def top_channels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     channels = scores.new_empty(k, dtype=torch.int64)
     informative = scores.new_empty((), dtype=torch.int32)
     chunk, warps = launch_sizes(scores.numel())
-    # Triton launches on the current device; under its interpreter there is none.
-    with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
+    with on_device_of(scores):
         largest_channels[(1,)](
             scores.contiguous(), channels, informative, scores.numel(), k, CHUNK=chunk, num_warps=warps
         )  # fmt: skip

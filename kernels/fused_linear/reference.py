@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def fused_linear_gradients(
     return [aligned((wide * parsed(each).evaluate({"d": wide, **operands})).to(dtype)) for each in formulas.split(";")]
 
 
+@lru_cache(maxsize=1024)  # every call of the op asks, and differentiating takes longer than its kernel
 def saves_products(formula: str) -> bool:
     """Tell whether the derivatives of a formula read its products or thin products."""
     whole = parsed(formula)

@@ -6,13 +6,13 @@ Run under Triton's interpreter and compiled ahead of time in tests; not yet meas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.triton_source import (
     Gather,
     GradientSpec,
@@ -24,6 +24,7 @@ from sparse_compile.kernels.codegen.triton_source import (
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
 from sparse_compile.kernels.fused_linear.reference import saves_products
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
+from sparse_compile.kernels.triton_launch import capability_of, on_device_of, product_precision
 from sparse_compile.torch_private import load_source
 
 
@@ -43,7 +44,7 @@ def fused_linear(
     rows = xs[0].shape[0]
     columns = channels[0].numel() if dims[0] == 0 else weights[0].shape[0]
     scattered = [weight.stride(dim) < weight.stride(1 - dim) for weight, dim in zip(weights, dims, strict=True)]
-    tile = choose_tile(Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), _capability(xs[0]),
+    tile = choose_tile(Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), capability_of(xs[0]),
                                products=len(weights) + len(thins), scattered=any(scattered)))  # fmt: skip
     spec = product_spec(
         reads, ["none" if tile.pack and far else dim for far, dim in zip(scattered, dims, strict=True)],
@@ -123,10 +124,9 @@ def product_spec(
     return ProductSpec(tuple(terms), vectors, formula, saves)
 
 
+@lru_cache(maxsize=1024)
 def gradient_spec(products: int, thins: int, vectors: int, formulas: tuple[str, ...]) -> GradientSpec:
     """Return what is to be generated for the derivatives of a formula: only what they read is loaded or computed."""
-    from sparse_compile.kernels.codegen.formula import parsed
-
     read = {operand for text in formulas for operand in parsed(text).operands}
     saved = tuple(name for name in (f"p{i}" for i in range(products)) if name in read)
     thin = tuple(name for name in (f"t{j}" for j in range(thins)) if name in read)
@@ -153,18 +153,11 @@ def _matrix(name: str, matrix: Tensor) -> dict[str, Any]:
     return {name: matrix, f"{name}_row": matrix.stride(0), f"{name}_col": matrix.stride(1)}
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
 def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tile: Tile, x: Tensor) -> None:
     import triton
 
-    # TF32 only where the user asked for it, as with PyTorch's own products.
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    # Triton launches on the current device; under its interpreter there is none.
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         kernel[grid](
-            **arguments, PRECISION=precision, INTERPRETED=triton.knobs.runtime.interpret,
+            **arguments, PRECISION=product_precision(), INTERPRETED=triton.knobs.runtime.interpret,
             BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -6,12 +6,11 @@ compiled ahead of time in tests; not yet measured on a GPU.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_tile
+from sparse_compile.kernels.triton_launch import capability_of, on_device_of, product_precision
 
 
 def masked_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -32,8 +31,7 @@ def masked_tile(problem: Problem) -> Tile:
 
 def _product(x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    tile = masked_tile(Problem(x.shape[0], weight.shape[0], x.shape[1], x.element_size(), capability))
+    tile = masked_tile(Problem(x.shape[0], weight.shape[0], x.shape[1], x.element_size(), capability_of(x)))
     if y.numel():
         launch(x, weight, left, right, bias, scale, y, tile)
     return y
@@ -63,15 +61,13 @@ def launch(
     bias = None if bias is None else bias.contiguous()
     rows, columns = y.shape
     rank = right.shape[0]
-    # TF32 only where the user asked for it, as with PyTorch's own products.
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n),)
-    # Triton launches on the current device; under its interpreter there is none.
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         masked_product[grid](
             x, weight, left, right, bias, y, rows, columns, x.shape[1], scale,
             *x.stride(), *weight.stride(), *left.stride(), *right.stride(),
-            RANK=rank, HAS_BIAS=bias is not None, PRECISION=precision, INTERPRETED=triton.knobs.runtime.interpret,
+            RANK=rank, HAS_BIAS=bias is not None, PRECISION=product_precision(),
+            INTERPRETED=triton.knobs.runtime.interpret,
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=max(16, triton.next_power_of_2(rank)),
             GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

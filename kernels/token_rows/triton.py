@@ -5,11 +5,10 @@ Run under Triton's interpreter and compiled ahead of time in tests; not yet meas
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from sparse_compile.kernels.triton_launch import on_device_of
 
 
 def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -21,7 +20,7 @@ def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Ten
     output, context = x.new_empty(outputs, width), x.new_empty(context_rows.numel(), kept)
     if x.numel():
         grid, block = launch_sizes(x.shape[0], width)
-        with _on(x):
+        with on_device_of(x):
             take[grid](
                 x, output_rows, context_rows, columns, output, context, outputs, width, kept, *x.stride(),
                 HAS_COLUMNS=columns is not None, BLOCK=block,
@@ -43,7 +42,7 @@ def put_rows(
         places[columns] = torch.arange(columns.numel(), device=columns.device, dtype=torch.int32)
     if merged.numel():
         grid, block = launch_sizes(merged.shape[0], width)
-        with _on(output):
+        with on_device_of(output):
             put[grid](
                 output, context, output_rows, context_rows, places, merged, outputs, width, *output.stride(),
                 *context.stride(), HAS_COLUMNS=columns is not None, BLOCK=block,
@@ -55,8 +54,3 @@ def launch_sizes(rows: int, width: int) -> tuple[tuple[int, int], int]:
     """Return the grid of a copy of rows, and the channels that a program copies: a power of two."""
     block = min(2048, max(16, 1 << (width - 1).bit_length()))
     return (rows, -(-width // block)), block
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; under its interpreter there is none."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
