@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -67,6 +67,8 @@ class PassContext:
         parameters: by placeholder name, every parameter and buffer of the graph.
         roles_given: whether `token_roles(...)` is open at this compilation.
         autocast: device types for which autocast was already on where the graph begins, with its dtype.
+        dense_step: returns, on a device, what tells the phase of the schedule (`Session.dense_step`); None where every
+            step is sparse.
         stack: `(position, count)` of the part of the model that the graph holds, among the parts alike: the graph of a
             block that was compiled alone is one of `count`; `(0, 1)` for a whole model.
         projections: by name of the base node.
@@ -92,6 +94,7 @@ class PassContext:
     roles_given: bool = False
     autocast: Mapping[str, object] = field(default_factory=dict)
     stack: tuple[int, int] = (0, 1)
+    dense_step: Callable[[torch.device], Tensor] | None = None
     projections: dict[str, Projection] = field(default_factory=dict)
     ffn_sites: tuple[FFNSite, ...] = ()
     attention_sites: tuple[AttentionSite, ...] = ()

@@ -3,6 +3,7 @@
 At the top of the graph, once:
 
     %roles   = sparselora.output_mask(%labels, ignore_index, shift)      (B, S), or given_output_mask(%tokens)
+    %roles   = %roles | %dense_step                                      all true where the schedule says dense
     %rows    = sparselora.split_tokens(%roles)                           output rows, context rows
     %weights = ~%roles & %attention_mask                                 the tokens that take part in scores
 
@@ -37,6 +38,7 @@ from sparse_compile.ir import AttentionSite, FFNSite, Projection, SitePlan
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _OPS = torch.ops.sparselora
+_DENSE_STEP = "sparselora_dense_step"
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,18 @@ class InsertPredictors:
         if not ctx.plan.sparse_sites:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
-        builder = _PredictorBuilder(rewriter, ctx, _insert_roles(rewriter, ctx))
+        builder = _PredictorBuilder(rewriter, ctx, *_insert_roles(rewriter, ctx))
         for plan in ctx.plan.sparse_sites:
             ctx.selections[plan.site.identity] = builder.build(plan)
         return PassOutcome(True, {"predictors": len(ctx.selections), "inserted": rewriter.inserted})
 
 
-def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
-    """Insert the roles before the first node that is no input of the graph; return the tokens that scores read."""
+def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Node | None]:
+    """Insert the roles before the first node that is no input of the graph.
+
+    Returns:
+        The tokens that scores read; whether this is a dense step, None where none is.
+    """
     roles = ctx.roles
     assert roles is not None
     nodes = nodes_by_name(rewriter.graph)
@@ -97,6 +103,10 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
         elif ctx.config.token_selection == "random_dense":
             eligible = attended if attended is not None else rewriter.call(torch.ones_like, mask)
             mask = rewriter.call(_OPS.shuffled_mask.default, mask, eligible)
+        dense_step = None
+        if ctx.dense_step is not None:
+            dense_step = rewriter.buffer(_DENSE_STEP, ctx.dense_step(source.device))
+            mask = rewriter.call(torch.logical_or, mask, dense_step)
         rows = rewriter.items(rewriter.call(_OPS.split_tokens.default, mask), 2)
         weights = rewriter.call(torch.logical_not, mask)
         if attended is not None:
@@ -104,7 +114,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> fx.Node:
     # The first node may be a checkpoint's, whose marks these have taken over.
     save_what_precedes(top)
     ctx.rows = (rows[0].name, rows[1].name)
-    return weights
+    return weights, dense_step
 
 
 def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:
@@ -120,12 +130,13 @@ def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.No
 
 
 class _PredictorBuilder:
-    def __init__(self, rewriter: Rewriter, ctx: PassContext, weights: fx.Node) -> None:
+    def __init__(self, rewriter: Rewriter, ctx: PassContext, weights: fx.Node, dense_step: fx.Node | None) -> None:
         self.rewriter = rewriter
         self.ctx = ctx
         self.nodes = nodes_by_name(rewriter.graph)
         # (B, S) bool: the tokens that take part in scores.
         self.weights = weights
+        self.dense_step = () if dense_step is None else (dense_step,)
         # The rows picked of a batch serve every site: they depend on the roles alone.
         self.picked: tuple[fx.Node, ...] = ()
 
@@ -227,6 +238,7 @@ class _PredictorBuilder:
         return self.rewriter.call(torch.rand, channels, device=value.device)
 
     def _top(self, scores: fx.Node, kept: int, site: str) -> fx.Node:
-        node = self.rewriter.call(_OPS.top_channels.default, self.rewriter.method("detach", scores), kept, site)
+        scores = self.rewriter.method("detach", scores)
+        node = self.rewriter.call(_OPS.top_channels.default, scores, kept, site, *self.dense_step)
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return node

@@ -99,9 +99,9 @@ def sparselora(
     session = session_for(trained, config, sharded=model)
     root = dump_root(config.dump_dir)
     dump = GraphDump(root, compile_id(gm)) if root else None
+    ctx.dense_step = session.dense_step
     result = run_pipeline(gm, ctx, dump)
-    phase = session.phase
-    report = graph_report(result, ctx, compile_id(gm), phase, count_tokens(result.canonical, example_inputs, ctx))
+    report = graph_report(result, ctx, compile_id(gm), count_tokens(result.canonical, example_inputs, ctx))
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
@@ -112,15 +112,13 @@ def sparselora(
     tell_about_sites(gm, ctx, session, report, failed=result.failed)
 
     install_value_guard("sparse_compile.roles", "ROLES_GIVEN")
-    if result.sparse is not None:
-        install_value_guard("sparse_compile.session", "PHASES", session.id)
     path = "" if part is None else part.path
     if result.sparse is not None or (path and ctx.roles is not None and asks_for_sparsity(config)):
         # Blocks are alike: what is planned for one, dense or sparse, goes for no other.
         install_identity_guards(_inputs_of_this_model(gm, ctx))
     if masks:
         guard_masks(gm, ctx)
-    rewritten = {"sparse": result.sparse if phase == "sparse" else None, "optimised": result.exact}
+    rewritten = {"sparse": result.sparse, "optimised": result.exact}
     compiled = _compile_rewritten(rewritten, example_inputs, ctx, mode)
     if compiled is not None and ctx.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.loss_rows)

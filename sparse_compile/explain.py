@@ -34,7 +34,7 @@ def explain(
     Args:
         model: the model, or a function.
         *args: what a training step passes to it.
-        config: the options; None for the defaults. The schedule plays no part: the sparse phase is reported.
+        config: the options; None for the defaults. The schedule plays no part: a sparse step is reported.
         **kwargs: what a training step passes to it, `labels` among them.
 
     Returns:
@@ -59,7 +59,7 @@ def explain(
             if result is not None and not seen:
                 seen = True
                 tokens = count_tokens(result.canonical, inputs, ctx)
-                graphs.append(graph_report(result, ctx, compile_id(gm), "sparse", tokens))
+                graphs.append(graph_report(result, ctx, compile_id(gm), tokens))
             return [_zeros(node) for node in _outputs(gm)]
 
         return stand_in

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 _SPARSE_STAGES = {"predictors", "sparse", "lowered"}
-"""What the graph of the dense phase never goes through."""
+"""What a graph without sparse sites never goes through."""
 
 
 def passes() -> tuple[Pass, ...]:
@@ -116,9 +116,10 @@ class PipelineResult:
     """The outcome of the pipeline.
 
     Attributes:
-        sparse: the graph of the sparse phase, or None where no approximate pass changed anything.
-        exact: the graph of the dense phase, or None where no exact pass saved anything and no option changed the
-            function: then the captured graph is compiled as it is.
+        sparse: the graph with sparse sites, or None where no approximate pass changed anything.
+        exact: the graph that has none, or None where no exact pass saved anything and no option changed the function:
+            then the captured graph is as good. Beside a sparse graph it is what runs where that does not compile, and
+            lacks the optimisations that come behind the sparse passes.
         canonical: the graph before the first pass that saves work.
         records: one per pass.
         rejections: every place where a pass looked and did not apply.
@@ -232,25 +233,14 @@ class _Runner:
         reached = self.stages | set(each.ensures)
         if outcome.changed:
             self._check(work, reached)
-            if each.numerics is not Numerics.APPROXIMATE:
-                exact = work
-                if self.ctx.selections:
-                    # Behind the sparse passes the dense phase has a graph of its own, for which an optimisation is too.
-                    exact = self._optimised_exact(each) if each.optimises else self.exact
-                self.exact = exact
+            if each.numerics is not Numerics.APPROXIMATE and not self.ctx.selections:
+                self.exact = work
                 self.optimised |= each.optimises or each.numerics is Numerics.REQUESTED
-                if not self.optimised and not self.ctx.selections:
+                if not self.optimised:
                     self.canonical = work
             self.current = work
         self.stages = reached
         return outcome
-
-    def _optimised_exact(self, each: Pass) -> fx.GraphModule:
-        """Run an exact optimisation on the graph of the dense phase as well."""
-        work = copy_graph_module(self.exact)
-        if each.run(work, self.ctx).changed:
-            self._check(work, self.stages - _SPARSE_STAGES)
-        return work
 
     def _check(self, work: fx.GraphModule, stages: set[str]) -> None:
         verify(work, self.captured, stages, self.ctx.parameters, self.ctx.loss_rows)

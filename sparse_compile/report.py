@@ -71,7 +71,6 @@ class GraphReport:
 
     Attributes:
         compile_id: Dynamo's name of the compilation.
-        phase: `"dense"` or `"sparse"`, the phase of the schedule it was compiled in.
         roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
         tokens: what FLOPs are given for.
         projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
@@ -85,7 +84,6 @@ class GraphReport:
     """
 
     compile_id: str
-    phase: str
     roles: str | None
     tokens: TokenCounts
     projections: int
@@ -105,16 +103,13 @@ class GraphReport:
         return asdict(self)
 
 
-def graph_report(
-    result: PipelineResult, ctx: PassContext, compile_id: str, phase: str, tokens: TokenCounts
-) -> GraphReport:
+def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, tokens: TokenCounts) -> GraphReport:
     """Summarise a run of the pipeline.
 
     Args:
         result: its outcome.
         ctx: its facts.
         compile_id: Dynamo's name of the compilation.
-        phase: the phase of the schedule.
         tokens: numbers of tokens to give FLOPs for.
     """
     dense = step_flops(result.canonical.graph)
@@ -129,7 +124,6 @@ def graph_report(
         current = after
     return GraphReport(
         compile_id=compile_id,
-        phase=phase,
         roles=ctx.roles.origin if ctx.roles else None,
         tokens=tokens,
         projections=len(ctx.projections),

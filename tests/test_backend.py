@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from models import ALL_TARGETS, DecoderConfig, Fp64Decoder, batch, fp64_decoder, gradients, tiny_llama, with_lora
 from oracle import Step, assert_differs, assert_same_step, kept_from, oracle_step, sparse_step, told, train_step
 from sparse_compile import backend, token_roles
-from sparse_compile.kernels.channel_selection import record_channels
+from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
 from sparse_compile.passes.insert_predictors import InsertPredictors
 from sparse_compile.passes.sparsify_ffn import SparsifyFFN
 from sparse_compile.session import session_for
@@ -186,11 +186,11 @@ def test_generate_runs_dense_and_silent(eager_inductor: Any) -> None:
 # --- Schedule ---------------------------------------------------------------------------------------------------------
 
 
-def test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing(eager_inductor: Any) -> None:
+def test_phases_switch_by_optimizer_steps_in_one_graph(aot_eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61)
     call = compiled(model, start_step=2, end_step=4)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer, degenerate = torch.optim.AdamW(trained(model), lr=1e-2), degenerate_counts()
     for step in range(6):
         with record_channels() as record:
             loss = call(**inputs)[0]
@@ -207,8 +207,28 @@ def test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing(eager_induct
             parameter.grad = actual.gradients.get(name)
         optimizer.step()
         optimizer.zero_grad()
-    assert eager_inductor.sparse == [False, True]
-    assert eager_inductor.runs == [4, 2]
+    assert aot_eager_inductor.sparse == [True]
+    assert aot_eager_inductor.runs == [6]
+    assert degenerate_counts() == degenerate, "a dense step has no scores, and no fault in them"
+
+
+def test_a_backward_belongs_to_the_phase_of_its_forward(aot_eager_inductor: Any) -> None:
+    """Steps may be taken between a forward and its backward: gradients are those of the function that was computed."""
+    model = fp64_decoder(layers=2)
+    inputs = batch(61)
+    call = compiled(model, start_step=1, end_step=2)
+    schedule = session_for(trained(model)).schedule
+    for step, moved_to in ((0, 1), (1, 2)):
+        schedule.step = step
+        with record_channels() as record:
+            loss = call(**inputs)[0]
+        schedule.step = moved_to
+        loss.backward()
+        kept = kept_from({name: choices[0] for name, choices in record.items()})
+        assert bool(kept) == (step == 1)
+        actual = Step(loss.detach(), gradients(model))
+        assert_same_step(actual, oracle_step(model, kept, inputs), torch.float64, what=f"step {step}")
+    assert aot_eager_inductor.runs == [2]
 
 
 # --- When something fails ---------------------------------------------------------------------------------------------
@@ -401,14 +421,12 @@ def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any) -> N
     assert {name: len(choices) for name, choices in record.items() if name.endswith("mlp")} == {
         "base_model.model.model.layers.0.mlp": 2
     }
-    assert aot_eager_inductor.sparse == [False, True]
-    assert aot_eager_inductor.runs == [1, 2]
+    assert aot_eager_inductor.sparse == [True]
+    assert aot_eager_inductor.runs == [3]
     session = session_for(trained(model))
     assert session.schedule.total_steps == 3
-    assert [report.phase for report in session.reports] == ["dense", "sparse"]
-    assert {site.name for site in session.reports[-1].sites if site.sparsity} == {
-        f"base_model.model.model.{site}" for site in SITES
-    }
+    (report,) = session.reports
+    assert {site.name for site in report.sites if site.sparsity} == {f"base_model.model.model.{site}" for site in SITES}
 
 
 # --- Several models ---------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_sites_and_tokens() -> None:
     output[:, :-1] |= labelled[:, 1:]
     assert graph.tokens == (int((~output).sum()), int(output.sum()), int(labelled[:, 1:].sum()))
     assert [each.record.name for each in graph.passes] == list(PASS_NAMES)
-    assert (graph.phase, graph.roles) == ("sparse", "cross_entropy")
+    assert graph.roles == "cross_entropy"
 
 
 def test_rejections_are_reported() -> None:

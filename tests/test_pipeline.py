@@ -89,7 +89,7 @@ def test_a_plan_of_nothing_compiles_what_was_captured(options: dict[str, object]
     assert result.sparse is None and result.exact is None
 
 
-def test_an_exact_optimisation_runs_in_both_phases() -> None:
+def test_an_exact_optimisation_runs_with_sparse_sites_and_without() -> None:
     captured = captured_with(layer_sparsity=SPARSE["layer_sparsity"])
     result = run_pipeline(captured.gm, captured.ctx)
     graphs = (result.canonical, result.exact, result.sparse)

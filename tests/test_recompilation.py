@@ -1,4 +1,4 @@
-"""How often a training run compiles: at most twice a phase, whatever the lengths, splits and batch sizes."""
+"""How often a training run compiles: at most twice, whatever the phases, lengths, splits and batch sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.kernels.channel_selection import record_channels
 SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
 
 
-def test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase(aot_eager_inductor: Any) -> None:
+def test_ten_lengths_ten_splits_and_two_phases_compile_at_most_twice(aot_eager_inductor: Any) -> None:
     """Ten dense steps, ten sparse ones, ten dense ones again; each of another length and with other prompts."""
     model = fp64_decoder(layers=2)
     options = {"layer_sparsity": SITES, "strict": True, "start_step": 10, "end_step": 20}
@@ -27,12 +27,9 @@ def test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase(aot_eager_indu
         assert bool(record) == (10 <= step < 20)
         optimizer.step()
         optimizer.zero_grad()
-    sparse = aot_eager_inductor.sparse
-    assert 1 <= sparse.count(True) <= 2
-    assert 1 <= sparse.count(False) <= 2
-    # Every step ran compiled.
-    assert sum(aot_eager_inductor.runs) == 30
-    assert sum(runs for runs, is_sparse in zip(aot_eager_inductor.runs, sparse, strict=True) if is_sparse) == 10
+    assert 1 <= len(aot_eager_inductor.graphs) <= 2
+    assert all(aot_eager_inductor.sparse)
+    assert sum(aot_eager_inductor.runs) == 30, "every step ran compiled"
 
 
 def test_batch_sizes_and_extreme_splits_change_without_recompilation(aot_eager_inductor: Any) -> None:

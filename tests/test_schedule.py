@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_compile import session as session_module
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.schedule import Schedule, phase_at, sparse_window
-from sparse_compile.session import FORWARDS_BEFORE_WARNING, PHASES, Session, session_for
+from sparse_compile.session import FORWARDS_BEFORE_WARNING, Session, session_for
 
 DENSE, SPARSE = "dense", "sparse"
 
@@ -206,41 +206,41 @@ class TestRegistry:
 
     def test_a_dead_model_leaves_nothing_behind(self) -> None:
         gc.collect()
-        phases, owners = dict(PHASES), set(session_module._OWNERS)
+        owners = set(session_module._OWNERS)
         model = Model(start_step=0)
         session = model.session
         optimizer = torch.optim.SGD(model.parameters())
         backward(model)
         optimizer.step()
-        assert session.id in PHASES
+        assert session.phase == SPARSE
         del model, optimizer
         gc.collect()
-        assert dict(PHASES) == phases
         assert set(session_module._OWNERS) == owners
         # The handle of a dead session is harmless, and does not come back to life.
         assert session.phase == DENSE
         session.set_position(9, 10)
-        assert session.id not in PHASES
+        assert session.phase == DENSE
 
     def test_a_session_dies_with_its_last_parameter_only(self) -> None:
         one, two = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         session = session_for([one, two])
         del one
         gc.collect()
-        assert session.id in PHASES
+        assert session.phase == SPARSE
         assert session_for([two]) is session
         del two
         gc.collect()
-        assert session.id not in PHASES
+        assert session.phase == DENSE
 
     def test_sessions_do_not_outlive_their_models_by_a_cycle(self) -> None:
         gc.collect()
         gc.disable()
         try:
             model = Model(start_step=0)
-            key = model.session.id
+            session = model.session
+            assert session.phase == SPARSE
             del model
-            assert key not in PHASES
+            assert session.phase == DENSE
         finally:
             gc.enable()
 
@@ -277,18 +277,18 @@ class TestMerging:
         assert two.reports is one.reports
         assert one.reports == ["one", "two"]
         two.set_position(2, None)
-        assert (one.phase, two.phase, PHASES[one.id], PHASES[two.id]) == (SPARSE,) * 4
+        assert (one.phase, two.phase) == (SPARSE, SPARSE)
         assert one.once("said")
         assert not two.once("said")
 
-    def test_both_entries_go_with_the_model(self) -> None:
+    def test_both_handles_outlive_the_model(self) -> None:
         model = Model()
         one, two = session_for([model.first.weight]), session_for([model.second.weight])
         session_for([model.first.weight, model.second.weight])
+        assert (one.phase, two.phase) == (SPARSE, SPARSE)
         del model
         gc.collect()
-        assert one.id not in PHASES
-        assert two.id not in PHASES
+        assert (one.phase, two.phase) == (DENSE, DENSE)
 
     def test_what_was_known_of_the_younger_goes_on(self) -> None:
         model = Model()
@@ -315,7 +315,7 @@ class TestMerging:
         session_for(parameters[:2])
         sessions[2].set_position(5, 6)
         assert [session.schedule.step for session in sessions] == [5, 5, 5]
-        assert {PHASES[session.id] for session in sessions} == {SPARSE}
+        assert {session.phase for session in sessions} == {SPARSE}
 
 
 # --- Counting ---------------------------------------------------------------------------------------------------------
@@ -787,39 +787,51 @@ class TestSiteNames:
             check[when]()
 
 
-# --- Guards -----------------------------------------------------------------------------------------------------------
+# --- What graphs read -------------------------------------------------------------------------------------------------
 
 
-def test_dynamo_guards_on_the_phase_and_flipping_back_is_free() -> None:
-    compiled = 0
+class TestDenseStep:
+    """What a compiled graph reads the phase from."""
 
-    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
-        nonlocal compiled
-        compiled += 1
-        return gm
+    CPU = torch.device("cpu")
 
-    model = Model(start_step=1, end_step=2)
-    session = model.session
-    key = session.id
+    def test_it_follows_the_phase_in_place(self) -> None:
+        model = Model(start_step=1, end_step=2)
+        session = model.session
+        flag = session.dense_step(self.CPU)
+        assert (flag.dtype, flag.shape) == (torch.bool, ())
+        found = []
+        for step in (0, 1, 2):
+            session.set_position(step, None)
+            assert session.dense_step(self.CPU) is flag
+            found.append((bool(flag), session.phase))
+        assert found == [(True, DENSE), (False, SPARSE), (True, DENSE)]
 
-    def forward(x: Tensor) -> Tensor:
-        return x + 1 if session_module.PHASES[key] == "sparse" else x - 1
+    def test_each_device_has_its_own(self) -> None:
+        session = Model().session
+        elsewhere = session.dense_step(torch.device("meta"))
+        assert elsewhere.device.type == "meta"
+        assert session.dense_step(self.CPU) is not elsewhere
 
-    torch._dynamo.reset()
-    fast = torch.compile(forward, backend=backend)
-    results = []
-    for step in (0, 1, 2, 1, 0, 7):
-        session.set_position(step, None)
-        results.append(fast(torch.zeros(1)).item())
-    assert results == [-1, 1, -1, 1, -1, -1]
-    assert compiled == 2
-    # Entries of other sessions come and go without a recompilation.
-    other = Model(start_step=0)
-    assert other.session.phase == SPARSE
-    fast(torch.zeros(1))
-    del other
-    fast(torch.zeros(1))
-    assert compiled == 2
+    def test_a_graph_of_a_merged_session_goes_on_reading(self) -> None:
+        model = Model()
+        sessions = [
+            session_for([weight], SparseLoRAConfig(start_step=2))
+            for weight in (model.first.weight, model.second.weight)
+        ]
+        flags = [session.dense_step(self.CPU) for session in sessions]
+        assert flags[0] is not flags[1] and all(flags)
+        session_for(list(model.parameters())).set_position(2, None)
+        assert not any(flags)
+
+    def test_it_is_made_and_moved_under_any_grad_mode(self) -> None:
+        session = Model(start_step=1).session
+        with torch.inference_mode():
+            flag = session.dense_step(self.CPU)
+            session.set_position(1, None)
+        assert not flag.is_inference() and not flag
+        session.set_position(0, None)
+        assert flag
 
 
 def test_nothing_imports_transformers_and_the_exit_is_quiet() -> None:
@@ -932,11 +944,11 @@ class TestCallback:
 
         from sparse_compile.callback import SparseLoRACallback
 
-        callback, before = SparseLoRACallback(), dict(PHASES)
+        callback, before = SparseLoRACallback(), set(session_module._OWNERS)
         arguments = (TrainingArguments(use_cpu=True), TrainerState(max_steps=0), TrainerControl())
         callback.on_train_begin(*arguments, model=nn.Linear(1, 1).requires_grad_(False))
         callback.on_step_begin(*arguments)
-        assert before == PHASES
+        assert before == set(session_module._OWNERS)
         # A run without any step has no length.
         callback.on_train_begin(*arguments, model=nn.Linear(1, 1))
 

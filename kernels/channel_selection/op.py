@@ -66,13 +66,17 @@ def _(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = No
 
 
 @torch.library.custom_op("sparselora::top_channels", mutates_args=())
-def top_channels(scores: Tensor, k: int, site: str, provider: str = REFERENCE) -> Tensor:
+def top_channels(
+    scores: Tensor, k: int, site: str, dense_step: Tensor | None = None, provider: str = REFERENCE
+) -> Tensor:
     """Return the k channels of highest score, ascending; see `reference.top_channels`.
 
     Args:
         scores: (n,).
         k: channels to keep, 1 <= k <= n.
         site: name of the site, for `record_channels` and `degenerate_counts` only.
+        dense_step: bool, without dimensions: whether the choice goes unused, because no token of this step is context.
+            It is made all the same, and neither recorded nor counted.
         provider: a name of `TOP_CHANNELS`.
 
     Returns:
@@ -81,14 +85,16 @@ def top_channels(scores: Tensor, k: int, site: str, provider: str = REFERENCE) -
     count = _degenerate.setdefault((site, scores.device), torch.zeros((), dtype=torch.int64, device=scores.device))
     chosen = TOP_CHANNELS[provider](scores, k)
     channels, informative = cast("tuple[Tensor, Tensor]", chosen)
-    count += ~informative
-    for recorder in _recorders:
-        recorder.setdefault(site, []).append(channels)
+    count += ~informative if dense_step is None else ~informative & ~dense_step
+    # Reading the flag waits for a GPU, so only what observes pays for it.
+    if _recorders and not (dense_step is not None and bool(dense_step)):
+        for recorder in _recorders:
+            recorder.setdefault(site, []).append(channels)
     return channels
 
 
 @top_channels.register_fake
-def _(scores: Tensor, k: int, site: str, provider: str = REFERENCE) -> Tensor:
+def _(scores: Tensor, k: int, site: str, dense_step: Tensor | None = None, provider: str = REFERENCE) -> Tensor:
     return scores.new_empty(k, dtype=torch.int64)
 
 

@@ -247,6 +247,4 @@ def test_sparse_sites_go_with_it() -> None:
     config = SparseLoRAConfig(layer_sparsity={"self_attn": 0.5, "mlp": 0.5})
     captured = capture(with_lora(tiny_llama()), config=config, **batch(97, padding="left"))
     result = run_pipeline(captured.gm, captured.ctx)
-    for graph in (result.exact, result.sparse):
-        assert graph is not None and "causal_attention" in targets(graph)
-    assert result.sparse is not None and "gathered_linear" in targets(result.sparse)
+    assert result.sparse is not None and {"causal_attention", "gathered_linear"} <= set(targets(result.sparse))

@@ -152,14 +152,13 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x)))
 
 
-def test_it_serves_both_phases() -> None:
+def test_the_dense_products_of_a_sparse_site_are_lowered_too() -> None:
     config = SparseLoRAConfig(layer_sparsity={"body.0": 0.5}, disable=("select_loss_rows",))
     captured = capture(Head(MLP(), MLP(), hidden=128).float(), *tokens(), config=config)
     result = run_pipeline(captured.gm, captured.ctx)
-    assert result.sparse is not None and result.exact is not None
+    assert result.sparse is not None and "gathered_linear" in targets(result.sparse)
     # Two blocks of two products; the sparse one has its dense products still, for output tokens.
-    assert [targets(graph).count("frozen_linear") for graph in (result.exact, result.sparse)] == [4, 4]
-    assert "gathered_linear" in targets(result.sparse)
+    assert targets(result.sparse).count("frozen_linear") == 4
 
 
 def test_where_it_fails_sparsity_goes_on() -> None:

@@ -26,7 +26,7 @@ ADAPTERS = (
 )
 
 TRAINING = (
-    Held("plain loop", "test_backend.py::test_phases_switch_by_optimizer_steps_and_flip_back_for_nothing"),
+    Held("plain loop", "test_backend.py::test_phases_switch_by_optimizer_steps_in_one_graph"),
     Held("`Trainer`", "test_backend.py::test_trainer_with_the_callback"),
     Held("`Trainer` with gradient checkpointing", "test_checkpointing.py::test_trainer_with_the_callback"),
     Held("`Trainer` with `bf16=True`", "test_checkpointing.py::test_trainer_with_bf16_autocast"),
@@ -52,7 +52,7 @@ SHAPES = (
     Held("ragged prompts, padding on the left or right, packing", "test_oracle.py::test_every_batch_equals_the_oracle"),
     Held(
         "padding to the longest: a new length at each step",
-        "test_recompilation.py::test_ten_lengths_and_ten_splits_compile_at_most_twice_a_phase",
+        "test_recompilation.py::test_ten_lengths_ten_splits_and_two_phases_compile_at_most_twice",
     ),
     Held(
         "dynamic batch size, all or no tokens context",
