@@ -1,12 +1,13 @@
-"""Measure what compilation costs: depth by depth, cold and with warm caches, sparse and dense executables together.
+"""Measure what compilation costs: depth by depth, cold and with warm caches.
 
     python benchmarks/compile_time.py                       # 8, 16 and 32 blocks, about 15 minutes on two cores
     python benchmarks/compile_time.py --layers 16 --presets exact,o2
     python benchmarks/compile_time.py --factors             # the predictor's factors of one block of an 8B Llama
 
-Each figure is that of a fresh process that has loaded the compiler. A row holds the first dense step of PEFT + Inductor
-and, of this backend, the first dense and the first sparse step of one run, all with caches that start empty; then the
-same in a second process that finds the caches of the first. Widths are small: they do not change what is compiled.
+Each figure is that of a fresh process that has loaded the compiler. A row holds the first step of PEFT + Inductor or of
+this backend, which is a dense one, and for `o2` the step at which the schedule turns sparse, with caches that start
+empty; then the same in a second process that finds the caches of the first. Widths are small: they do not change what
+is compiled.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LLAMA_8B_BLOCK = {
 
 
 def first_steps(layers: int, preset: str, caches: Path) -> dict[str, float]:
-    """Return the seconds of the steps that compile, in this process.
+    """Return the seconds of the first step and, of `o2`, of the step that turns sparse, in this process.
 
     Args:
         layers: blocks of the model.
@@ -57,10 +58,10 @@ def first_steps(layers: int, preset: str, caches: Path) -> dict[str, float]:
     load_compiler()
     found = {}
     with empty_caches(caches):
-        for phase in ("dense", "sparse") if preset == "o2" else ("dense",):
+        for name in ("first", "turn") if preset == "o2" else ("first",):
             start = time.perf_counter()
             step()
-            found[phase] = time.perf_counter() - start
+            found[name] = time.perf_counter() - start
     return found
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from measure import (
+    DENSE,
     DORA,
     PEERS,
     Alone,
@@ -90,8 +91,8 @@ def run(workload: Workload, arms: Sequence[str], args: argparse.Namespace) -> li
         for arm, step in steps.items():
             print(f"\n{arm}\n{_profile(step, args.profile)}", flush=True)
     counted = counted_flops(workload)
-    # The limit is that of a LoRA step. A recomputed forward is work that `explain` does not count.
-    rewritten = [arm for arm in arms if arm not in PEERS and not arm.startswith(DORA)]
+    # The limit is that of a sparse LoRA step. A recomputed forward is work that `explain` does not count.
+    rewritten = [arm for arm in arms if arm not in PEERS and not arm.startswith((DENSE, DORA))]
     planned = [] if workload.checkpointing else rewritten
     flops = {arm: rewritten_flops(base, workload, arm) for arm in planned}
     return [
@@ -165,8 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arms",
         help="comma list of eager, inductor, presets, presets with some optimising passes alone (`o2:` with none, "
-        "`exact:select_loss_rows` with one), and each of them with DoRA adapters (`dora/exact`); default: eager, "
-        "inductor and the workload's preset",
+        "`exact:select_loss_rows` with one), each of them with DoRA adapters (`dora/exact`), and the dense steps of a "
+        "sparse run (`dense/o2`); default: eager, inductor and the workload's preset",
     )
     parser.add_argument("--steps", type=_positive, default=10, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds between the first calls and the measured ones")

@@ -31,6 +31,11 @@ DORA = "dora/"
 TRITON = "triton/"
 """What an arm begins with whose sparse products are computed by generated kernels."""
 
+DENSE = "dense/"
+"""What an arm begins with whose schedule stays in its dense phase: `dense/o2` runs the graph of `o2`, densely."""
+
+_NEVER = 1_000_000_000
+
 Step = Callable[[], float]
 """Takes one training step and returns the loss."""
 
@@ -64,14 +69,14 @@ def options_of(arm: str) -> dict[str, Any]:
     """Return the options of an arm: a preset, or `PRESET:PASSES` with those optimising passes alone.
 
     `exact:select_loss_rows+fuse_adapters` has two of them, `o2:` none: sparsity by itself. `triton/o2` asks for the
-    generated kernels.
+    generated kernels, `dense/o2` never begins to be sparse.
 
     Raises:
         ValueError: no such preset or pass.
     """
     from sparse_compile.pipeline import passes
 
-    preset, colon, listed = arm.removeprefix(TRITON).partition(":")
+    preset, colon, listed = arm.removeprefix(TRITON).removeprefix(DENSE).partition(":")
     chosen = [name for name in listed.split("+") if name]
     optional = [each.name for each in passes() if each.optimises]
     if preset not in PRESETS or not set(chosen) <= set(optional):
@@ -81,7 +86,8 @@ def options_of(arm: str) -> dict[str, Any]:
         )
     left_out = [name for name in optional if name not in chosen] if colon else []
     kernels = "triton" if arm.startswith(TRITON) else "measured"
-    return {"preset": preset, "disable": left_out, "start_step": 0, "kernels": kernels}
+    start = _NEVER if arm.startswith(DENSE) else 0
+    return {"preset": preset, "disable": left_out, "start_step": start, "kernels": kernels}
 
 
 def check_arm(arm: str) -> None:
@@ -91,7 +97,7 @@ def check_arm(arm: str) -> None:
 
 
 def arm_model(base: nn.Module, workload: Workload, arm: str) -> nn.Module:
-    """Return a model with adapters, compiled as the arm of that name; sparse from the first step on."""
+    """Return a model with adapters, compiled as the arm of that name; sparse from the first step on, or never."""
     model = adapted_model(base, workload, dora=arm.startswith(DORA))
     name = arm.removeprefix(DORA)
     if name == "inductor":

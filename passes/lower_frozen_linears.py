@@ -3,7 +3,7 @@
     %y = linear(%x, W, b)     ->     %p = sparselora.frozen_linear(%x, W, provider='cpu_onednn')
                                      %y = add(%p, b)
 
-What sparsity leaves of a site's dense products is lowered as well: the pass runs last, on the graph of either phase.
+What sparsity leaves of a site's dense products is lowered as well: the pass runs last.
 
 Legal because: every provider computes the same product, up to rounding; a frozen weight needs no gradient, so the one
 product in the backward is again one with a frozen weight.

@@ -170,6 +170,7 @@ def test_flops_of_a_sparse_step(benchmarks: dict[str, ModuleType], measure: Modu
 def test_arms_are_presets_with_passes(measure: ModuleType) -> None:
     assert measure.options_of("o2") == {"preset": "o2", "disable": [], "start_step": 0, "kernels": "measured"}
     assert "select_loss_rows" in measure.options_of("o2:")["disable"]
+    assert measure.options_of("dense/o2")["start_step"] > 10**6
     assert "select_loss_rows" not in measure.options_of("exact:select_loss_rows")["disable"]
     measure.check_arm("dora/eager")
     for unknown in ("o3", "exact:find_ffn", "eager:"):

@@ -103,7 +103,7 @@ def test_the_roofline_in_the_documents_is_that_of_the_program(
         assert benchmarks["roofline"].table(case) in text
 
 
-def test_compile_time_counts_both_phases(benchmarks: dict[str, ModuleType]) -> None:
+def test_compile_time_has_the_sites_of_a_preset(benchmarks: dict[str, ModuleType]) -> None:
     compile_time = benchmarks["compile_time"]
     # The blocks of preset `o2`: FFN from 9% to 97% of the depth, attention from 43%; the first and last are dense.
     assert compile_time._between(0.09, 0.97, 16) == list(range(2, 15))
