@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
+from sparse_compile.cacheable import spell_as_functions
 from sparse_compile.capture import capture_context, count_tokens, is_whole_step, trained_parameters
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump, dump_root
@@ -154,6 +155,7 @@ def _compile_rewritten(
         if graph is None or compiled is not None:
             continue
         try:
+            spell_as_functions(graph)
             with saving_what_is_marked():
                 compiled = compile_with_inductor(graph, example_inputs, _inductor_options(graph, config), mode)
         except Exception as error:
