@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import save
 from measure import Spread, arm_model, interleaved, paired_ratio, spread, training_step
 from rows import append_rows, environment, read_rows
 from workloads import WORKLOADS, Workload, adapted_model, base_model, make_batch
@@ -130,7 +131,7 @@ def measure(point: Point, rounds: int) -> Measured:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the newest row of each point into a PNG: a panel for each curve."""
+    """Draw the newest row of each point a panel for each curve."""
     from matplotlib.figure import Figure
 
     newest = {(row["curve"], row["x"]): row for row in sorted(rows, key=lambda row: row["date"])}
@@ -152,7 +153,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_xscale("log", base=2)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--curves", default=",".join(CURVES), help=f"comma list of {', '.join(CURVES)}")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of a point")
     parser.add_argument("--draw", type=Path, help="draw the rows of this file instead of measuring")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows to append to, or PNG to draw")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows to append to, or PNG or SVG to draw")
     args = parser.parse_args(argv)
     if args.draw:
         draw(read_rows([args.draw]), args.out)

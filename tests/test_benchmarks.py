@@ -21,7 +21,7 @@ import sparse_compile
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-MODULES = ("workloads", "measure", "rows", "plot", "cpu", "scale")
+MODULES = ("workloads", "measure", "rows", "figures", "plot", "cpu", "scale")
 TINY = {"layers": 4, "hidden": 64, "ffn": 256, "heads": 4, "kv_heads": 2, "vocab": 97, "length": 16, "output": 4}
 
 
@@ -310,6 +310,15 @@ def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any,
     assert plot.newest_ratios(rows.read_rows([tmp_path / "rows.jsonl"])) == [json.loads(json.dumps(row.to_dict()))]
     assert plot.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "ratios.png")]) == 0
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    read = rows.read_rows([tmp_path / "rows.jsonl"])
+    assert plot.newest_ratios(read, labels=[row.label], arms=[row.arm]) == plot.newest_ratios(read)
+    assert not plot.newest_ratios(read, labels=["another"]) and not plot.newest_ratios(read, arms=["another"])
+    drawn = []
+    for name in ("once.svg", "again.svg"):
+        assert plot.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / name)]) == 0
+        drawn.append((tmp_path / name).read_text(encoding="utf-8"))
+    assert "2.50x" in drawn[0] or "2.00x" in drawn[0]
+    assert drawn[0] == drawn[1], "equal rows give equal files"
     rows.append_rows([peer.to_dict()], tmp_path / "peers.jsonl")
     with pytest.raises(SystemExit, match="2"):
         plot.main([str(tmp_path / "peers.jsonl"), "--out", str(tmp_path / "nothing.png")])
