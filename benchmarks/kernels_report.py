@@ -23,13 +23,14 @@ from typing import Any
 from sparse_compile.kernels.channel_selection.triton import launch_sizes
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
-from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
+from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, shared_limit
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
+from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.token_rows.triton import launch_sizes as row_sizes
 from sparse_compile.torch_private import load_source
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one program may have, by architecture.
+CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": GFX942}
+"""The architectures that kernels are compiled for.
 
 The kernels are not chosen on gfx942 (AMD's MI300): that they compile shows that nothing in them is NVIDIA's alone.
 """
@@ -52,10 +53,11 @@ class Variant:
 
     def tile(self, arch: str) -> Tile:
         """Return the tile that is chosen for it on an architecture."""
-        if isinstance(self.spec, GradientSpec):
-            return choose_elementwise_tile(self.problem.rows, self.problem.columns)
-        tile = choose_tile(dataclasses.replace(self.problem, capability=(9, 0) if arch == "sm_90" else (8, 0)))
-        return dataclasses.replace(tile, stages=2) if arch.startswith("gfx") else tile
+        return tile_for(self.on(arch))
+
+    def on(self, arch: str) -> Problem:
+        """Return its sizes, on an architecture."""
+        return dataclasses.replace(self.problem, capability=CAPABILITIES[arch])
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Built:
     matrix_instructions: int
 
 
-HIDDEN, FFN_CHANNELS = 4096, 14336
+HIDDEN, FFN_CHANNELS, RANK = 4096, 14336, 32
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
@@ -93,6 +95,9 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     def problem(columns: int, depth: int, products: int = 1, *, scattered: bool = False) -> Problem:
         return Problem(tokens, columns, depth, 2, (9, 0), scattered=scattered, products=products)
 
+    def elementwise(rank: int) -> Problem:
+        return Problem(tokens, kept, rank, 2, (9, 0), products=2, kernel="gradients")
+
     def derivatives(formula: str, thins: int) -> GradientSpec:
         operands = parsed(formula).operands
         texts = tuple(each.text for each in parsed(formula).gradients(operands).formulas)
@@ -101,8 +106,8 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     return {
         "gate, up": Variant(product_spec((0, 0), (0, 0), 0, 0, SWIGLU), problem(kept, hidden, 2)),
         "gate, up with adapters": Variant(product_spec((0, 0), (0, 0), 2, 0, SWIGLU_LORA), problem(kept, hidden, 4)),
-        "activation backward": Variant(derivatives(SWIGLU, 0), problem(kept, 32, 3)),
-        "activation backward with adapters": Variant(derivatives(SWIGLU_LORA, 2), problem(kept, 32, 3)),
+        "activation backward": Variant(derivatives(SWIGLU, 0), elementwise(0)),
+        "activation backward with adapters": Variant(derivatives(SWIGLU_LORA, 2), elementwise(RANK)),
         "gate, up backward": Variant(
             product_spec((0, 1), (1, 1), 0, 0, "p0 + p1"), problem(hidden, kept, 2), ("p0", "p1")
         ),
@@ -119,14 +124,15 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     }
 
 
-def build(variant: Variant, arch: str) -> Built:
+def build(variant: Variant, arch: str, tile: Tile | None = None) -> Built:
     """Compile one kernel for bf16 tensors.
 
     Args:
         variant: the kernel.
-        arch: a key of `SHARED_LIMIT`.
+        arch: a key of `CAPABILITIES`.
+        tile: how it is cut up; by default as it is chosen.
     """
-    problem, tile = variant.problem, variant.tile(arch)
+    problem, tile = variant.problem, tile or variant.tile(arch)
     if isinstance(variant.spec, ProductSpec):
         kernel = load_source(product_source(variant.spec)).products
     else:
@@ -182,12 +188,12 @@ def build_masked(problem: Problem, adapters: str, along_depth: bool, arch: str) 
         problem: its sizes.
         adapters: Triton's name of the adapters' dtype.
         along_depth: whether neighbours in memory are neighbours along the depth (forward), else along the columns.
-        arch: a key of `SHARED_LIMIT`.
+        arch: a key of `CAPABILITIES`.
     """
     from sparse_compile.kernels.masked_linear.triton import masked_tile
     from sparse_compile.kernels.masked_linear.triton_kernels import masked_product
 
-    tile = masked_tile(dataclasses.replace(problem, capability=(9, 0) if arch == "sm_90" else (8, 0)))
+    tile = masked_tile(dataclasses.replace(problem, capability=CAPABILITIES[arch]))
     contiguous = ("w_depth", "left_rank", "right_depth") if along_depth else ("w_column", "left_column", "right_rank")
     constants: dict[str, Any] = {
         "x_depth": 1, **dict.fromkeys(contiguous, 1), "bias": None, "RANK": 32, "HAS_BIAS": False, "PRECISION": "ieee",
@@ -218,7 +224,7 @@ def _compile(
         constants: values of what is compiled in; names that the kernel does not have are left out.
         divisible: numbers that are multiples of 16.
         options: of the compiler.
-        arch: a key of `SHARED_LIMIT`.
+        arch: a key of `CAPABILITIES`.
         numbers: types of the arguments that are neither tensors nor such integers.
     """
     import triton
@@ -264,20 +270,20 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and print; return 1 where a kernel spills or exceeds shared memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=sorted(SHARED_LIMIT), action="append", help="default: all")
+    parser.add_argument("--arch", choices=sorted(CAPABILITIES), action="append", help="default: all")
     parser.add_argument("--source", action="store_true", help="print the source of each kernel as well")
     args = parser.parse_args(argv)
     failed = False
 
     def show(name: str, tile: str, arch: str, built: Built) -> None:
         nonlocal failed
-        failed |= bool(built.spills) or built.shared > SHARED_LIMIT[arch]
+        failed |= bool(built.spills) or built.shared > shared_limit(CAPABILITIES[arch])
         figures = (built.registers, f"{built.shared / 1024:.0f}", built.spills, built.matrix_instructions)
         print("|", " | ".join(map(str, (name, arch, tile, *figures))), "|")
 
     print("| kernel | arch | tile | registers | shared, KiB | spills | matrix instructions |")
     print("|---" * 7 + "|")
-    archs = args.arch or list(SHARED_LIMIT)
+    archs = args.arch or list(CAPABILITIES)
     for name, variant in variants().items():
         for arch in archs:
             tile = variant.tile(arch)
