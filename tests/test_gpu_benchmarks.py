@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-MODULES = ("workloads", "measure", "rows", "roofline", "gpu", "compile_time")
+MODULES = ("workloads", "measure", "rows", "roofline", "kernels_report", "gpu_kernels", "gpu", "compile_time")
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +30,31 @@ def benchmarks(repo_root: Path) -> Iterator[dict[str, ModuleType]]:
 
 
 def test_every_kernel_of_a_block_agrees_with_fp64(benchmarks: dict[str, ModuleType]) -> None:
-    gpu, roofline = benchmarks["gpu"], benchmarks["roofline"]
+    gpu_kernels, roofline = benchmarks["gpu_kernels"], benchmarks["roofline"]
     sizes = {"batch": 1, "length": 40, "labels": 8, "hidden": 64, "ffn": 224, "heads": 4, "kv_heads": 2, "head_dim": 16}
     case = dataclasses.replace(roofline.CASES["math10k-8b"], **sizes)
     names = []
-    for each in gpu.kernel_cases(case, "cpu"):
+    for each in gpu_kernels.kernel_cases(case, "cpu"):
         names.append(each.name)
         result, expected = each.run("reference")[0], each.expected()[0]
         assert result.dtype == torch.bfloat16 and expected.dtype == torch.float64
-        assert (result.double() - expected).square().mean().sqrt() < gpu.TOLERANCE * expected.square().mean().sqrt()
+        assert each.error("reference") < gpu_kernels.TOLERANCE
         # The result at least is written, and what is multiplied is read.
         assert each.traffic >= 2 * result.numel() and each.floor(roofline.DEVICES[0]) > 0
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 11
 
 
-def test_a_wrong_kernel_fails_the_run(benchmarks: dict[str, ModuleType]) -> None:
-    gpu = benchmarks["gpu"]
-    wrong = gpu.KernelCase("wrong", lambda provider: [torch.ones(3)], lambda: [torch.full((3,), 1.1)], 0.0, 1.0)
-    with pytest.raises(AssertionError, match="wrong by triton: error"):
-        gpu.measure_kernel(wrong, ("triton",), benchmarks["roofline"].DEVICES[0])
+@pytest.mark.parametrize("value", [1.1, float("nan")])
+def test_a_wrong_kernel_fails_the_run(benchmarks: dict[str, ModuleType], value: float) -> None:
+    gpu_kernels, device = benchmarks["gpu_kernels"], benchmarks["roofline"].DEVICES[0]
+    ones = torch.ones(3)
+    right = gpu_kernels.KernelCase("right", lambda provider: [ones], lambda: [ones.double()], 0.0, 1.0)
+    row = gpu_kernels.measure_kernel(right, ("triton",), device, lambda run: [3.0, 1.0, 2.0])
+    assert row["triton"] == {"error": 0.0, "seconds": 2.0}
+    # The second result is looked at as well.
+    wrong = dataclasses.replace(right, run=lambda provider: [ones, ones * value], expected=lambda: [ones, ones])
+    with pytest.raises(AssertionError, match="right by triton: error"):
+        gpu_kernels.measure_kernel(wrong, ("triton",), device, lambda run: [1.0])
 
 
 def test_steps(benchmarks: dict[str, ModuleType]) -> None:

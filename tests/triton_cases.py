@@ -5,11 +5,13 @@ Each case prints a line `ok NAME` or `FAILED NAME: reason`; `test_triton_kernels
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -21,8 +23,10 @@ from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.kernels.channel_selection import triton as provider
 from sparse_compile.kernels.channel_selection.reference import top_channels as plain_top_channels
 from sparse_compile.kernels.codegen.triton_source import product_source
-from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients
+from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients, tuned
+from sparse_compile.kernels.fused_linear import triton as fused_provider
 from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
+from sparse_compile.kernels.fused_linear.tiles import Problem, Tile
 from sparse_compile.kernels.fused_linear.triton import product_spec
 from sparse_compile.kernels.gathered_linear import gathered_input_linear, gathered_linear, reference
 from sparse_compile.kernels.masked_linear import masked_linear, masked_weight
@@ -159,6 +163,42 @@ def one_tile_of_registers_for_a_sum() -> None:
     assert product_source(product_spec((0, 1), (1, 1), 0, 0, "p0 - p1")).count("tl.zeros(") == 2
 
 
+def tile_of_a_table() -> None:
+    """A launch takes the tile of its entry, as what is compiled in, and computes the same with it."""
+    x, weight = drawn(40, 70, seed=0, dtype=torch.float32), drawn(33, 70, seed=1, dtype=torch.float32)
+    channels = chosen(33, 20)
+    problem, tile = Problem(64, 32, 128, 4, (9, 0)), Tile(16, 32, 64, 4, 1, group=3)
+    launched: list[Tile] = []
+    launch, tables = fused_provider._launch, tuned.tuned_tiles
+
+    def spy(kernel: object, grid: tuple[int, ...], arguments: dict[str, object], used: Tile, of: Tensor) -> None:
+        launched.append(used)
+        assert (arguments["BLOCK_K"], arguments["GROUP"], grid) == (64, 3, (3,))
+        launch(kernel, grid, arguments, used, of)
+
+    fused_provider._launch, tuned.tuned_tiles = spy, lambda capability: {problem: tile}
+    try:
+        y = gathered_linear(x, weight, channels, "triton")
+    finally:
+        fused_provider._launch, tuned.tuned_tiles = launch, tables
+    assert launched == [tile]
+    assert_close_rms(y, reference.gathered_linear(x.double(), weight.double(), channels))
+
+
+def kernels_of_the_benchmarks() -> None:
+    """What `benchmarks/gpu.py` and `tune.py` run on a GPU, at a tiny size; it is what is compiled ahead of time."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from gpu_kernels import TOLERANCE, compiled_variants, kernel_cases
+    from roofline import CASES
+    from tune import launched_problem
+
+    sizes = {"batch": 1, "length": 40, "labels": 8, "hidden": 64, "ffn": 224, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    case = dataclasses.replace(CASES["csr-8b"], **sizes)
+    for each in kernel_cases(case, "cpu"):
+        assert each.error("triton") < TOLERANCE, each.name
+        assert launched_problem(each) == compiled_variants(case)[each.name].problem, each.name
+
+
 def largest(n: int, k: int) -> None:
     """The choice of channels: ties, zeros of either sign, denormal and huge scores; several chunks of scores."""
     generator = torch.Generator().manual_seed(n)
@@ -291,7 +331,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = f"rows {str(dtype)[6:]} {tokens_}x{width} {kept}{' strided' if strided else ''}"
         yield name, partial(rows_by_role, dtype, tokens_, width, kept, strided)
     for case in (
-        other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum, whole_model,
+        other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum,
+        tile_of_a_table, kernels_of_the_benchmarks, whole_model,
     ):  # fmt: skip
         yield case.__name__, case
 

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -95,7 +95,7 @@ def table_path(capability: tuple[int, int]) -> Path:
     return _KERNELS / "configs" / f"{architecture(capability)}.json"
 
 
-@lru_cache(maxsize=None)
+@cache
 def tuned_tiles(capability: tuple[int, int]) -> Mapping[Problem, Tile]:
     """Return the tiles of an architecture's table, by bucket; none, with one warning, where it is bad or stale."""
     path = table_path(capability)
@@ -127,7 +127,7 @@ def staleness(table: TunedTable) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def sources_hash() -> str:
     """Return a hash of the sources of the kernels that are tuned."""
     digest = hashlib.sha256()
@@ -165,7 +165,7 @@ def read_table(path: Path, capability: tuple[int, int]) -> TunedTable:
         raise ValueError(f"it is not of format {FORMAT}")
     if content.get("arch") != architecture(capability):
         raise ValueError(f"it is for {content.get('arch')!r}, not for {architecture(capability)!r}")
-    provenance = content.get("provenance")
+    provenance = content.get("provenance", {})
     for name, kind in PROVENANCE.items():
         if not isinstance(provenance, dict) or not isinstance(provenance.get(name), kind):
             raise ValueError(f"its provenance has no {name}")
