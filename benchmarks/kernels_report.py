@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sparse_compile.kernels.channel_selection.triton import launch_sizes
+from sparse_compile.kernels.channel_selection.triton import launch_sizes, norm_sizes
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
 from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, shared_limit
@@ -77,7 +77,7 @@ class Built:
     matrix_instructions: int
 
 
-HIDDEN, FFN_CHANNELS, RANK = 4096, 14336, 32
+HIDDEN, FFN_CHANNELS, RANK, PREDICTOR_RANK = 4096, 14336, 32, 8
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
@@ -165,6 +165,24 @@ def build_selection(channels: int, arch: str) -> Built:
     pointers = {"scores": "*fp32", "channels": "*i64", "informative": "*i32"}
     divisible = {"n"} if channels % 16 == 0 else set()
     return _compile(largest_channels, pointers, {"CHUNK": chunk}, divisible, {"num_warps": warps}, arch)
+
+
+def build_norms(rank: int, arch: str, *, has_bias: bool) -> tuple[Built, Built]:
+    """Compile the two kernels of predicted norms, for activations of bf16 and factors of fp32 of a rank."""
+    from sparse_compile.kernels.channel_selection.triton_kernels import gram_partials, norms_of_gram
+
+    sizes = norm_sizes(rank, has_bias=has_bias)
+    constants: dict[str, Any] = {
+        "RANK": rank, "HAS_BIAS": has_bias, "CHUNK": sizes.chunk, "BLOCK_M": sizes.m, "BLOCK_N": sizes.n,
+        "BLOCK_K": sizes.k, "BLOCK_R": sizes.r, "x_col": 1, "a_col": 1, "b_col": 1,
+    }  # fmt: skip
+    if not has_bias:
+        constants["bias"] = None
+    options = {"num_warps": sizes.warps}
+    factors = {"x": "*bf16", "weights": "*i1", "a": "*fp32", "grams": "*fp32"}
+    sums = _compile(gram_partials, factors, constants, {"rows", "depth", "x_row"}, options, arch)
+    results = {"grams": "*fp32", "b": "*fp32", "norms": "*fp32", **({"bias": "*bf16"} if has_bias else {})}
+    return sums, _compile(norms_of_gram, results, constants, {"columns", "b_row"}, options, arch)
 
 
 def build_rows(name: str, width: int, arch: str) -> Built:
@@ -294,6 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chunk, warps = launch_sizes(FFN_CHANNELS)
     for arch in archs:
         show("choice of channels", f"{chunk} scores, {warps} warps", arch, build_selection(FFN_CHANNELS, arch))
+    sizes = norm_sizes(PREDICTOR_RANK, has_bias=False)
+    parts = (("predictor: sums over tokens", f"{sizes.m} tokens"), ("predictor: norms", f"{sizes.n} channels"))
+    for index, (name, tile) in enumerate(parts):
+        for arch in archs:
+            show(name, tile, arch, build_norms(PREDICTOR_RANK, arch, has_bias=False)[index])
     square = Problem(4096, HIDDEN, HIDDEN, 2, (9, 0))
     for name, along_depth in (("masked product", True), ("masked product, gradient of x", False)):
         for arch in archs[:2]:
