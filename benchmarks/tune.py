@@ -14,16 +14,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_kernels import TOLERANCE, Clock, KernelCase, compiled_variants, kernel_cases, launch_seconds
-from kernels_report import Variant, build
+from kernels_report import Built, Variant, build
 from roofline import CASES
 from rows import environment
 
@@ -35,6 +38,7 @@ GAIN = 0.02
 """What a tile must save to replace the one that is chosen without a table: less is within the noise of a clock."""
 
 Report = Callable[[str], object]
+Over = Callable[..., Iterable[Built]]
 
 
 @dataclass(frozen=True)
@@ -55,30 +59,42 @@ class Member:
 def candidates(problem: Problem) -> list[Tile]:
     """Return the tiles that are worth a try, that which is chosen without a table first.
 
-    None is larger than the problem, holds more than 128 sums a thread, or has more in flight than shared memory.
+    None is larger than the problem, or has more in flight than shared memory. Each holds 32 to 128 sums a thread: with
+    fewer the matrix units wait for operands, with more registers spill.
     """
     untuned = choose_tile(problem)
     if problem.kernel == "gradients":
-        sizes, depths, stages = itertools.product((16, 32, 64), (32, 64, 128, 256)), (untuned.k,), (untuned.stages,)
+        sizes, depths = itertools.product((16, 32, 64), (32, 64, 128, 256)), [(untuned.k, untuned.stages)]
+        fewest = 8
     else:
-        sizes, depths, stages = itertools.product((64, 128, 256), repeat=2), (32, 64), (2, 3, 4)
+        sizes, depths = itertools.product((64, 128, 256), repeat=2), [(32, untuned.stages)]
+        depths += [(64, stages) for stages in (untuned.stages - 1, untuned.stages) if stages > 1]
+        fewest = 32
     found = [untuned]
-    for (m, n), k, warps, in_flight in itertools.product(sizes, depths, (4, 8), stages):
-        tile = dataclasses.replace(untuned, m=m, n=n, k=k, warps=warps, stages=in_flight)
+    for (m, n), (k, stages), warps in itertools.product(sizes, depths, (4, 8)):
+        tile = dataclasses.replace(untuned, m=m, n=n, k=k, warps=warps, stages=stages)
         covers = m < 2 * max(16, problem.rows) and n < 2 * max(16, problem.columns)
-        sums = m * n * problem.products // (32 * warps)
         fits = problem.kernel == "gradients" or tile.shared_bytes <= shared_limit(problem.capability)
-        if covers and 8 <= sums <= 128 and fits and tile not in found:
+        if covers and fits and fewest <= m * n * problem.products // (32 * warps) <= 128 and tile not in found:
             found.append(tile)
     return found
 
 
-def compilable(variant: Variant, tiles: Iterable[Tile], arch: str, report: Report = print) -> list[Tile]:
-    """Return the tiles with which a kernel compiles without a spill and within shared memory, ahead of time."""
+def compilable(
+    variant: Variant, tiles: Sequence[Tile], arch: str, report: Report = print, over: Over = map
+) -> list[Tile]:
+    """Return the tiles with which a kernel compiles without a spill and within shared memory, ahead of time.
+
+    Args:
+        variant: the kernel.
+        tiles: to be tried.
+        arch: as the compiler calls it.
+        report: is told what is dropped.
+        over: maps a function over the tiles, in order; that of an executor compiles several at once.
+    """
     kept = []
     limit = shared_limit(variant.problem.capability)
-    for tile in tiles:
-        built = build(variant, arch, tile)
+    for tile, built in zip(tiles, over(partial(build, variant, arch), tiles), strict=True):
         if built.spills or built.shared > limit:
             report(f"  dropped {_named(tile)}: {built.spills} bytes spilled, {built.shared} of {limit} shared")
         else:
@@ -127,7 +143,9 @@ def fastest(seconds: Mapping[Tile, float], untuned: Tile) -> Tile:
     return best
 
 
-def tune(problem: Problem, members: Sequence[Member], arch: str, clock: Clock, report: Report = print) -> Entry:
+def tune(
+    problem: Problem, members: Sequence[Member], arch: str, clock: Clock, report: Report = print, over: Over = map
+) -> Entry:
     """Time the candidates of one problem and return the fastest.
 
     Args:
@@ -136,11 +154,12 @@ def tune(problem: Problem, members: Sequence[Member], arch: str, clock: Clock, r
         arch: of the device, as the compiler calls it.
         clock: times a launch.
         report: is told what is dropped, and what was found.
+        over: see `compilable`.
     """
     tiles = candidates(problem)
     untuned = tiles[0]
     for member in members:
-        tiles = compilable(member.variant, tiles, arch, report)
+        tiles = compilable(member.variant, tiles, arch, report, over)
     seconds: dict[Tile, float] = {}
     for tile in tiles:
         times = [timed(member.case, tile, clock, report) for member in members]
@@ -197,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     origin = provenance(arguments)
     grouped = members_of(args.workload or list(CASES), "cuda")
     arch = architecture(capability)
-    entries = [tune(problem, members, arch, launch_seconds) for problem, members in grouped.items()]
+    # Spawned: a process with a CUDA context cannot be forked.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        entries = [tune(problem, members, arch, launch_seconds, over=pool.map) for problem, members in grouped.items()]
     tuned.write_table(TunedTable(capability, origin, tuple(entries), tuned.sources_hash()), out)
     print(f"{len(entries)} entries written to {out}")
     return 0
