@@ -20,16 +20,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sparse_compile.kernels.channel_selection.triton import launch_sizes
+from sparse_compile.kernels.channel_selection.triton import launch_sizes, norm_sizes
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
-from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
+from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, shared_limit
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
+from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.token_rows.triton import launch_sizes as row_sizes
 from sparse_compile.torch_private import load_source
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one program may have, by architecture.
+CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": GFX942}
+"""The architectures that kernels are compiled for.
 
 The kernels are not chosen on gfx942 (AMD's MI300): that they compile shows that nothing in them is NVIDIA's alone.
 """
@@ -52,10 +53,11 @@ class Variant:
 
     def tile(self, arch: str) -> Tile:
         """Return the tile that is chosen for it on an architecture."""
-        if isinstance(self.spec, GradientSpec):
-            return choose_elementwise_tile(self.problem.rows, self.problem.columns)
-        tile = choose_tile(dataclasses.replace(self.problem, capability=(9, 0) if arch == "sm_90" else (8, 0)))
-        return dataclasses.replace(tile, stages=2) if arch.startswith("gfx") else tile
+        return tile_for(self.on(arch))
+
+    def on(self, arch: str) -> Problem:
+        """Return its sizes, on an architecture."""
+        return dataclasses.replace(self.problem, capability=CAPABILITIES[arch])
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Built:
     matrix_instructions: int
 
 
-HIDDEN, FFN_CHANNELS = 4096, 14336
+HIDDEN, FFN_CHANNELS, RANK, PREDICTOR_RANK = 4096, 14336, 32, 8
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
@@ -93,6 +95,9 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     def problem(columns: int, depth: int, products: int = 1, *, scattered: bool = False) -> Problem:
         return Problem(tokens, columns, depth, 2, (9, 0), scattered=scattered, products=products)
 
+    def elementwise(rank: int) -> Problem:
+        return Problem(tokens, kept, rank, 2, (9, 0), products=2, kernel="gradients")
+
     def derivatives(formula: str, thins: int) -> GradientSpec:
         operands = parsed(formula).operands
         texts = tuple(each.text for each in parsed(formula).gradients(operands).formulas)
@@ -101,8 +106,8 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     return {
         "gate, up": Variant(product_spec((0, 0), (0, 0), 0, 0, SWIGLU), problem(kept, hidden, 2)),
         "gate, up with adapters": Variant(product_spec((0, 0), (0, 0), 2, 0, SWIGLU_LORA), problem(kept, hidden, 4)),
-        "activation backward": Variant(derivatives(SWIGLU, 0), problem(kept, 32, 3)),
-        "activation backward with adapters": Variant(derivatives(SWIGLU_LORA, 2), problem(kept, 32, 3)),
+        "activation backward": Variant(derivatives(SWIGLU, 0), elementwise(0)),
+        "activation backward with adapters": Variant(derivatives(SWIGLU_LORA, 2), elementwise(RANK)),
         "gate, up backward": Variant(
             product_spec((0, 1), (1, 1), 0, 0, "p0 + p1"), problem(hidden, kept, 2), ("p0", "p1")
         ),
@@ -119,14 +124,15 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
     }
 
 
-def build(variant: Variant, arch: str) -> Built:
+def build(variant: Variant, arch: str, tile: Tile | None = None) -> Built:
     """Compile one kernel for bf16 tensors.
 
     Args:
         variant: the kernel.
-        arch: a key of `SHARED_LIMIT`.
+        arch: a key of `CAPABILITIES`.
+        tile: how it is cut up; by default as it is chosen.
     """
-    problem, tile = variant.problem, variant.tile(arch)
+    problem, tile = variant.problem, tile or variant.tile(arch)
     if isinstance(variant.spec, ProductSpec):
         kernel = load_source(product_source(variant.spec)).products
     else:
@@ -161,6 +167,24 @@ def build_selection(channels: int, arch: str) -> Built:
     return _compile(largest_channels, pointers, {"CHUNK": chunk}, divisible, {"num_warps": warps}, arch)
 
 
+def build_norms(rank: int, arch: str, *, has_bias: bool) -> tuple[Built, Built]:
+    """Compile the two kernels of predicted norms, for activations of bf16 and factors of fp32 of a rank."""
+    from sparse_compile.kernels.channel_selection.triton_kernels import gram_partials, norms_of_gram
+
+    sizes = norm_sizes(rank, has_bias=has_bias)
+    constants: dict[str, Any] = {
+        "RANK": rank, "HAS_BIAS": has_bias, "CHUNK": sizes.chunk, "BLOCK_M": sizes.m, "BLOCK_N": sizes.n,
+        "BLOCK_K": sizes.k, "BLOCK_R": sizes.r, "x_col": 1, "a_col": 1, "b_col": 1,
+    }  # fmt: skip
+    if not has_bias:
+        constants["bias"] = None
+    options = {"num_warps": sizes.warps}
+    factors = {"x": "*bf16", "weights": "*i1", "a": "*fp32", "grams": "*fp32"}
+    sums = _compile(gram_partials, factors, constants, {"rows", "depth", "x_row"}, options, arch)
+    results = {"grams": "*fp32", "b": "*fp32", "norms": "*fp32", **({"bias": "*bf16"} if has_bias else {})}
+    return sums, _compile(norms_of_gram, results, constants, {"columns", "b_row"}, options, arch)
+
+
 def build_rows(name: str, width: int, arch: str) -> Built:
     """Compile the kernel that splits (`"take"`) or merges (`"put"`) rows of bf16, with channels picked or placed."""
     from sparse_compile.kernels.token_rows import triton_kernels
@@ -182,12 +206,12 @@ def build_masked(problem: Problem, adapters: str, along_depth: bool, arch: str) 
         problem: its sizes.
         adapters: Triton's name of the adapters' dtype.
         along_depth: whether neighbours in memory are neighbours along the depth (forward), else along the columns.
-        arch: a key of `SHARED_LIMIT`.
+        arch: a key of `CAPABILITIES`.
     """
     from sparse_compile.kernels.masked_linear.triton import masked_tile
     from sparse_compile.kernels.masked_linear.triton_kernels import masked_product
 
-    tile = masked_tile(dataclasses.replace(problem, capability=(9, 0) if arch == "sm_90" else (8, 0)))
+    tile = masked_tile(dataclasses.replace(problem, capability=CAPABILITIES[arch]))
     contiguous = ("w_depth", "left_rank", "right_depth") if along_depth else ("w_column", "left_column", "right_rank")
     constants: dict[str, Any] = {
         "x_depth": 1, **dict.fromkeys(contiguous, 1), "bias": None, "RANK": 32, "HAS_BIAS": False, "PRECISION": "ieee",
@@ -218,7 +242,7 @@ def _compile(
         constants: values of what is compiled in; names that the kernel does not have are left out.
         divisible: numbers that are multiples of 16.
         options: of the compiler.
-        arch: a key of `SHARED_LIMIT`.
+        arch: a key of `CAPABILITIES`.
         numbers: types of the arguments that are neither tensors nor such integers.
     """
     import triton
@@ -264,20 +288,20 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and print; return 1 where a kernel spills or exceeds shared memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=sorted(SHARED_LIMIT), action="append", help="default: all")
+    parser.add_argument("--arch", choices=sorted(CAPABILITIES), action="append", help="default: all")
     parser.add_argument("--source", action="store_true", help="print the source of each kernel as well")
     args = parser.parse_args(argv)
     failed = False
 
     def show(name: str, tile: str, arch: str, built: Built) -> None:
         nonlocal failed
-        failed |= bool(built.spills) or built.shared > SHARED_LIMIT[arch]
+        failed |= bool(built.spills) or built.shared > shared_limit(CAPABILITIES[arch])
         figures = (built.registers, f"{built.shared / 1024:.0f}", built.spills, built.matrix_instructions)
         print("|", " | ".join(map(str, (name, arch, tile, *figures))), "|")
 
     print("| kernel | arch | tile | registers | shared, KiB | spills | matrix instructions |")
     print("|---" * 7 + "|")
-    archs = args.arch or list(SHARED_LIMIT)
+    archs = args.arch or list(CAPABILITIES)
     for name, variant in variants().items():
         for arch in archs:
             tile = variant.tile(arch)
@@ -288,6 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chunk, warps = launch_sizes(FFN_CHANNELS)
     for arch in archs:
         show("choice of channels", f"{chunk} scores, {warps} warps", arch, build_selection(FFN_CHANNELS, arch))
+    sizes = norm_sizes(PREDICTOR_RANK, has_bias=False)
+    parts = (("predictor: sums over tokens", f"{sizes.m} tokens"), ("predictor: norms", f"{sizes.n} channels"))
+    for index, (name, tile) in enumerate(parts):
+        for arch in archs:
+            show(name, tile, arch, build_norms(PREDICTOR_RANK, arch, has_bias=False)[index])
     square = Problem(4096, HIDDEN, HIDDEN, 2, (9, 0))
     for name, along_depth in (("masked product", True), ("masked product, gradient of x", False)):
         for arch in archs[:2]:

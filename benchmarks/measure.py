@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from liger import LIGER, with_liger
 from torch import Tensor, nn
 from workloads import Workload, adapted_model, base_model, make_batch
 
@@ -92,7 +93,7 @@ def options_of(arm: str) -> dict[str, Any]:
 
 def check_arm(arm: str) -> None:
     """Raise `ValueError` for an arm that there is not."""
-    if arm.removeprefix(DORA) not in PEERS:
+    if arm != LIGER and arm.removeprefix(DORA) not in PEERS:
         options_of(arm.removeprefix(DORA))
 
 
@@ -100,6 +101,8 @@ def arm_model(base: nn.Module, workload: Workload, arm: str) -> nn.Module:
     """Return a model with adapters, compiled as the arm of that name; sparse from the first step on, or never."""
     model = adapted_model(base, workload, dora=arm.startswith(DORA))
     name = arm.removeprefix(DORA)
+    if name == LIGER:
+        return with_liger(model)
     if name == "inductor":
         model.compile(backend="inductor")
     elif name != "eager":
@@ -167,7 +170,7 @@ def interleaved(
             losses[name] = step()
             first[name] = time.perf_counter() - start
         graphs[name] = compiled_graphs() - before
-        if name.removeprefix(DORA) != "eager" and not graphs[name]:
+        if name.removeprefix(DORA) not in ("eager", LIGER) and not graphs[name]:
             raise RuntimeError(f"{name} compiled nothing, so it ran eagerly")
     known = compiled_graphs()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -192,16 +195,19 @@ def compiled_graphs() -> int:
 
 def load_compiler() -> None:
     """Compile a trivial function: importing the compiler takes seconds, which are no arm's."""
+    # On a GPU for the GPU: a machine with one need not have the C++ compiler that code for a CPU asks for.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder, empty_caches(Path(folder)):
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
 
 
 @contextlib.contextmanager
 def empty_caches(folder: Path) -> Iterator[None]:
-    """Let Inductor and the predictor keep their caches in `folder`, and forget what they hold in memory."""
+    """Let Inductor, Triton and the predictor keep their caches in `folder`, and forget what they hold in memory."""
     from torch._inductor.utils import clear_caches
 
-    names = ("TORCHINDUCTOR_CACHE_DIR", "SPARSELORA_CACHE_DIR")
+    # Inductor sets Triton's folder once, where nothing else has: later arms would find what the first one compiled.
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SPARSELORA_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     clear_caches()
     os.environ.update({name: str(folder / name) for name in names})

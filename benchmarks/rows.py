@@ -20,7 +20,7 @@ from measure import Alone, Flops, Spread
 from workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("sparse-compile", "torch", "transformers", "peft")
+PACKAGES = ("sparse-compile", "torch", "transformers", "peft", "triton")
 
 
 @dataclass(frozen=True)

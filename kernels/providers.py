@@ -31,11 +31,13 @@ class OpCall:
         device: device type, such as `"cpu"`.
         dtype: dtype of the activations.
         columns: width of the result, where it is known and a provider may care.
+        rank: largest rank of the predictor's factors, where there are any.
     """
 
     device: str
     dtype: torch.dtype
     columns: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import fx
 
 from sparse_compile.graph import TAG
 from sparse_compile.ir import Rejection
-from sparse_compile.kernels.channel_selection import TOP_CHANNELS
+from sparse_compile.kernels.channel_selection import PREDICTED_NORMS, TOP_CHANNELS
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, Choice, OpCall, ProviderTable
@@ -30,6 +30,7 @@ _TABLES: dict[object, ProviderTable] = {
     _OPS.gathered_linear.default: GATHERED_LINEAR,
     _OPS.gathered_input_linear.default: GATHERED_INPUT_LINEAR,
     _OPS.fused_linear.default: FUSED_LINEAR,
+    _OPS.predicted_norms.default: PREDICTED_NORMS,
     _OPS.top_channels.default: TOP_CHANNELS,
 }
 
@@ -70,9 +71,11 @@ class LowerSparseOps:
 
 
 def _calls_by_site(ctx: PassContext) -> dict[str, OpCall]:
-    """Return, by site, the device and dtype of its frozen weights."""
+    """Return, by site, the device and dtype of its frozen weights, and the rank of their factors."""
     calls = {}
     for plan in ctx.plan.sparse_sites:
         dtype, device = ctx.weight_kind(plan.site.output)
-        calls[plan.site.name] = OpCall(device, dtype)
+        factors = (ctx.factors.get(projection.name) for projection in plan.site.projections)
+        rank = max((each.a.shape[1] for each in factors if each is not None), default=0)
+        calls[plan.site.name] = OpCall(device, dtype, rank=rank)
     return calls

@@ -114,17 +114,19 @@ def test_each_first_call_has_caches_of_its_own(
     measure: ModuleType, graphs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.delenv("SPARSELORA_CACHE_DIR")
     seen = []
 
     def compiles(call: int) -> None:
         graphs[0] += call == 0
-        seen.append((os.environ.get("TORCHINDUCTOR_CACHE_DIR"), os.environ.get("SPARSELORA_CACHE_DIR")))
+        names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SPARSELORA_CACHE_DIR")
+        seen.append(tuple(os.environ.get(name) for name in names))
 
     steps = {name: recorder(name, [], compiles) for name in ("inductor", "o2")}
     measure.interleaved(steps, tmp_path, rounds=1, warm_up=0)
     assert len(set(seen[:2])) == 2 and all(str(tmp_path) in folder for pair in seen[:2] for folder in pair)
-    assert seen[2:] == [("before", None)] * 2
+    assert seen[2:] == [("before", None, None)] * 2
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

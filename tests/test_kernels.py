@@ -263,6 +263,22 @@ def test_every_op_is_checked() -> None:
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
+def differentiated(arguments: tuple[Any, ...]) -> tuple[list[Tensor], Callable[..., tuple[Any, ...]]]:
+    """Return what requires a gradient, lists of tensors included, and what puts other tensors in its place."""
+    groups = [each if isinstance(each, list) else [each] for each in arguments]
+    trained = [each for group in groups for each in group if isinstance(each, Tensor) and each.requires_grad]
+
+    def substitute(*values: Tensor) -> tuple[Any, ...]:
+        given = iter(values)
+        replaced = [
+            [next(given) if isinstance(each, Tensor) and each.requires_grad else each for each in group]
+            for group in groups
+        ]
+        return tuple(new if isinstance(old, list) else new[0] for new, old in zip(replaced, arguments, strict=True))
+
+    return trained, substitute
+
+
 DIFFERENTIATED = (
     "frozen_linear", "gathered_linear", "gathered_input_linear", "merged_linear", "merged_input_gradient",
     "take_rows", "put_rows",
@@ -272,37 +288,47 @@ DIFFERENTIATED = (
 @pytest.mark.parametrize("name", [name for name in CALLS if name.split(",")[0] in DIFFERENTIATED])
 def test_gradcheck(name: str) -> None:
     op, arguments = CALLS[name]
-    differentiated = [i for i, value in enumerate(arguments) if isinstance(value, Tensor) and value.requires_grad]
-    assert differentiated
+    trained, substitute = differentiated(arguments)
+    assert trained
 
     def function(*values: Tensor) -> Any:
-        given = list(arguments)
-        for i, value in zip(differentiated, values, strict=True):
-            given[i] = value
-        return op(*given)
+        return op(*substitute(*values))
 
-    assert torch.autograd.gradcheck(function, [arguments[i] for i in differentiated])
-    assert torch.autograd.gradgradcheck(function, [arguments[i] for i in differentiated])
+    assert torch.autograd.gradcheck(function, trained)
+    assert torch.autograd.gradgradcheck(function, trained)
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_gradcheck_of_a_fused_product(name: str) -> None:
-    arguments = CHAINS[name]
-    trained = [each for group in arguments if isinstance(group, list) for each in group if isinstance(each, Tensor)]
-    trained = [each for each in trained if each.requires_grad]
+    trained, substitute = differentiated(CHAINS[name])
+    assert torch.autograd.gradcheck(lambda *values: OPS.fused_linear(*substitute(*values))[0], trained)
 
-    def function(*values: Tensor) -> Tensor:
-        given = iter(values)
-        return OPS.fused_linear(
-            *(
-                [next(given) if isinstance(each, Tensor) and each.requires_grad else each for each in group]
-                if isinstance(group, list)
-                else group
-                for group in arguments
-            )
-        )[0]
 
-    assert torch.autograd.gradcheck(function, trained)
+ONCE = ("fused_linear", "causal_attention", "masked_linear")
+"""Ops whose backward is an op without a formula of its own, for all or for some of their operands."""
+SUMS = ("fused_linear, inputs gathered", "fused_linear, bare")
+"""Gradients of sums are made of products alone, which have formulas."""
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.split(",")[0] in ONCE and "no rows" not in name])
+def test_a_second_derivative_is_right_or_an_error(name: str) -> None:
+    """Never a number that is wrong, nor a zero where there is none."""
+    op, arguments = CALLS[name]
+    trained, substitute = differentiated(arguments)
+
+    def result(*values: Tensor) -> Tensor:
+        found = op(*substitute(*values))
+        return found if isinstance(found, Tensor) else found[0]
+
+    if name in SUMS:
+        assert torch.autograd.gradgradcheck(result, trained)
+        return
+    d_y = torch.ones_like(result(*trained), requires_grad=True)
+    first = torch.autograd.grad(result(*trained), trained, d_y, create_graph=True)
+    # Of a bias that is added the gradient is a sum of d_y, in which no operand is left.
+    for gradient in first[: -1 if name.startswith("masked_linear") and trained[-1].dim() == 1 else None]:
+        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+            torch.autograd.grad(gradient.square().sum(), trained, retain_graph=True, allow_unused=True)
 
 
 def test_what_a_fused_product_saves() -> None:

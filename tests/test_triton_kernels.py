@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -13,8 +14,17 @@ from types import ModuleType
 import pytest
 import torch
 
+from sparse_compile.kernels.channel_selection import PREDICTED_NORMS
 from sparse_compile.kernels.codegen.triton_source import ProductSpec
-from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
+from sparse_compile.kernels.fused_linear.tiles import (
+    GFX942,
+    Problem,
+    Tile,
+    architecture,
+    choose_elementwise_tile,
+    choose_tile,
+    shared_limit,
+)
 from sparse_compile.kernels.gathered_linear import GATHERED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall, triton_runs
 
@@ -30,7 +40,7 @@ def test_kernels_under_the_interpreter(repo_root: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 129
+    assert len(lines) == 153
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch
     for name, variant in variants.items():
         built = report.build(variant, arch)
         assert built.spills == 0, name
-        assert built.shared <= report.SHARED_LIMIT[arch], name
+        assert built.shared <= shared_limit(report.CAPABILITIES[arch]), name
         assert built.registers <= (512 if arch == "gfx942" else 255), name
         if isinstance(variant.spec, ProductSpec) or variant.spec.thin:
             assert built.matrix_instructions > 0, name
@@ -61,6 +71,9 @@ def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch
         assert report.build_rows(rows, 4096, arch).spills == 0
     for channels in (14336, 1000):
         assert report.build_selection(channels, arch).spills == 0
+    for rank, has_bias in ((8, False), (16, True), (63, True)):
+        for built in report.build_norms(rank, arch, has_bias=has_bias):
+            assert built.spills == 0 and built.shared <= shared_limit(report.CAPABILITIES[arch]), rank
 
 
 def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +93,7 @@ def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_masked_kernels_compile_ahead_of_time(report: ModuleType, along_depth: bool, adapters: str, arch: str) -> None:
     built = report.build_masked(Problem(4096, 4096, 4096, 2, (9, 0)), adapters, along_depth, arch)
     assert built.spills == 0
-    assert 0 < built.shared <= report.SHARED_LIMIT[arch]
+    assert 0 < built.shared <= shared_limit(report.CAPABILITIES[arch])
     assert built.matrix_instructions > 0 and built.registers <= 255
 
 
@@ -94,18 +107,24 @@ def test_tiles() -> None:
     assert not choose_tile(Problem(4096, 64, 64, 2, (9, 0))).pack
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("products", [1, 2, 4])
-def test_every_tile_is_legal(report: ModuleType, products: int, capability: tuple[int, int], itemsize: int) -> None:
-    limit = report.SHARED_LIMIT[f"sm_{capability[0]}0"]
-    sizes = (1, 15, 16, 17, 143, 430, 4096)
-    for rows in sizes:
-        for columns in sizes:
-            for depth in sizes:
-                tile = choose_tile(Problem(rows, columns, depth, itemsize, capability, products=products))
-                assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.m, tile.n, tile.k))
-                assert tile.shared_bytes * itemsize // 2 <= limit
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), GFX942]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=architecture)
+def test_every_tile_is_legal(capability: tuple[int, int]) -> None:
+    for products, itemsize in itertools.product((1, 2, 4), (2, 4)):
+        for rows, columns, depth in itertools.product((1, 15, 16, 17, 143, 430, 4096), repeat=3):
+            tile = choose_tile(Problem(rows, columns, depth, itemsize, capability, products=products))
+            assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.m, tile.n, tile.k))
+            assert tile.shared_bytes * itemsize // 2 <= shared_limit(capability)
+            assert 2 <= tile.stages <= 4
+
+
+def test_architectures_have_tiles_of_their_own() -> None:
+    """What is in flight differs: it is bounded by shared memory, and gains by how an architecture copies into it."""
+    stages = {architecture(each): choose_tile(Problem(3072, 4096, 4096, 2, each)).stages for each in CAPABILITIES}
+    assert stages == {"sm_80": 3, "sm_86": 3, "sm_89": 3, "sm_90": 4, "sm_100": 4, "sm_120": 3, "gfx942": 2}
+    assert shared_limit((9, 0)) == 227 << 10 and shared_limit((8, 6)) == 99 << 10 and shared_limit(GFX942) == 64 << 10
 
 
 def test_tiles_of_several_products() -> None:
@@ -122,6 +141,14 @@ def test_what_the_triton_provider_declines(monkeypatch: pytest.MonkeyPatch) -> N
     assert triton_runs(OpCall("cuda", torch.float16)) == "needs compute capability 8.0, this device has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert triton_runs(OpCall("cuda", torch.bfloat16)) is None
+
+
+def test_factors_of_a_large_rank_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert PREDICTED_NORMS.choose(OpCall("cuda", torch.bfloat16, rank=63), "triton").provider == "triton"
+    choice = PREDICTED_NORMS.choose(OpCall("cuda", torch.bfloat16, rank=64), "triton")
+    assert choice.provider == REFERENCE
+    assert choice.declined == (("triton", "keeps factors of rank 63 at most in registers, these have 64"),)
 
 
 def test_it_is_not_chosen_before_a_gpu_has_measured_it(monkeypatch: pytest.MonkeyPatch) -> None:

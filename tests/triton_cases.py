@@ -5,11 +5,13 @@ Each case prints a line `ok NAME` or `FAILED NAME: reason`; `test_triton_kernels
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -17,12 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from graphs import Head, frozen, gradients_of, lora, run_rewritten, tokens
+from models import batch, fp64_decoder
 from sparse_compile.config import SparseLoRAConfig
+from sparse_compile.kernels.channel_selection import predicted_norms, record_channels
 from sparse_compile.kernels.channel_selection import triton as provider
+from sparse_compile.kernels.channel_selection.reference import predicted_norms as plain_norms
 from sparse_compile.kernels.channel_selection.reference import top_channels as plain_top_channels
 from sparse_compile.kernels.codegen.triton_source import product_source
-from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients
+from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients, tuned
+from sparse_compile.kernels.fused_linear import triton as fused_provider
 from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
+from sparse_compile.kernels.fused_linear.tiles import Problem, Tile
 from sparse_compile.kernels.fused_linear.triton import product_spec
 from sparse_compile.kernels.gathered_linear import gathered_input_linear, gathered_linear, reference
 from sparse_compile.kernels.masked_linear import masked_linear, masked_weight
@@ -159,6 +166,42 @@ def one_tile_of_registers_for_a_sum() -> None:
     assert product_source(product_spec((0, 1), (1, 1), 0, 0, "p0 - p1")).count("tl.zeros(") == 2
 
 
+def tile_of_a_table() -> None:
+    """A launch takes the tile of its entry, as what is compiled in, and computes the same with it."""
+    x, weight = drawn(40, 70, seed=0, dtype=torch.float32), drawn(33, 70, seed=1, dtype=torch.float32)
+    channels = chosen(33, 20)
+    problem, tile = Problem(64, 32, 128, 4, (9, 0)), Tile(16, 32, 64, 4, 1, group=3)
+    launched: list[Tile] = []
+    launch, tables = fused_provider._launch, tuned.tuned_tiles
+
+    def spy(kernel: object, grid: tuple[int, ...], arguments: dict[str, object], used: Tile, of: Tensor) -> None:
+        launched.append(used)
+        assert (arguments["BLOCK_K"], arguments["GROUP"], grid) == (64, 3, (3,))
+        launch(kernel, grid, arguments, used, of)
+
+    fused_provider._launch, tuned.tuned_tiles = spy, lambda capability: {problem: tile}
+    try:
+        y = gathered_linear(x, weight, channels, "triton")
+    finally:
+        fused_provider._launch, tuned.tuned_tiles = launch, tables
+    assert launched == [tile]
+    assert_close_rms(y, reference.gathered_linear(x.double(), weight.double(), channels))
+
+
+def kernels_of_the_benchmarks() -> None:
+    """What `benchmarks/gpu.py` and `tune.py` run on a GPU, at a tiny size; it is what is compiled ahead of time."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from gpu_kernels import TOLERANCE, compiled_variants, kernel_cases
+    from roofline import CASES
+    from tune import launched_problem
+
+    sizes = {"batch": 1, "length": 40, "labels": 8, "hidden": 64, "ffn": 224, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    case = dataclasses.replace(CASES["csr-8b"], **sizes)
+    for each in kernel_cases(case, "cpu"):
+        assert each.error("triton") < TOLERANCE, each.name
+        assert launched_problem(each) == compiled_variants(case)[each.name].problem, each.name
+
+
 def largest(n: int, k: int) -> None:
     """The choice of channels: ties, zeros of either sign, denormal and huge scores; several chunks of scores."""
     generator = torch.Generator().manual_seed(n)
@@ -174,6 +217,50 @@ def largest(n: int, k: int) -> None:
     for bad in (torch.zeros(n), rounded.index_fill(0, torch.tensor([n // 2]), float("nan")), rounded / 0):
         found, informative = provider.top_channels(bad, k)
         assert found.tolist() == list(range(k)) and not informative
+
+
+NORM_SHAPES = (
+    # rows, in, rank, out
+    (70, 65, 8, 143),
+    (1, 1, 1, 1),
+    (0, 7, 3, 5),
+    (33, 130, 31, 64),
+    (600, 20, 63, 70),
+)
+
+
+def norms(dtype: torch.dtype, shape: tuple[int, ...], biased: bool, strided: bool) -> None:
+    """Predicted norms against fp64, and every bit of them again in another run."""
+    rows, width, rank, out = shape
+    x = drawn(width, rows, seed=0, dtype=dtype).t() if strided else drawn(rows, width, seed=0, dtype=dtype)
+    a, b = drawn(width, rank, seed=1, dtype=torch.float32), drawn(rank, out, seed=2, dtype=torch.float32)
+    if strided:
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
+    bias = drawn(out, seed=3, dtype=dtype).mul(width**0.5) if biased else None
+    counted = torch.rand(rows, generator=torch.Generator().manual_seed(4)) < 0.7
+    found = predicted_norms(x, counted, a, b, bias, "triton")
+    wide = [None if each is None else each.double() for each in (x, a, b, bias)]
+    expected = plain_norms(wide[0], counted, *wide[1:])
+    assert found.dtype == torch.float32
+    assert_close_rms(found, expected, torch.float32)
+    assert torch.equal(found, predicted_norms(x, counted.float(), a, b, bias, "triton"))
+    assert not predicted_norms(x, torch.zeros_like(counted), a, b, bias, "triton").any()
+
+
+def norms_that_are_not_finite() -> None:
+    """As in the reference: of one token that is not finite every score is none, counted or not; sums that overflow."""
+    a, b = drawn(6, 3, seed=1, dtype=torch.float32).abs(), drawn(3, 9, seed=2, dtype=torch.float32).abs()
+    bias = torch.ones(9)
+    for value in (float("nan"), float("inf"), 1e30):
+        for counts in (True, False):
+            for given in (None, bias):
+                x, counted = torch.ones(40, 6), torch.ones(40, dtype=torch.bool)
+                x[35, 2], counted[35] = value, counts
+                found, expected = (predicted_norms(x, counted, a, b, given, name) for name in ("triton", "reference"))
+                assert torch.equal(found.isfinite(), expected.isfinite()), (value, counts)
+                chosen_by = [plain_top_channels(each, 4) for each in (found, expected)]
+                assert torch.equal(chosen_by[0][0], chosen_by[1][0])
+                assert bool(chosen_by[0][1]) == bool(chosen_by[1][1]) == (value == 1e30 and not counts)
 
 
 def rows_by_role(dtype: torch.dtype, tokens_: int, width: int, kept: int | None, strided: bool) -> None:
@@ -255,6 +342,25 @@ def whole_model() -> None:
         assert_close_rms(gradient, expected[name], torch.bfloat16, name=name)
 
 
+def whole_decoder() -> None:
+    """A sparse attention block as well, whose predictor is a kernel: it chooses what the composed predictor chooses."""
+    model = fp64_decoder(dtype=torch.float32, layers=2)
+    ids, labels = (batch(61, padding="left")[name] for name in ("input_ids", "labels"))
+    found = {}
+    for kernels in ("measured", "triton"):
+        config = SparseLoRAConfig(layer_sparsity={"layers.0.self_attn": 0.5, "layers.0.mlp": 0.5}, kernels=kernels)
+        with record_channels() as record:
+            ran = run_rewritten(model, ids, labels, config=config)
+        found[kernels] = (ran, record, gradients_of(ran.value[0], model))
+    (ran, record, gradients), (_, expected_record, expected) = found["triton"], found["measured"]
+    assert set(ran.ctx.providers.values()) == {("triton",)}, ran.ctx.providers
+    assert set(record) == set(expected_record) and len(record) == 3
+    for site, (channels,) in record.items():
+        assert torch.equal(channels, expected_record[site][0]), site
+    for name, gradient in gradients.items():
+        assert_close_rms(gradient, expected[name], torch.float32, name=name)
+
+
 class GatedMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -283,6 +389,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield name, partial(masked, dtype, adapters, shape, strided)
     for n, k in ((1, 1), (7, 3), (16, 16), (143, 1), (1000, 999), (20000, 200)):
         yield f"largest {k} of {n}", partial(largest, n, k)
+    for dtype, shape, biased in itertools.product((torch.float32, torch.bfloat16), NORM_SHAPES, (False, True)):
+        name = f"norms {str(dtype)[6:]} {'x'.join(map(str, shape))}{' bias' if biased else ''}"
+        yield name, partial(norms, dtype, shape, biased, strided=biased)
     for dtype, (tokens_, width, kept), strided in itertools.product(
         (torch.float32, torch.bfloat16),
         ((9, 33, None), (9, 33, 5), (1, 1, 1), (0, 4, 2), (3, 2500, 2100)),
@@ -291,7 +400,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = f"rows {str(dtype)[6:]} {tokens_}x{width} {kept}{' strided' if strided else ''}"
         yield name, partial(rows_by_role, dtype, tokens_, width, kept, strided)
     for case in (
-        other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum, whole_model,
+        other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum,
+        tile_of_a_table, norms_that_are_not_finite, kernels_of_the_benchmarks, whole_model,
+        whole_decoder,
     ):  # fmt: skip
         yield case.__name__, case
 

@@ -1,6 +1,7 @@
 """Channel prediction and selection: low-rank scores, top-k, and means to observe the choice."""
 
 from sparse_compile.kernels.channel_selection.op import (
+    PREDICTED_NORMS,
     TOP_CHANNELS,
     context_mean,
     degenerate_counts,
@@ -12,6 +13,7 @@ from sparse_compile.kernels.channel_selection.op import (
 )
 
 __all__ = [
+    "PREDICTED_NORMS",
     "TOP_CHANNELS",
     "context_mean",
     "degenerate_counts",

@@ -24,6 +24,11 @@ TOP_CHANNELS = ProviderTable(
     reference.top_channels,
     candidates=(Provider("triton", triton.top_channels, triton_runs),),
 )
+PREDICTED_NORMS = ProviderTable(
+    "predicted_norms",
+    reference.predicted_norms,
+    candidates=(Provider("triton", triton.predicted_norms, triton.norms_declined),),
+)
 
 _recorders: list[dict[str, list[Tensor]]] = []
 _degenerate: dict[tuple[str, torch.device], Tensor] = {}
@@ -54,14 +59,30 @@ def _(x: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sparselora::predicted_norms", mutates_args=())
-def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the norms over rows of the predicted layer output, a channel each; see `reference.predicted_norms`."""
+def predicted_norms(
+    x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, provider: str = REFERENCE
+) -> Tensor:
+    """Return the norms over rows of the predicted layer output, a channel each; see `reference.predicted_norms`.
+
+    Args:
+        x: (N, in).
+        weights: (N,) 0/1: the rows that count.
+        a: (in, r).
+        b: (r, out).
+        bias: (out,) or None.
+        provider: a name of `PREDICTED_NORMS`.
+
+    Returns:
+        (out,) in the score dtype.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return reference.predicted_norms(x, weights, a, b, bias)
+        return PREDICTED_NORMS[provider](x, weights, a, b, bias)  # type: ignore[return-value]
 
 
 @predicted_norms.register_fake
-def _(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(
+    x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, provider: str = REFERENCE
+) -> Tensor:
     return x.new_empty(b.shape[1], dtype=at_least_fp32(x))
 
 

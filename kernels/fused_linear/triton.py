@@ -23,7 +23,8 @@ from sparse_compile.kernels.codegen.triton_source import (
 )
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
 from sparse_compile.kernels.fused_linear.reference import saves_products
-from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
+from sparse_compile.kernels.fused_linear.tiles import Problem, Tile
+from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.triton_launch import capability_of, on_device_of, product_precision
 from sparse_compile.torch_private import load_source
 
@@ -44,8 +45,8 @@ def fused_linear(
     rows = xs[0].shape[0]
     columns = channels[0].numel() if dims[0] == 0 else weights[0].shape[0]
     scattered = [weight.stride(dim) < weight.stride(1 - dim) for weight, dim in zip(weights, dims, strict=True)]
-    tile = choose_tile(Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), capability_of(xs[0]),
-                               products=len(weights) + len(thins), scattered=any(scattered)))  # fmt: skip
+    tile = tile_for(Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), capability_of(xs[0]),
+                            products=len(weights) + len(thins), scattered=any(scattered)))  # fmt: skip
     spec = product_spec(
         reads, ["none" if tile.pack and far else dim for far, dim in zip(scattered, dims, strict=True)],
         len(thins), len(vectors), formula,
@@ -98,7 +99,9 @@ def fused_linear_gradients(
         arguments |= _matrix(f"w_{name}", factor)
     arguments |= {f"vector_{index}": vector.expand(columns).contiguous() for index, vector in enumerate(vectors)}
     arguments |= {f"gradient_{index}": each for index, each in enumerate(results)}
-    tile = choose_elementwise_tile(rows, columns)
+    depth = max((thins[int(name[1:])].shape[1] for name in spec.thin), default=0)
+    tile = tile_for(Problem(rows, columns, depth, d_y.element_size(), capability_of(d_y), products=len(texts),
+                            kernel="gradients"))  # fmt: skip
     grid = (-(-rows // tile.m), -(-columns // tile.n))
     _launch(_gradient_kernel(spec), grid, arguments | {"BLOCK_K": tile.k}, tile, d_y)
     return results
