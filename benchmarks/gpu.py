@@ -80,7 +80,7 @@ def kernel_cases(case: Case, device: str) -> Iterator[KernelCase]:
             given = [[each.double() if wide else each for each in group] for group in (xs, weights)]
             dtype = torch.float64 if wide else torch.bfloat16
             dims = [dim] * len(weights)
-            return ops.fused_linear(*given, channels, reads, dims, [], [], [], formula, dtype, provider)  # type: ignore[no-any-return]
+            return ops.fused_linear(*given, channels, reads, dims, [], [], [], formula, dtype, [], "", provider)  # type: ignore[no-any-return]
 
         columns = channels[0].numel() if dim == 0 else weights[0].shape[0]
         depths = [xs[read].shape[1] for read in reads]

@@ -168,6 +168,8 @@ class _Region:
             [_narrowed(rewriter, vector, -1, window) for vector, window in self.vectors],
             self.formula.text,
             dtype,
+            [],
+            "",
             provider=REFERENCE,
         )
         return rewriter.items(results, 1)[0]
