@@ -114,9 +114,7 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
             product_spec((0,), ("none",), 1, 0, "p0 + 2.0*t0"), problem(hidden, kept, 2, scattered=True)
         ),
         "down backward": Variant(product_spec((0,), ("none",), 0, 0, "p0"), problem(kept, hidden, scattered=True)),
-        "gate, up in 4 bits": Variant(
-            product_spec((0, 0), (0, 0), 0, 0, SWIGLU, [NF4] * 2), problem(kept, hidden, 2)
-        ),
+        "gate, up in 4 bits": Variant(product_spec((0, 0), (0, 0), 0, 0, SWIGLU, [NF4] * 2), problem(kept, hidden, 2)),
         "gate, up in 4 bits with adapters": Variant(
             product_spec((0, 0), (0, 0), 2, 0, SWIGLU_LORA, [NF4] * 2), problem(kept, hidden, 4)
         ),

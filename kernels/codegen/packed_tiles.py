@@ -2,7 +2,7 @@
 
 Rows of the stored weight are gathered. A byte holds two neighbours of a row, so a tile of bytes is half as wide as the
 tile of numbers that is made of it, and one load of a byte serves both: its halves are looked up in the table of 16
-numbers, scaled in fp32, rounded to the dtype of x as the library does, and interleaved. Where the tile's stretch of each
+numbers, scaled in fp32, rounded to the dtype of x as the library does, and interleaved. Where what the tile has of a
 row lies within one block, a scale is loaded for each row, not for each byte.
 """
 

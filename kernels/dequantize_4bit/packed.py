@@ -160,7 +160,7 @@ def packed_weights(weights: Sequence[Tensor], scales: Sequence[Tensor], formats:
         form = parse_format(text)
         count = 4 if form.nested else 1
         if len(left) < count:
-            raise ValueError(f"a weight in 4 bits of the format {text!r} has {count} tensors of scales, not {len(left)}")
+            raise ValueError(f"a weight of the format {text!r} has {count} tensors of scales, not {len(left)}")
         own, left = left[:count], left[count:]
         found.append(PackedWeight(weight, own[0], tuple(own[1:]), form))
     if left:

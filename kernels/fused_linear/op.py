@@ -73,8 +73,8 @@ def fused_linear(
         dtype: of y.
         scales: of each weight in 4 bits, in order, its absmax and, where that is nested, the bytes, what they stand for
             and the offset; see `dequantize_4bit/packed.py`.
-        formats: of each weight the text of its `PackedFormat`, or nothing of a dense one, joined by semicolons; an empty
-            text where all are dense.
+        formats: of each weight the text of its `PackedFormat`, nothing of a dense one, joined by semicolons; empty if
+            all are dense.
         provider: a name of `FUSED_LINEAR`. It has no default: of an op with lists of tensors PyTorch would drop an
             argument that equals it, and then find the backward's result of another structure.
 
@@ -167,9 +167,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, d_outputs: Sequence[Tensor]) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
-    weights, scales, channels, products, thins, factors, vectors = (
-        [next(saved) for _ in range(n)] for n in ctx.sizes
-    )
+    weights, scales, channels, products, thins, factors, vectors = ([next(saved) for _ in range(n)] for n in ctx.sizes)
     stored = packed_weights(weights, scales, ctx.formats)
     needs_x, _, _, _, _, needs_thin, needs_factor, needs_vector, *_ = ctx.needs_input_grad
     wanted = [f"p{i}" for i, read in enumerate(ctx.reads) if needs_x[read]]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.codegen.packed_tiles import FourBit
-from sparse_compile.kernels.dequantize_4bit.packed import PackedWeight
+from sparse_compile.kernels.dequantize_4bit.packed import PackedFormat, PackedWeight
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
 
 
@@ -30,7 +30,7 @@ class FrozenOperand:
     Attributes:
         gather: the dimension that the kernel indexes, or `"none"`.
         four_bit: how it is stored, where the kernel dequantises it.
-        values: what the kernel takes of it, by what it is: `"w"`, its strides `"row"` and `"col"`, `"channels"` and so on.
+        values: what the kernel takes of it, by what that is: `"w"`, the strides `"row"` and `"col"`, `"channels"`, ...
     """
 
     gather: int | str
@@ -54,7 +54,17 @@ def is_scattered(weight: Tensor | PackedWeight, dim: int) -> bool:
     """Tell whether neighbours in a slice that is chosen along `dim` are far apart in memory."""
     if isinstance(weight, Tensor):
         return weight.stride(dim) < weight.stride(1 - dim)
-    return (dim == 0) == weight.format.transposed
+    return weight.format.transposed == (dim == 0)
+
+
+def kernel_layout(form: PackedFormat, dim: int) -> tuple[int | str, FourBit | None]:
+    """Return what a kernel indexes and dequantises of a weight in 4 bits whose dimension `dim` is chosen from.
+
+    `"none"` and None where the chosen slice is dequantised before.
+    """
+    if form.transposed == (dim == 0):
+        return "none", None
+    return dim, FourBit(form.blocksize, form.whole_rows, form.nested)
 
 
 def frozen_operand(
@@ -76,13 +86,14 @@ def frozen_operand(
         rows, columns = (channels.numel() if at == dim else size for at, size in enumerate(weight.shape))
         copy = torch.index_select(weight, dim, channels, out=empty_rows(weight, rows, columns))
         return FrozenOperand("none", None, _matrix(copy))
-    if scattered:
-        return FrozenOperand("none", None, _matrix(aligned(weight.channels(channels, dim, dtype))))
     form = weight.format
+    gather, four_bit = kernel_layout(form, dim)
+    if four_bit is None:
+        return FrozenOperand(gather, None, _matrix(aligned(weight.channels(channels, dim, dtype))))
     values: dict[str, Any] = {"w": weight.bytes, "row": form.width // 2, "channels": channels}
     values |= {"table": weight.values, "absmax": weight.absmax}
     values |= dict(zip(("bytes", "code", "offset"), weight.nested, strict=False))
-    return FrozenOperand(dim, FourBit(form.blocksize, form.whole_rows, form.nested), values)
+    return FrozenOperand(gather, four_bit, values)
 
 
 def _matrix(matrix: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.codegen.formula import parsed
+from sparse_compile.kernels.codegen.packed_tiles import FourBit
 from sparse_compile.kernels.codegen.triton_source import (
     Gather,
     GradientSpec,
@@ -21,7 +22,6 @@ from sparse_compile.kernels.codegen.triton_source import (
     gradient_source,
     product_source,
 )
-from sparse_compile.kernels.codegen.packed_tiles import FourBit
 from sparse_compile.kernels.dequantize_4bit.packed import packed_weights
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
 from sparse_compile.kernels.fused_linear.operands import frozen_operand, is_scattered, out_features
