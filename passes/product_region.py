@@ -14,7 +14,7 @@ from sparse_compile.kernels.codegen.elementwise import NotLiftableError, lift
 from sparse_compile.kernels.codegen.formula import Formula, number
 from sparse_compile.kernels.codegen.triton_source import gradient_source, product_source
 from sparse_compile.kernels.dequantize_4bit.packed import PackedFormat
-from sparse_compile.kernels.fused_linear.operands import kernel_layout
+from sparse_compile.kernels.fused_linear.operands import WHOLE, kernel_layout
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
 from sparse_compile.kernels.providers import REFERENCE
 
@@ -28,18 +28,18 @@ Window = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class FrozenProduct:
-    """A product with chosen channels of a frozen weight, as it stands in a graph.
+    """A product with a frozen weight or chosen channels of it, as it stands in a graph.
 
     Attributes:
         x, weight, channels: its operands; of a weight in 4 bits the packed data.
-        dim: the dimension of the weight that is indexed.
+        dim: the dimension of the weight that is indexed; `WHOLE`, without channels, if none is.
         scales: of a weight in 4 bits its scales, as `fused_linear` takes them.
         form: of a weight in 4 bits its format.
     """
 
     x: fx.Node
     weight: fx.Node
-    channels: fx.Node
+    channels: fx.Node | None
     dim: int
     scales: tuple[fx.Node, ...] = ()
     form: PackedFormat | None = None
@@ -97,6 +97,7 @@ class ProductRegion:
 
     Attributes:
         end: the node.
+        whole: linear layers that count as products with a whole frozen weight.
         products: gathered products with frozen weights, and which of their channels are meant.
         thins: second products of adapters.
         vectors: values of one a channel.
@@ -107,6 +108,7 @@ class ProductRegion:
     """
 
     end: fx.Node
+    whole: frozenset[fx.Node] = frozenset()
     products: list[tuple[FrozenProduct, Window]] = field(default_factory=list)
     thins: list[_Thin] = field(default_factory=list)
     vectors: list[tuple[fx.Node, Window]] = field(default_factory=list)
@@ -115,12 +117,17 @@ class ProductRegion:
         self._lifted: dict[tuple[fx.Node, Window], sympy.Expr] = {}
         self.formula = Formula.of(self._lift(self.end, None))
         if not self.products:
-            raise NotLiftableError("no product of it loads its weight by index")
+            raise NotLiftableError("it holds no product with a frozen weight")
         inside = {node for node, _ in self._lifted}
         for node in inside - {self.end}:
             strangers = [user for user in node.users if user not in inside]
             if strangers and not _is_vector(node):
                 raise NotLiftableError(f"its intermediate {node.name} is also read by {strangers[0].name}")
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """What it computes."""
+        return {node for node, _ in self._lifted if not _is_vector(node)}
 
     @property
     def worthwhile(self) -> bool:
@@ -130,26 +137,39 @@ class ProductRegion:
         """
         return len(self._lifted) > 1 or any(product.form is not None for product, _ in self.products)
 
-    def insert(self, rewriter: Rewriter, dtype: torch.dtype) -> fx.Node:
-        """Insert the fused product; return the node that holds its result."""
+    def insert(
+        self,
+        rewriter: Rewriter,
+        dtype: torch.dtype,
+        provider: str = REFERENCE,
+        x_dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        """Insert the fused product; return the node that holds its result, (tokens, columns).
+
+        Args:
+            rewriter: where to insert.
+            dtype: of the result.
+            provider: what runs it.
+            x_dtype: what the inputs of frozen products are cast to; None leaves them as they are.
+        """
         products = [product for product, _ in self.products]
         xs = list(dict.fromkeys(product.x for product in products))
         formats = [product.form.text if product.form else "" for product in products]
         results = rewriter.call(
             _OPS.fused_linear.default,
-            xs,
+            [_flat(rewriter, x) if x_dtype is None else rewriter.method("to", _flat(rewriter, x), x_dtype) for x in xs],
             [product.weight for product in products],
-            [_narrowed(rewriter, product.channels, 0, window) for product, window in self.products],
+            [_narrowed(rewriter, each.channels, 0, window) for each, window in self.products if each.channels],
             self._reads,
             [product.dim for product in products],
-            [thin.thin for thin in self.thins],
+            [_flat(rewriter, thin.thin) for thin in self.thins],
             [_narrowed(rewriter, thin.factor, 0, thin.window) for thin in self.thins],
             [_narrowed(rewriter, vector, -1, window) for vector, window in self.vectors],
             self.formula.text,
             dtype,
             [scale for product in products for scale in product.scales],
             ";".join(formats) if any(formats) else "",
-            provider=REFERENCE,
+            provider=provider,
         )
         return rewriter.items(results, 1)[0]
 
@@ -161,7 +181,9 @@ class ProductRegion:
         """
         text, vectors = self.formula.text, len(self.vectors)
         layouts = [
-            (product.dim, None) if product.form is None else kernel_layout(product.form, product.dim)
+            ("none" if product.dim == WHOLE else product.dim, None)
+            if product.form is None
+            else kernel_layout(product.form, product.dim)
             for product, _ in self.products
         ]
         gathers, packed = zip(*layouts, strict=True)
@@ -189,6 +211,11 @@ class ProductRegion:
         if _is_vector(node):
             self.vectors.append((node, window if _is_wide(node) else None))
             return sympy.Symbol(f"v{len(self.vectors) - 1}")
+        if node in self.whole:
+            x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            self.products.append((FrozenProduct(x, weight, None, WHOLE), None))
+            symbol = sympy.Symbol(f"p{len(self.products) - 1}")
+            return symbol if bias is None else symbol + self._lift(bias, None)
         if (product := match_product(node)) is not None:
             self.products.append((product, window))
             return sympy.Symbol(f"p{len(self.products) - 1}")
@@ -214,6 +241,12 @@ class ProductRegion:
         if operand is None or isinstance(operand, torch.dtype):
             return None
         raise NotLiftableError(f"{operand!r} is no operand of a formula")
+
+
+def _flat(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """Return a tensor as a matrix; what was inserted carries no shape of its own, and is one."""
+    value = tensor_value(node)
+    return node if value is None or value.ndim == 2 else rewriter.method("reshape", node, -1, value.shape[-1])
 
 
 def _narrowed(rewriter: Rewriter, node: fx.Node, dim: int, window: Window) -> fx.Node:

@@ -98,6 +98,10 @@ CHAINS = {
     "weighted": chain("0.5*p0 - p1", dims=(1, 1)),
     "a scale": chain("v0*(p0 + t0)*v1"),
     "no rows": chain(SWIGLU, rows=0),
+    "a whole weight": (
+        *([x(5, 7)], [frozen(9, 7), frozen(12, 7)], [index(*range(9))], [0, 0], [-1, 0]),
+        *([x(5, 2, seed=3)], [x(9, 2, seed=4)], [x(9, seed=5)], "p0*p1 + 2*t0 + v0", torch.float64, [], "", REFERENCE),
+    ),
     "bare": ([x(5, 7)], [frozen(9, 7)], [index(0, 3)], [0], [0], [], [], [], "p0", torch.float64, [], "", REFERENCE),
 }
 

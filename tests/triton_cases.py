@@ -199,6 +199,29 @@ def flat_dequantised(weight: PackedWeight) -> Tensor:
     return (table[halves[:total]] * absmax.repeat_interleave(form.blocksize)[:total]).view(form.rows, form.width)
 
 
+def whole_weight(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """A layer and its adapter in one kernel, forward and gradients, against fp64."""
+    tokens, width, out, rank = shape
+    weight = drawn(out, width, seed=1, dtype=torch.float32).div(width**0.5).to(dtype)
+    factor = drawn(out, rank, seed=12, dtype=torch.float32).div(rank**0.5).to(dtype)
+    leaves = [drawn(tokens, width, seed=10, dtype=dtype), drawn(tokens, rank, seed=11, dtype=dtype), factor]
+    bias = drawn(out, seed=13, dtype=dtype)
+
+    def run(wide: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        of = torch.float64 if wide else dtype
+        x, thin, factor = (each.to(of).requires_grad_() for each in leaves)
+        (y,) = fused_linear(
+            [x], [weight.to(of)], [], [0], [-1], [thin], [factor], [bias.to(of)], "p0 + 2*t0 + v0", of,
+            [], "", "reference" if wide else "triton",
+        )  # fmt: skip
+        return y, torch.autograd.grad(y, (x, thin, factor), drawn(*y.shape, seed=4, dtype=dtype).to(of))
+
+    (y, found), (expected, wanted) = run(False), run(True)
+    assert_close_rms(y, expected, name="forward")
+    for index, (gradient, reference_) in enumerate(zip(found, wanted, strict=True)):
+        assert_close_rms(gradient, reference_, dtype, name=f"gradient {index}")
+
+
 def gradients_of_strided() -> None:
     """A gradient that comes as a transposed view, saved products that come packed, and one of fp32 for bf16."""
     d_y, product = drawn(21, 40, seed=0, dtype=torch.float32).t(), drawn(40, 21, seed=1, dtype=torch.bfloat16)
@@ -345,6 +368,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for dim in (0, 1)[: 2 if dtype == torch.float32 else 1]:
             name = f"4 bits {str(dtype)[6:]} {'x'.join(map(str, shape))} {blocksize} {kind} along {dim}"
             yield name, partial(four_bit, dtype, tuple(shape), (blocksize, nested, kind), dim)
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        yield f"whole weight {str(dtype)[6:]} {'x'.join(map(str, shape))}", partial(whole_weight, dtype, shape)
     pairs = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
     for (dtype, adapters), shape in itertools.product(pairs, MASKED_SHAPES):
         for strided in (False, True)[: 2 if dtype == torch.float32 else 1]:

@@ -26,7 +26,7 @@ from sparse_compile.kernels.codegen.formula import Gradients, parsed
 from sparse_compile.kernels.dequantize_4bit.packed import PackedWeight, packed_weights
 from sparse_compile.kernels.fused_linear import reference, triton
 from sparse_compile.kernels.fused_linear.layout import empty_rows
-from sparse_compile.kernels.fused_linear.operands import out_features
+from sparse_compile.kernels.fused_linear.operands import WHOLE, channels_by_product, out_features
 from sparse_compile.kernels.providers import Provider, ProviderTable, triton_runs
 
 FUSED_LINEAR = ProviderTable(
@@ -63,9 +63,9 @@ def fused_linear(
         xs: inputs of the frozen products, each (n, depth), of one dtype.
         weights: frozen weights, each (out, in), one for each product, of any float dtype; of a weight in 4 bits the
             packed data.
-        channels: (k,) int64, one for each product: which rows or columns of its weight are used.
+        channels: (k,) int64, one for each product whose weight is indexed: which rows or columns of it are used.
         reads: for each product, the index of its x.
-        dims: for each product, the dimension of the weight that is indexed.
+        dims: for each product, the dimension of the weight that is indexed, or -1: it is used whole.
         thins: (n, r) each.
         factors: (columns, r) each, trained.
         vectors: (columns,) or (1,) each.
@@ -184,18 +184,19 @@ def _backward(ctx: Any, d_outputs: Sequence[Tensor]) -> tuple[Any, ...]:
     for j, (thin, factor) in enumerate(zip(thins, factors, strict=True)):
         if f"t{j}" in found:
             gradient, scale = found[f"t{j}"]
-            gradient = gradient.to(thin.dtype) * scale
+            gradient = gradient.to(thin.dtype)
+            # The scale is applied to what is thin.
             if needs_thin[j]:
-                d_thins[j] = gradient @ factor.to(thin.dtype)
+                d_thins[j] = (gradient @ factor.to(thin.dtype)) * scale
             if needs_factor[j]:
-                d_factors[j] = (gradient.T @ thin).to(factor.dtype)
+                d_factors[j] = ((gradient.T @ thin) * scale).to(factor.dtype)
     for j, vector in enumerate(vectors):
         if f"v{j}" in found:
             gradient, scale = found[f"v{j}"]
             summed = gradient.sum(0) if vector.numel() > 1 else gradient.sum()
             d_vectors[j] = (summed * scale).to(vector.dtype).reshape(vector.shape)
-    frozen = [None] * len(weights)
-    return d_xs, frozen, frozen, None, None, d_thins, d_factors, d_vectors, None, None, [None] * len(scales), None, None
+    no_weights, no_channels, no_scales = ([None] * len(group) for group in (weights, channels, scales))
+    return d_xs, no_weights, no_channels, None, None, d_thins, d_factors, d_vectors, None, None, no_scales, None, None
 
 
 def _gradients(
@@ -228,14 +229,15 @@ def _input_gradient(
     gradients = [by_operand[f"p{i}"] for i in members]
     formula = " + ".join(f"{scale!r}*p{i}" if scale != 1 else f"p{i}" for i, (_, scale) in enumerate(gradients))
     own = [weights[i] for i in members]
+    chosen = channels_by_product(channels, ctx.dims)
     packed = [weight for weight in own if isinstance(weight, PackedWeight)]
     texts = [weight.format.T.text if isinstance(weight, PackedWeight) else "" for weight in own]
     (d_x,) = fused_linear(
         [gradient for gradient, _ in gradients],
         [weight.data if isinstance(weight, PackedWeight) else weight.T for weight in own],
-        [channels[i] for i in members],
+        [each for i in members if (each := chosen[i]) is not None],
         list(range(len(members))),
-        [1 - ctx.dims[i] for i in members],
+        [ctx.dims[i] if ctx.dims[i] == WHOLE else 1 - ctx.dims[i] for i in members],
         [],
         [],
         [],

@@ -12,6 +12,7 @@ made once, is small (out, k), and lives for one call: the backward makes its own
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,36 @@ class FrozenOperand:
         }
 
 
+WHOLE = -1
+"""In place of a dimension that is indexed: every channel of the weight is used."""
+
+
+def channels_by_product(channels: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor | None]:
+    """Return the channels of each product, None of one with a whole weight."""
+    left = iter(channels)
+    return [None if dim == WHOLE else next(left) for dim in dims]
+
+
 def out_features(weight: Tensor | PackedWeight) -> int:
     """Return how many channels a product has if all are computed."""
     return weight.shape[0] if isinstance(weight, Tensor) else weight.format.shape[0]
 
 
+def whole_weight(weight: Tensor | PackedWeight) -> Tensor:
+    """Return a weight that is used whole.
+
+    Raises:
+        ValueError: it is in 4 bits. Each tile of rows would dequantise it again: that is done once, before the product.
+    """
+    if isinstance(weight, PackedWeight):
+        raise ValueError("a weight in 4 bits that is used whole is dequantised before the product")
+    return weight
+
+
 def is_scattered(weight: Tensor | PackedWeight, dim: int) -> bool:
     """Tell whether neighbours in a slice that is chosen along `dim` are far apart in memory."""
+    if dim == WHOLE:
+        return False
     if isinstance(weight, Tensor):
         return weight.stride(dim) < weight.stride(1 - dim)
     return weight.format.transposed == (dim == 0)
@@ -68,17 +92,19 @@ def kernel_layout(form: PackedFormat, dim: int) -> tuple[int | str, FourBit | No
 
 
 def frozen_operand(
-    weight: Tensor | PackedWeight, channels: Tensor, dim: int, dtype: torch.dtype, *, copied: bool
+    weight: Tensor | PackedWeight, channels: Tensor | None, dim: int, dtype: torch.dtype, *, copied: bool
 ) -> FrozenOperand:
     """Return what the kernel takes of a weight.
 
     Args:
         weight: (out, in).
-        channels: (k,) int64.
-        dim: the dimension of the weight that they index.
+        channels: (k,) int64; None of a whole weight.
+        dim: the dimension of the weight that they index, or `WHOLE`.
         dtype: of x, in which a weight in 4 bits is dequantised.
         copied: whether a scattered slice of a dense weight is copied together first.
     """
+    if channels is None:
+        return FrozenOperand("none", None, _matrix(whole_weight(weight)))
     scattered = is_scattered(weight, dim)
     if isinstance(weight, Tensor):
         if not (scattered and copied):

@@ -12,6 +12,7 @@ from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.dequantize_4bit.packed import PackedWeight, packed_weights
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.kernels.fused_linear.layout import aligned
+from sparse_compile.kernels.fused_linear.operands import channels_by_product, whole_weight
 
 
 def fused_linear(
@@ -31,7 +32,7 @@ def fused_linear(
     """Return y and, where its gradients need them, the products; see `op.fused_linear`."""
     products = []
     stored = packed_weights(weights, scales, formats)
-    for read, weight, chosen, dim in zip(reads, stored, channels, dims, strict=True):
+    for read, weight, chosen, dim in zip(reads, stored, channels_by_product(channels, dims), dims, strict=True):
         x = xs[read]
         products.append(x @ _slice(weight, chosen, dim, x.dtype).T)
     y = parsed(formula).evaluate(_operands(products, thins, factors, vectors)).to(dtype)
@@ -53,7 +54,9 @@ def fused_linear_gradients(
     return [aligned((wide * parsed(each).evaluate({"d": wide, **operands})).to(dtype)) for each in formulas.split(";")]
 
 
-def _slice(weight: Tensor | PackedWeight, channels: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _slice(weight: Tensor | PackedWeight, channels: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    if channels is None:
+        return whole_weight(weight).to(dtype)
     if isinstance(weight, PackedWeight):
         return weight.channels(channels, dim, dtype)
     return weight.index_select(dim, channels).to(dtype)

@@ -24,7 +24,7 @@ from sparse_compile.kernels.codegen.triton_source import (
 )
 from sparse_compile.kernels.dequantize_4bit.packed import packed_weights
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
-from sparse_compile.kernels.fused_linear.operands import frozen_operand, is_scattered, out_features
+from sparse_compile.kernels.fused_linear.operands import channels_by_product, frozen_operand, is_scattered, out_features
 from sparse_compile.kernels.fused_linear.reference import saves_products
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_elementwise_tile, choose_tile
 from sparse_compile.kernels.triton_launch import capability_of, on_device_of, product_precision
@@ -54,7 +54,7 @@ def fused_linear(
                                products=len(weights) + len(thins), scattered=any(scattered)))  # fmt: skip
     operands = [
         frozen_operand(weight, chosen, dim, xs[0].dtype, copied=tile.pack)
-        for weight, chosen, dim in zip(stored, channels, dims, strict=True)
+        for weight, chosen, dim in zip(stored, channels_by_product(channels, dims), dims, strict=True)
     ]
     spec = product_spec(
         reads, [operand.gather for operand in operands], len(thins), len(vectors), formula,
