@@ -14,15 +14,14 @@ from functools import partial
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from bitsandbytes.functional import quantize_4bit
 from torch import Tensor, nn
 
+import triton_4bit_cases
 from graphs import Head, frozen, gradients_of, lora, run_rewritten, tokens
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.kernels.channel_selection import triton as provider
 from sparse_compile.kernels.channel_selection.reference import top_channels as plain_top_channels
 from sparse_compile.kernels.codegen.triton_source import product_source
-from sparse_compile.kernels.dequantize_4bit.packed import PackedFormat, PackedWeight, code_values
 from sparse_compile.kernels.fused_linear import fused_linear, fused_linear_gradients
 from sparse_compile.kernels.fused_linear.reference import fused_linear_gradients as plain_gradients
 from sparse_compile.kernels.fused_linear.triton import product_spec
@@ -32,8 +31,8 @@ from sparse_compile.kernels.masked_linear.reference import exact_gradients
 from sparse_compile.kernels.token_rows import put_rows, take_rows
 from sparse_compile.kernels.token_rows import reference as plain_rows
 from tolerances import Tolerance, assert_close_rms
+from triton_operands import DTYPES, chosen, drawn
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
     # tokens, in, out, kept
     (33, 65, 47, 13),
@@ -60,15 +59,6 @@ FORMULAS = {
     "a scale": "v0*(p0 + 2*t0)",
     "constant": "3",
 }
-
-
-def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
-
-
-def chosen(total: int, kept: int) -> Tensor:
-    return torch.randperm(total, generator=torch.Generator().manual_seed(3))[:kept].sort().values
 
 
 def gathered(dtype: torch.dtype, shape: tuple[int, ...], strided: bool) -> None:
@@ -134,69 +124,6 @@ def fused(formula: str, dtype: torch.dtype, shape: tuple[int, ...], dim: int = 0
     assert_close_rms(y, expected, name="forward")
     for index, (gradient, reference_) in enumerate(zip(found, wanted, strict=True)):
         assert_close_rms(gradient, reference_, dtype, name=f"gradient {index}")
-
-
-def packed_weight(rows: int, width: int, quant_type: str, blocksize: int, nested: bool, seed: int) -> PackedWeight:
-    """A weight of unit variance along a row, as bitsandbytes stores it."""
-    weight = drawn(rows, width, seed=seed, dtype=torch.float32).div(width**0.5)
-    data, state = quantize_4bit(weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type)
-    own = (state.state2.absmax, (state.absmax, state.state2.code, state.offset)) if nested else (state.absmax, ())
-    return PackedWeight(data, *own, PackedFormat(quant_type, blocksize, rows, width, nested))
-
-
-FOUR_BIT = (
-    # tokens, in, out, kept, blocksize, nested, type: rows of one block, of several, within one, a short last block
-    (33, 64, 47, 13, 64, False, "nf4"),
-    (33, 256, 300, 13, 32, True, "nf4"),
-    (3, 128, 16, 16, 128, True, "fp4"),
-    (130, 96, 70, 33, 64, False, "nf4"),
-    (20, 50, 23, 7, 64, True, "fp4"),
-    (9, 64, 9, 1, 4096, False, "fp4"),
-    (0, 64, 9, 3, 64, True, "nf4"),
-)
-
-
-def four_bit(dtype: torch.dtype, shape: tuple[int, ...], quantised: tuple[int, bool, str], dim: int = 0) -> None:
-    """Forward and gradients of products with weights in 4 bits, one of them beside a dense one, against fp64."""
-    tokens, width, out, kept = shape
-    blocksize, nested, quant_type = quantised
-    packed = [packed_weight(out, width, quant_type, blocksize, nested, seed) for seed in (1, 2)]
-    other = drawn(out, width, seed=3, dtype=dtype)
-    channels = chosen((out, width)[dim], kept)
-    columns, depth = (kept, width) if dim == 0 else (out, kept)
-    dense = [flat_dequantised(each).to(dtype).double() for each in packed] + [other.double()]
-    scales = [scale for each in packed for scale in (each.absmax, *each.nested)]
-    formats = ";".join([*(each.format.text for each in packed), ""])
-    leaves = [drawn(tokens, depth, seed=10, dtype=dtype), drawn(tokens, 5, seed=11, dtype=dtype)]
-    leaves.append(drawn(columns, 5, seed=12, dtype=torch.float32).div(5**0.5).to(dtype))
-    formula = "(p0 + t0)*sigmoid(p0 + t0)*p1 + p2" if dim == 0 else "p0 + p1 + p2 + 0.5*t0"
-
-    def run(wide: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x, thin, factor = (each.to(torch.float64 if wide else dtype).requires_grad_() for each in leaves)
-        weights = dense if wide else [*(each.data for each in packed), other]
-        (y, *_) = fused_linear(
-            [x], weights, [channels] * 3, [0] * 3, [dim] * 3, [thin], [factor], [], formula, x.dtype,
-            [] if wide else scales, "" if wide else formats, "reference" if wide else "triton",
-        )  # fmt: skip
-        d_y = drawn(*y.shape, seed=4, dtype=dtype).to(y.dtype)
-        return y, torch.autograd.grad(y, (x, thin, factor), d_y)
-
-    (y, found), (expected, wanted) = run(False), run(True)
-    assert_close_rms(y, expected, name="forward")
-    for index, (gradient, reference_) in enumerate(zip(found, wanted, strict=True)):
-        assert_close_rms(gradient, reference_, dtype, name=f"gradient {index}")
-
-
-def flat_dequantised(weight: PackedWeight) -> Tensor:
-    """The whole weight, by the loops that the format is told in."""
-    form, table = weight.format, code_values(weight.format.quant_type, torch.device("cpu"))
-    halves = torch.stack([weight.bytes >> 4, weight.bytes & 15], dim=1).reshape(-1).int()
-    absmax = weight.absmax
-    if weight.nested:
-        quantised, code, offset = weight.nested
-        absmax = code[quantised.int()] * absmax.repeat_interleave(256)[: quantised.numel()] + offset
-    total = form.rows * form.width
-    return (table[halves[:total]] * absmax.repeat_interleave(form.blocksize)[:total]).view(form.rows, form.width)
 
 
 def whole_weight(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -338,7 +265,7 @@ def whole_model(autocast: bool) -> None:
     assert next(record for record in ran.result.records if record.name == "fuse_products").stats["fused"] == 2
     assert next(record for record in ran.result.records if record.name == "fuse_adapted_layers").stats["fused"] >= 4
     (other, expected) = found["measured"]
-    # Autocast rounds every operation of the composed path, and the interpreter cuts bf16 numbers where a GPU rounds them.
+    # Autocast rounds every operation of the composed path, and the interpreter cuts bf16 numbers that a GPU rounds.
     cut = Tolerance(max=0.2, rms=0.05, why="Twice the error of a rounding, in as many of them as the table allows for.")
     dtype, tolerance = (torch.bfloat16, cut) if autocast else (torch.float32, None)
     assert_close_rms(ran.value, other.value, dtype, tolerance=tolerance)
@@ -367,10 +294,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = "x".join(map(str, shape))
         yield f"fused {name}", partial(fused, FORMULAS["swiglu, adapters, bias"], torch.float16, shape)
         yield f"fused, inputs gathered {name}", partial(fused, FORMULAS["sum"], torch.float32, shape, 1)
-    for dtype, (*shape, blocksize, nested, kind) in itertools.product(DTYPES, FOUR_BIT):
-        for dim in (0, 1)[: 2 if dtype == torch.float32 else 1]:
-            name = f"4 bits {str(dtype)[6:]} {'x'.join(map(str, shape))} {blocksize} {kind} along {dim}"
-            yield name, partial(four_bit, dtype, tuple(shape), (blocksize, nested, kind), dim)
+    yield from triton_4bit_cases.cases()
     for dtype, shape in itertools.product(DTYPES, SHAPES):
         yield f"whole weight {str(dtype)[6:]} {'x'.join(map(str, shape))}", partial(whole_weight, dtype, shape)
     pairs = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
