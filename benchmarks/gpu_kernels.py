@@ -161,7 +161,7 @@ def _product(
         given_xs, given_weights, *low = ([each.to(dtype) for each in group] for group in (xs, weights, thins, factors))
         dims = [dim] * len(weights)
         return _OPS.fused_linear(  # type: ignore[no-any-return]
-            given_xs, given_weights, channels, reads, dims, *low, [], formula, dtype, provider
+            given_xs, given_weights, channels, reads, dims, *low, [], formula, dtype, [], "", provider
         )
 
     rows, columns = xs[0].shape[0], channels[0].numel() if dim == 0 else weights[0].shape[0]

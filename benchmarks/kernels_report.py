@@ -22,6 +22,7 @@ from typing import Any
 
 from sparse_compile.kernels.channel_selection.triton import launch_sizes, norm_sizes
 from sparse_compile.kernels.codegen.formula import parsed
+from sparse_compile.kernels.codegen.packed_tiles import FourBit
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
 from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, shared_limit
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
@@ -77,7 +78,9 @@ class Built:
     matrix_instructions: int
 
 
+_SCALES = re.compile(r"(table|absmax|bytes|code|offset)_p\d+")
 HIDDEN, FFN_CHANNELS, RANK, PREDICTOR_RANK = 4096, 14336, 32, 8
+NF4 = FourBit(blocksize=64, whole_rows=True, nested=True)
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
 
@@ -116,6 +119,13 @@ def variants(tokens: int = 3072, hidden: int = 4096, kept: int = 144, kept_heads
             product_spec((0,), ("none",), 1, 0, "p0 + 2.0*t0"), problem(hidden, kept, 2, scattered=True)
         ),
         "down backward": Variant(product_spec((0,), ("none",), 0, 0, "p0"), problem(kept, hidden, scattered=True)),
+        "gate, up in 4 bits": Variant(product_spec((0, 0), (0, 0), 0, 0, SWIGLU, [NF4] * 2), problem(kept, hidden, 2)),
+        "gate, up in 4 bits with adapters": Variant(
+            product_spec((0, 0), (0, 0), 2, 0, SWIGLU_LORA, [NF4] * 2), problem(kept, hidden, 4)
+        ),
+        "gate, up in 4 bits backward": Variant(
+            product_spec((0, 1), (1, 1), 0, 0, "p0 + p1", [NF4] * 2), problem(hidden, kept, 2)
+        ),
         "query": Variant(product_spec((0,), (0,), 0, 0, "p0"), problem(kept_heads, hidden)),
         "query backward": Variant(product_spec((0,), (1,), 0, 0, "p0"), problem(hidden, kept_heads), ("p0",)),
         "output projection": Variant(
@@ -150,6 +160,9 @@ def build(variant: Variant, arch: str, tile: Tile | None = None) -> Built:
         name: "*bf16" for name in names if re.fullmatch(r"x_\d+|w_[pt]\d+|vector_\d+|(saved|gradient)_\w+|d?_?y", name)
     }
     pointers |= {name: "*i64" for name in names if name.startswith("channels_")}
+    if isinstance(variant.spec, ProductSpec):
+        pointers |= {f"w_{term.name}": "*u8" for term in variant.spec.terms if term.packed}
+    pointers |= {name: "*u8" if name[0] == "b" else "*fp32" for name in names if _SCALES.fullmatch(name)}
     # Rows of gathered tensors are as long as there are channels, but begin at multiples of 16 elements.
     divisible = {name for name in names if name.endswith(("_row", "_col"))}
     divisible |= {name for name in ("rows", "columns") if getattr(problem, name) % 16 == 0}

@@ -18,6 +18,7 @@ PASS_NAMES: tuple[str, ...] = (
     "sparsify_ffn",
     "sparsify_attention",
     "fuse_products",
+    "fuse_adapted_layers",
     "lower_sparse_ops",
     "lower_frozen_linears",
     "lower_causal_attention",

@@ -57,6 +57,8 @@ class LowerSparseOps:
             if table is None:
                 continue
             site = node.meta[TAG]["site"]
+            if site not in calls:
+                continue  # of no sparse site: the pass that inserted it chose
             choice = table.choose(calls[site], ctx.config.kernels)
             if choice == Choice(REFERENCE, ()):
                 continue  # what the op runs anyway: there is no other for this device

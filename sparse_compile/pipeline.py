@@ -31,6 +31,7 @@ from sparse_compile.passes.factor_dora_norm import FactorDoRANorm
 from sparse_compile.passes.find_attention import FindAttention
 from sparse_compile.passes.find_ffn import FindFFN
 from sparse_compile.passes.find_projections import FindProjections
+from sparse_compile.passes.fuse_adapted_layers import FuseAdaptedLayers
 from sparse_compile.passes.fuse_adapters import FuseAdapters
 from sparse_compile.passes.fuse_products import FuseProducts
 from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
@@ -75,6 +76,7 @@ def passes() -> tuple[Pass, ...]:
         SparsifyFFN(),
         SparsifyAttention(),
         FuseProducts(),  # behind what gathers products, before a provider is chosen for those that it leaves
+        FuseAdaptedLayers(),  # behind it, and behind what merges or stacks adapters: it takes the sums that are left
         LowerSparseOps(),  # last: a choice for each op that is left
         LowerFrozenLinears(),  # and for each dense product: all passes before it read them as `linear`
         LowerCausalAttention(),  # likewise: attention is found, and rows of the loss are selected, by its own name

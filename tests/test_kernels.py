@@ -88,7 +88,7 @@ def chain(formula: str, *, dims: tuple[int, int] = (0, 0), rows: int | None = No
         groups |= {name: [x(rows, each.shape[1]) for each in groups[name]] for name in ("xs", "thins")}
     reads = list(range(len(groups["xs"]))) * (2 // len(groups["xs"]))
     first, last = list(groups.values())[:3], list(groups.values())[3:]
-    return (*first, reads, list(dims), *last, formula, torch.float64, REFERENCE)
+    return (*first, reads, list(dims), *last, formula, torch.float64, [], "", REFERENCE)
 
 
 SWIGLU = "(p0 + 2*t0 + v0)*sigmoid(p0 + 2*t0 + v0)*(p1 + v1)"
@@ -98,7 +98,11 @@ CHAINS = {
     "weighted": chain("0.5*p0 - p1", dims=(1, 1)),
     "a scale": chain("v0*(p0 + t0)*v1"),
     "no rows": chain(SWIGLU, rows=0),
-    "bare": ([x(5, 7)], [frozen(9, 7)], [index(0, 3)], [0], [0], [], [], [], "p0", torch.float64, REFERENCE),
+    "a whole weight": (
+        *([x(5, 7)], [frozen(9, 7), frozen(12, 7)], [index(*range(9))], [0, 0], [-1, 0]),
+        *([x(5, 2, seed=3)], [x(9, 2, seed=4)], [x(9, seed=5)], "p0*p1 + 2*t0 + v0", torch.float64, [], "", REFERENCE),
+    ),
+    "bare": ([x(5, 7)], [frozen(9, 7)], [index(0, 3)], [0], [0], [], [], [], "p0", torch.float64, [], "", REFERENCE),
 }
 
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -348,7 +352,7 @@ def test_a_trained_weight_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="must be frozen"):
         OPS.merged_linear(ADAPTED[0], x(9, 7), *ADAPTED[2:], 1.5, "F2B5")
     with pytest.raises(AssertionError, match="a frozen product has no gradient for its weight"):
-        OPS.fused_linear([x(2, 3)], [x(4, 3)], [index(0)], [0], [0], [], [], [], "p0", torch.float64, REFERENCE)
+        OPS.fused_linear([x(2, 3)], [x(4, 3)], [index(0)], [0], [0], [], [], [], "p0", torch.float64, [], "", REFERENCE)
 
 
 # --- Causal attention -------------------------------------------------------------------------------------------------

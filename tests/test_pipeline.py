@@ -130,6 +130,7 @@ def test_disable(name: str) -> None:
         "find_attention",
         "sparsify_attention",
         "fuse_products",
+        "fuse_adapted_layers",
         "lower_sparse_ops",
         "lower_frozen_linears",
         "lower_causal_attention",

@@ -40,7 +40,7 @@ def test_kernels_under_the_interpreter(repo_root: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 153
+    assert len(lines) == 200
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def report(repo_root: Path) -> Iterator[ModuleType]:
 def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch: str) -> None:
     """The 8B shapes: hidden 4096, feed-forward 14336 of which 143 or 430 channels are kept, 3072 context tokens."""
     variants = report.variants() | {
-        f"{name}, o1": each for name, each in report.variants(4073, 4096, 430, 3276).items()
+        f"{name}, o1": each
+        for name, each in report.variants(4073, 4096, 430, 3276).items()
+        if "4 bits" not in name  # what they add to the kernels of dense weights does not depend on these sizes
     }
     for name, variant in variants.items():
         built = report.build(variant, arch)

@@ -14,7 +14,9 @@ from typing import Literal
 import sympy
 from sympy.printing.str import StrPrinter
 
+from sparse_compile.kernels.codegen import packed_tiles
 from sparse_compile.kernels.codegen.formula import Formula, parsed, select, sigmoid, softplus
+from sparse_compile.kernels.codegen.packed_tiles import FourBit
 
 Gather = Literal["rows", "depth", "none"]
 
@@ -27,11 +29,13 @@ class Term:
         name: symbol of the formula, such as `"p0"`.
         source: index of its x among those of the kernel; terms of one x are computed in one loop over its columns.
         gather: M is W[idx] (`"rows"`), W[:, idx] (`"depth"`) or W (`"none"`).
+        packed: how W is stored, where it is in 4 bits; W is the stored weight if rows are gathered, else its transpose.
     """
 
     name: str
     source: int
     gather: Gather
+    packed: FourBit | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,9 @@ def _term_parameters(terms: Sequence[Term]) -> list[str]:
     pointers = [f"x_{source}" for source in sources]
     pointers += [f"w_{term.name}" for term in terms]
     pointers += [f"channels_{term.name}" for term in terms if term.gather != "none"]
+    pointers += [name for term in terms if term.packed for name in packed_tiles.pointers(term.name, term.packed)]
     sizes = [name for i in sources for name in (f"depth_{i}", f"x_{i}_row", f"x_{i}_col")]
-    sizes += [f"w_{term.name}_{end}" for term in terms for end in ("row", "col")]
+    sizes += [f"w_{term.name}_{end}" for term in terms for end in (("row",) if term.packed else ("row", "col"))]
     return [*pointers, *sizes]
 
 
@@ -196,11 +201,17 @@ def _add_tiles(body: _Block, source: int, terms: Sequence[Term], accumulators: d
     body.line(f"left = tl.load(x_{source} + x_at, mask=(m[:, None] < rows){along_row}, other=0.0)", 2)
     for term in terms:
         name, total = term.name, accumulators[term.name]
-        column = "position"
-        if term.gather == "depth":
-            column = f"tl.load(channels_{name} + position{', mask=deep, other=0' if masked else ''})"
-        body.line(f"w_at = w_rows_{name}[None, :] * w_{name}_row + {column}.to(tl.int64)[:, None] * w_{name}_col", 2)
-        body.line(f"right = tl.load(w_{name} + w_at, mask=(n[None, :] < columns){along_column}, other=0.0)", 2)
+        if term.packed is not None:
+            along_depth = term.gather == "rows"
+            for line in packed_tiles.tile_lines(name, source, term.packed, along_depth=along_depth, masked=masked):
+                body.line(line, 2)
+        else:
+            column = "position"
+            if term.gather == "depth":
+                column = f"tl.load(channels_{name} + position{', mask=deep, other=0' if masked else ''})"
+            row = f"w_rows_{name}[None, :] * w_{name}_row"
+            body.line(f"w_at = {row} + {column}.to(tl.int64)[:, None] * w_{name}_col", 2)
+            body.line(f"right = tl.load(w_{name} + w_at, mask=(n[None, :] < columns){along_column}, other=0.0)", 2)
         body.line("if INTERPRETED:", 2)
         # The interpreter multiplies the bits of bf16 numbers as integers.
         wide = "left.to(tl.float32), right.to(left.dtype).to(tl.float32)"

@@ -10,12 +10,12 @@ runs the model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.dequantize_4bit.packed import code_values
 from sparse_compile.kernels.dequantize_4bit.reference import NESTED_BLOCKSIZE, dequantize_4bit
 
 
@@ -48,7 +48,7 @@ def dequantize_channels(
     taken = data.index_select(1, channels // 2)
     halves = torch.where(channels % 2 == 0, taken >> 4, taken & 15)
     scales = _scales(absmax, *nested, torch.arange(rows, device=data.device)[:, None] * blocks + channels // blocksize)
-    return (_values(quant_type, data.device)[halves.int()] * scales).to(dtype)
+    return (code_values(quant_type, data.device)[halves.int()] * scales).to(dtype)
 
 
 def _scales(
@@ -63,12 +63,3 @@ def _scales(
         return absmax[blocks]
     assert absmax_code is not None and absmax_offset is not None
     return absmax_code[absmax_8bit[blocks].int()] * absmax[blocks // NESTED_BLOCKSIZE] + absmax_offset
-
-
-@functools.cache
-def _values(quant_type: str, device: torch.device) -> Tensor:
-    """Return the 16 numbers that a half of a byte stands for, as the library dequantises them under a scale of 1."""
-    both_halves = torch.arange(16, dtype=torch.uint8, device=device).mul_(17).view(-1, 1)
-    ones = torch.ones(1, device=device)
-    pairs = dequantize_4bit(both_halves, ones, None, None, None, [1, 32], 32, quant_type, torch.float32)
-    return pairs.view(16, 2)[:, 0].contiguous()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.codegen.formula import parsed
+from sparse_compile.kernels.dequantize_4bit.packed import PackedWeight, packed_weights
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.kernels.fused_linear.layout import aligned
+from sparse_compile.kernels.fused_linear.operands import channels_by_product, whole_weight
 
 
 def fused_linear(
@@ -24,12 +26,15 @@ def fused_linear(
     vectors: Sequence[Tensor],
     formula: str,
     dtype: torch.dtype,
+    scales: Sequence[Tensor],
+    formats: str,
 ) -> list[Tensor]:
     """Return y and, where its gradients need them, the products; see `op.fused_linear`."""
     products = []
-    for read, weight, chosen, dim in zip(reads, weights, channels, dims, strict=True):
+    stored = packed_weights(weights, scales, formats)
+    for read, weight, chosen, dim in zip(reads, stored, channels_by_product(channels, dims), dims, strict=True):
         x = xs[read]
-        products.append(x @ weight.index_select(dim, chosen).to(x.dtype).T)
+        products.append(x @ _slice(weight, chosen, dim, x.dtype).T)
     y = parsed(formula).evaluate(_operands(products, thins, factors, vectors)).to(dtype)
     return [aligned(y), *(aligned(product) for product in products if saves_products(formula))]
 
@@ -47,6 +52,14 @@ def fused_linear_gradients(
     operands = _operands(products, thins, factors, vectors)
     wide = d_y.to(at_least_fp32(d_y))
     return [aligned((wide * parsed(each).evaluate({"d": wide, **operands})).to(dtype)) for each in formulas.split(";")]
+
+
+def _slice(weight: Tensor | PackedWeight, channels: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    if channels is None:
+        return whole_weight(weight).to(dtype)
+    if isinstance(weight, PackedWeight):
+        return weight.channels(channels, dim, dtype)
+    return weight.index_select(dim, channels).to(dtype)
 
 
 @lru_cache(maxsize=1024)  # every call of the op asks, and differentiating takes longer than its kernel

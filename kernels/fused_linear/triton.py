@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.codegen.formula import parsed
+from sparse_compile.kernels.codegen.packed_tiles import FourBit
 from sparse_compile.kernels.codegen.triton_source import (
     Gather,
     GradientSpec,
@@ -21,7 +22,9 @@ from sparse_compile.kernels.codegen.triton_source import (
     gradient_source,
     product_source,
 )
+from sparse_compile.kernels.dequantize_4bit.packed import packed_weights
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
+from sparse_compile.kernels.fused_linear.operands import channels_by_product, frozen_operand, is_scattered, out_features
 from sparse_compile.kernels.fused_linear.reference import saves_products
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile
 from sparse_compile.kernels.fused_linear.tuned import tile_for
@@ -40,16 +43,23 @@ def fused_linear(
     vectors: Sequence[Tensor],
     formula: str,
     dtype: torch.dtype,
+    scales: Sequence[Tensor],
+    formats: str,
 ) -> list[Tensor]:
     """See `reference.fused_linear`."""
     rows = xs[0].shape[0]
-    columns = channels[0].numel() if dims[0] == 0 else weights[0].shape[0]
-    scattered = [weight.stride(dim) < weight.stride(1 - dim) for weight, dim in zip(weights, dims, strict=True)]
+    stored = packed_weights(weights, scales, formats)
+    columns = channels[0].numel() if dims[0] == 0 else out_features(stored[0])
+    scattered = [is_scattered(weight, dim) for weight, dim in zip(stored, dims, strict=True)]
     tile = tile_for(Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), capability_of(xs[0]),
                             products=len(weights) + len(thins), scattered=any(scattered)))  # fmt: skip
+    operands = [
+        frozen_operand(weight, chosen, dim, xs[0].dtype, copied=tile.pack)
+        for weight, chosen, dim in zip(stored, channels_by_product(channels, dims), dims, strict=True)
+    ]
     spec = product_spec(
-        reads, ["none" if tile.pack and far else dim for far, dim in zip(scattered, dims, strict=True)],
-        len(thins), len(vectors), formula,
+        reads, [operand.gather for operand in operands], len(thins), len(vectors), formula,
+        [operand.four_bit for operand in operands],
     )  # fmt: skip
     y = empty_rows(xs[0], rows, columns, dtype)
     saved = [empty_rows(xs[0], rows, columns) for _ in spec.saves]
@@ -58,12 +68,8 @@ def fused_linear(
     arguments: dict[str, Any] = {"y": y, "rows": rows, "columns": columns, "y_row": y.stride(0)}
     for index, x in enumerate((*xs, *thins)):
         arguments |= _matrix(f"x_{index}", x) | {f"depth_{index}": x.shape[1]}
-    for term, weight, chosen, dim in zip(spec.terms, weights, channels, dims, strict=False):
-        if term.gather == "none":
-            weight = _packed(weight, dim, chosen)
-        else:
-            arguments[f"channels_{term.name}"] = chosen
-        arguments |= _matrix(f"w_{term.name}", weight)
+    for term, operand in zip(spec.terms, operands, strict=False):
+        arguments |= operand.arguments(term.name)
     for index, factor in enumerate(factors):
         arguments |= _matrix(f"w_t{index}", factor)
     arguments |= {f"vector_{index}": vector.expand(columns).contiguous() for index, vector in enumerate(vectors)}
@@ -108,7 +114,12 @@ def fused_linear_gradients(
 
 
 def product_spec(
-    reads: Sequence[int], gathers: Sequence[int | str], thins: int, vectors: int, formula: str
+    reads: Sequence[int],
+    gathers: Sequence[int | str],
+    thins: int,
+    vectors: int,
+    formula: str,
+    packed: Sequence[FourBit | None] = (),
 ) -> ProductSpec:
     """Return what is to be generated for a call.
 
@@ -118,9 +129,11 @@ def product_spec(
         thins: number of thin products; each has an x of its own, behind the others'.
         vectors: number of operands of one value a channel.
         formula: its text.
+        packed: for each frozen product, how its weight is stored; all are dense where nothing is given.
     """
     names: dict[int | str, Gather] = {0: "rows", 1: "depth", "none": "none"}
-    terms = [Term(f"p{i}", read, names[gather]) for i, (read, gather) in enumerate(zip(reads, gathers, strict=True))]
+    frozen = zip(reads, gathers, packed or [None] * len(reads), strict=True)
+    terms = [Term(f"p{i}", read, names[gather], form) for i, (read, gather, form) in enumerate(frozen)]
     inputs = max(reads) + 1
     terms += [Term(f"t{j}", inputs + j, "none") for j in range(thins)]
     saves = tuple(f"p{i}" for i in range(len(reads))) if saves_products(formula) else ()
@@ -144,12 +157,6 @@ def _product_kernel(spec: ProductSpec) -> Callable[..., Any]:
 @lru_cache(maxsize=1024)
 def _gradient_kernel(spec: GradientSpec) -> Callable[..., Any]:
     return load_source(gradient_source(spec)).gradients  # type: ignore[no-any-return]
-
-
-def _packed(weight: Tensor, dim: int, channels: Tensor) -> Tensor:
-    """Copy the chosen rows or columns of a weight together."""
-    rows, columns = (channels.numel() if at == dim else size for at, size in enumerate(weight.shape))
-    return torch.index_select(weight, dim, channels, out=empty_rows(weight, rows, columns))
 
 
 def _matrix(name: str, matrix: Tensor) -> dict[str, Any]:

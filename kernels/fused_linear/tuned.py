@@ -32,7 +32,12 @@ PROVENANCE = {"device": str, "versions": dict, "date": str, "commit": dict, "com
 """What a table must say about where it comes from."""
 
 _KERNELS = Path(__file__).resolve().parent.parent
-_SOURCES = ("codegen/triton_source.py", "fused_linear/triton.py")
+_SOURCES = (
+    "codegen/packed_tiles.py",
+    "codegen/triton_source.py",
+    "fused_linear/operands.py",
+    "fused_linear/triton.py",
+)
 """What the kernels that are tuned are printed and launched by, below `kernels/`."""
 
 _PROBLEM_FIELDS = ("kernel", "rows", "columns", "depth", "itemsize", "scattered", "products")

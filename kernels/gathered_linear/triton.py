@@ -18,5 +18,5 @@ def gathered_input_linear(h: Tensor, weight: Tensor, channels: Tensor) -> Tensor
 
 
 def _product(x: Tensor, weight: Tensor, channels: Tensor, *, dim: int) -> Tensor:
-    (y,) = triton.fused_linear([x], [weight], [channels], [0], [dim], [], [], [], "p0", x.dtype)
+    (y,) = triton.fused_linear([x], [weight], [channels], [0], [dim], [], [], [], "p0", x.dtype, [], "")
     return y.contiguous()
