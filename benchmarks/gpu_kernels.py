@@ -60,9 +60,10 @@ class KernelCase:
 
 
 def compiled_variants(case: Case) -> dict[str, Variant]:
-    """Return what `kernel_cases` runs as it is compiled ahead of time, by name."""
+    """Return what `kernel_cases` runs as it is compiled ahead of time, by name: products with dense weights."""
     kept, kept_heads = _kept(case)
-    return variants(case.context, case.hidden, kept, kept_heads)
+    compiled = variants(case.context, case.hidden, kept, kept_heads)
+    return {name: variant for name, variant in compiled.items() if not variant.packed}
 
 
 def kernel_cases(case: Case, device: str) -> Iterator[KernelCase]:

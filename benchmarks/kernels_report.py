@@ -24,7 +24,7 @@ from sparse_compile.kernels.channel_selection.triton import launch_sizes, norm_s
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.packed_tiles import FourBit
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
-from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, shared_limit
+from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, choose_tile, shared_limit
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
 from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.token_rows.triton import launch_sizes as row_sizes
@@ -52,9 +52,14 @@ class Variant:
     problem: Problem
     by_column: tuple[str, ...] = ()
 
+    @property
+    def packed(self) -> bool:
+        """Whether it reads a weight that is stored in 4 bits."""
+        return isinstance(self.spec, ProductSpec) and any(term.packed for term in self.spec.terms)
+
     def tile(self, arch: str) -> Tile:
         """Return the tile that is chosen for it on an architecture."""
-        return tile_for(self.on(arch))
+        return choose_tile(self.on(arch)) if self.packed else tile_for(self.on(arch))
 
     def on(self, arch: str) -> Problem:
         """Return its sizes, on an architecture."""

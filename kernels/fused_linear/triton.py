@@ -26,7 +26,7 @@ from sparse_compile.kernels.dequantize_4bit.packed import packed_weights
 from sparse_compile.kernels.fused_linear.layout import aligned, empty_rows
 from sparse_compile.kernels.fused_linear.operands import channels_by_product, frozen_operand, is_scattered, out_features
 from sparse_compile.kernels.fused_linear.reference import saves_products
-from sparse_compile.kernels.fused_linear.tiles import Problem, Tile
+from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_tile
 from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.triton_launch import capability_of, on_device_of, product_precision
 from sparse_compile.torch_private import load_source
@@ -51,8 +51,10 @@ def fused_linear(
     stored = packed_weights(weights, scales, formats)
     columns = channels[0].numel() if dims[0] == 0 else out_features(stored[0])
     scattered = [is_scattered(weight, dim) for weight, dim in zip(stored, dims, strict=True)]
-    tile = tile_for(Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), capability_of(xs[0]),
-                            products=len(weights) + len(thins), scattered=any(scattered)))  # fmt: skip
+    problem = Problem(rows, columns, max(x.shape[1] for x in xs), xs[0].element_size(), capability_of(xs[0]),
+                      products=len(weights) + len(thins), scattered=any(scattered))  # fmt: skip
+    # Tables are measured with dense weights: in 4 bits other tiles fit into the registers.
+    tile = choose_tile(problem) if formats else tile_for(problem)
     operands = [
         frozen_operand(weight, chosen, dim, xs[0].dtype, copied=tile.pack)
         for weight, chosen, dim in zip(stored, channels_by_product(channels, dims), dims, strict=True)
