@@ -88,6 +88,11 @@ def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
     return size
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Have the device check a 0-dim bool tensor in its own order of work, which a CUDA graph may hold."""
+    torch._assert_async(condition, message)
+
+
 UNKNOWN_SIZE = 8191
 """Stands for a size that depends on data, of which nothing is seen at tracing: a prime, which no view divides."""
 
@@ -190,7 +195,7 @@ def frame_locals() -> Mapping[str, object]:
     return scope
 
 
-def install_value_guard(module: str, attribute: str, key: int | None = None) -> None:
+def install_value_guard(module: str, attribute: str, key: int | str | None = None) -> None:
     """Make Dynamo recompile the frame being compiled when a module-level plain value changes.
 
     Args:

@@ -78,7 +78,7 @@ def top_channels(scores: Tensor, k: int, site: str, provider: str = REFERENCE) -
     Returns:
         (k,) int64.
     """
-    count = _degenerate.setdefault((site, scores.device), torch.zeros((), dtype=torch.int64, device=scores.device))
+    count = _degenerate_count(site, scores.device)
     chosen = TOP_CHANNELS[provider](scores, k)
     channels, informative = cast("tuple[Tensor, Tensor]", chosen)
     count += ~informative
@@ -102,6 +102,18 @@ def spaced_rows(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = weights.shape[0] * count
     return weights.new_empty(rows, dtype=torch.int64), weights.new_empty(rows, dtype=torch.bool)
+
+
+def _degenerate_count(site: str, device: torch.device) -> Tensor:
+    key = site, device
+    if key not in _degenerate:
+        _degenerate[key] = torch.zeros((), dtype=torch.int64, device=device)
+    return _degenerate[key]
+
+
+def prepare_count(site: str, device: torch.device) -> None:
+    """Make the counter of a site before anything runs: one made inside of a CUDA graph would be of its memory."""
+    _degenerate_count(site, device)
 
 
 @contextmanager
