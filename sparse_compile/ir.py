@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sympy
-from torch import Tensor
+from torch import SymInt, Tensor
 
 NodeName = str
 SiteKind = Literal["ffn", "attention"]
@@ -269,7 +269,7 @@ class TokenSlots:
         """The option that asks for it."""
         return "token_capacity" if self.bucket is None else "token_bucket"
 
-    def among(self, rows: int | torch.SymInt) -> int:
+    def among(self, rows: int | SymInt) -> int:
         """Return the slots for some of so many rows: no more than there are rows, where that number is fixed."""
         return min(self.capacity, rows) if isinstance(rows, int) else self.capacity
 

@@ -22,13 +22,19 @@ def check_slots(marked: Tensor, slots: int, what: str, option: str) -> None:
     Raises:
         RuntimeError: there are more.
     """
-    message = f"{option}: this batch has %s {what}, and the graph has slots for {slots}"
-    if marked.device.type == "cpu":
-        count = int(marked.sum())
-        if count > slots:
-            raise RuntimeError(f"sparselora: {message % count}. {_REMEDY[option]}")
-    else:
-        assert_on_device(marked.sum() <= slots, f"sparselora: {message % 'more'}")
+    if marked.device.type != "cpu":
+        check_on_device(marked, slots, what, option)
+    elif (count := int(marked.sum())) > slots:
+        raise RuntimeError(f"sparselora: {_message(count, slots, what, option)}. {_REMEDY[option]}")
+
+
+def check_on_device(marked: Tensor, slots: int, what: str, option: str) -> None:
+    """Have the device itself compare, as `check_slots` says."""
+    assert_on_device(marked.sum() <= slots, f"sparselora: {_message('more', slots, what, option)}")
+
+
+def _message(count: int | str, slots: int, what: str, option: str) -> str:
+    return f"{option}: this batch has {count} {what}, and the graph has slots for {slots}"
 
 
 _REMEDY = {
