@@ -8,7 +8,7 @@ from sparse_compile.kernels.token_rows.reference import past_the_end
 
 
 def take_rows(
-    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None
+    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.take_rows`."""
     if tokens is not None:
@@ -23,7 +23,7 @@ def put_rows(
     output_rows: Tensor,
     context_rows: Tensor,
     columns: Tensor | None,
-    tokens: int | None,
+    tokens: int | None = None,
 ) -> Tensor:
     """See `reference.put_rows`; each row is written once, and only columns that are not kept are zeroed."""
     width = output.shape[1]

@@ -41,7 +41,7 @@ def fill_slots(marked: Tensor, slots: int) -> Tensor:
 
 
 def take_rows(
-    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None
+    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return `x[output_rows]` and `x[context_rows]` (of the latter only `columns`, where given)."""
     if tokens is not None:
@@ -57,7 +57,7 @@ def put_rows(
     output_rows: Tensor,
     context_rows: Tensor,
     columns: Tensor | None,
-    tokens: int | None,
+    tokens: int | None = None,
 ) -> Tensor:
     """Return the (N, C) tensor that `take_rows` splits into `output` and `context`; zero where it reads nothing."""
     if tokens is not None:

@@ -12,7 +12,7 @@ from sparse_compile.kernels.triton_launch import on_device_of
 
 
 def take_rows(
-    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None
+    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.take_rows`."""
     from sparse_compile.kernels.token_rows.triton_kernels import take
@@ -36,7 +36,7 @@ def put_rows(
     output_rows: Tensor,
     context_rows: Tensor,
     columns: Tensor | None,
-    tokens: int | None,
+    tokens: int | None = None,
 ) -> Tensor:
     """See `reference.put_rows`."""
     from sparse_compile.kernels.token_rows.triton_kernels import put

@@ -64,7 +64,7 @@ def put(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if row < outputs:
         target = tl.load(output_rows + row)
-        inside = (at < width) & (target >= 0)
+        inside = at < tl.where(target >= 0, width, 0)
         value = tl.load(output + row * output_row + at * output_col, mask=inside)
         tl.store(merged + target * width + at, value, mask=inside)
     else:
@@ -73,6 +73,6 @@ def put(
         place = at
         if HAS_COLUMNS:
             place = tl.load(places + at, mask=at < width, other=-1)
-        live = (at < width) & (target >= 0)
+        live = at < tl.where(target >= 0, width, 0)
         value = tl.load(context + row * context_row + place * context_col, mask=live & (place >= 0), other=0.0)
         tl.store(merged + target * width + at, value, mask=live)
