@@ -346,7 +346,7 @@ def around_compiled_calls(
                 return compiled(*args, **kwargs)
 
         call.compiled = compiled  # type: ignore[attr-defined]
-        module._compiled_call_impl = call  # type: ignore[assignment]
+        module._compiled_call_impl = call
         try:
             yield
         finally:
