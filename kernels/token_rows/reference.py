@@ -13,7 +13,9 @@ def split_tokens(output_mask: Tensor) -> tuple[Tensor, Tensor]:
         output_mask: bool, any shape with N elements.
     """
     flat = output_mask.reshape(-1)
-    return flat.nonzero().squeeze(1), flat.logical_not().nonzero().squeeze(1)
+    outputs = flat.nonzero().squeeze(1)
+    # The rest is as many as are left: asking a GPU for them as well would wait for it once more.
+    return outputs, fill_slots(flat.logical_not(), flat.numel() - outputs.numel())
 
 
 def token_slots(output_mask: Tensor, outputs: int, contexts: int) -> tuple[Tensor, Tensor]:
