@@ -8,6 +8,7 @@ PASS_NAMES: tuple[str, ...] = (
     "find_ffn",
     "find_attention",
     "trace_roles",
+    "plan_token_slots",
     "plan_sparsity",
     "select_loss_rows",
     "preserve_weight_mask",

@@ -22,8 +22,10 @@ from sparse_compile.ir import (
     Site,
     SparsityPlan,
     TokenRoles,
+    TokenSlots,
 )
 from sparse_compile.quantized_weight import QuantizedWeight
+from sparse_compile.token_capacity import OutputCount
 
 if TYPE_CHECKING:
     from sparse_compile.config import SparseLoRAConfig
@@ -77,6 +79,9 @@ class PassContext:
         roles: where token roles come from, None where nothing tells.
         plan: the decisions.
         factors: by projection name, the predictor's factors of the sites in the plan.
+        output_count: the number of output tokens of the batch that is compiled for, where it is known and wanted.
+        all_output: whether every token of the batches that the graph is for is an output token: a dense step.
+        slots: the fixed numbers of rows that tokens are computed in, None where sizes depend on data.
         masked_layers: the pruned layers with an adapter.
         product_orders: the order of the products of each layer that could have another.
         selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
@@ -101,6 +106,9 @@ class PassContext:
     roles: TokenRoles | None = None
     plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
     factors: dict[str, LowRankFactors] = field(default_factory=dict)
+    output_count: OutputCount | None = None
+    all_output: bool = False
+    slots: TokenSlots | None = None
     masked_layers: tuple[MaskedLayer, ...] = ()
     product_orders: tuple[ProductOrder, ...] = ()
     selections: dict[str, tuple[str, ...]] = field(default_factory=dict)

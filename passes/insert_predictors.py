@@ -4,7 +4,8 @@ At the top of the graph, once:
 
     %roles   = sparselora.output_mask(%labels, ignore_index, shift)      (B, S), or given_output_mask(%tokens)
     %roles   = %roles | %dense_step                                      all true where the schedule says dense
-    %rows    = sparselora.split_tokens(%roles)                           output rows, context rows
+    %rows    = sparselora.split_tokens(%roles)                           output rows, context rows; or, of fixed sizes,
+               sparselora.token_slots(%roles, C, N - C + bucket)         with spare slots, which no score reads
     %weights = ~%roles & %attention_mask                                 the tokens that take part in scores
 
 Before an FFN site (x: its input, act and *: its own elementwise region):
@@ -24,6 +25,8 @@ roles and choices are marked MUST_SAVE, so that no recomputation ever reads othe
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +38,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sparse_compile.config import kept_count
 from sparse_compile.graph import Rewriter, hinted_shape, hoist, nodes_by_name, op_name, save_what_precedes, tensor_value
 from sparse_compile.ir import AttentionSite, FFNSite, Projection, SitePlan
+from sparse_compile.kernels.channel_selection import prepare_count
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _OPS = torch.ops.sparselora
@@ -107,7 +111,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
         if ctx.dense_step is not None:
             dense_step = rewriter.buffer(_DENSE_STEP, ctx.dense_step(source.device))
             mask = rewriter.call(torch.logical_or, mask, dense_step)
-        rows = rewriter.items(rewriter.call(_OPS.split_tokens.default, mask), 2)
+        rows = rewriter.items(_split(rewriter, mask, math.prod(source.shape[:-1]), ctx), 2)
         weights = rewriter.call(torch.logical_not, mask)
         if attended is not None:
             weights = rewriter.call(torch.logical_and, weights, attended)
@@ -115,6 +119,30 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     save_what_precedes(top)
     ctx.rows = (rows[0].name, rows[1].name)
     return weights, dense_step
+
+
+def _split(rewriter: Rewriter, mask: fx.Node, count: int | torch.SymInt, ctx: PassContext) -> fx.Node:
+    """Insert the split of the tokens by role: of sizes that depend on data, or of fixed ones.
+
+    Args:
+        rewriter: where to insert.
+        mask: the output tokens.
+        count: the number of tokens.
+        ctx: the slots.
+    """
+    slots = ctx.slots
+    if slots is None:
+        return rewriter.call(_OPS.split_tokens.default, mask)
+    tokens = rewriter.method("numel", mask)
+    outputs: fx.Node | int = slots.among(count)
+    contexts: fx.Node | int = tokens
+    if ctx.all_output:
+        outputs, contexts = tokens, 0
+    elif ctx.config.token_selection == "all_sparse":
+        outputs = 0
+    elif slots.bucket is not None:
+        contexts = rewriter.call(operator.add, tokens, slots.bucket - slots.capacity)
+    return rewriter.call(_OPS.token_slots.default, mask, outputs, contexts, slots.option)
 
 
 def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:
@@ -157,7 +185,7 @@ class _PredictorBuilder:
     def _ffn(self, site: FFNSite, kept: int) -> fx.Node:
         call = self.rewriter.call
         if self.ctx.config.channel_selection == "random":
-            return self._top(self._random(site.channels, site.source), kept, site.name)
+            return self._top(self._random(site.channels, site.source), kept, site.name, site.source)
         rows, valid = self._scored_rows(self._flat(site.source), self.ctx.config.predictor_tokens)
         values = {self.nodes[projection.output]: self._predicted(rows, projection) for projection in site.inputs}
         for name in site.vectors:
@@ -175,7 +203,7 @@ class _PredictorBuilder:
             hidden = values[node]
         assert hidden is not None
         hidden = call(torch.where, self.rewriter.method("unsqueeze", valid, 1), hidden, 0.0)
-        return self._top(call(torch.linalg.vector_norm, hidden, dim=0), kept, site.name)
+        return self._top(call(torch.linalg.vector_norm, hidden, dim=0), kept, site.name, site.source)
 
     def _attention(self, site: AttentionSite, plan: SitePlan) -> tuple[fx.Node, fx.Node]:
         kept_vo = kept_count(site.value.out_features, plan.sparsity)
@@ -188,7 +216,10 @@ class _PredictorBuilder:
             query = self.rewriter.method("reshape", query, site.kv_heads, site.groups, site.head_dim)
             query = self.rewriter.method("reshape", self.rewriter.method("mean", query, 1), -1)
             qk = self.rewriter.call(torch.mul, query, key)
-        return self._top(qk, plan.kept, f"{site.name}:qk"), self._top(vo, kept_vo, f"{site.name}:vo")
+        return (
+            self._top(qk, plan.kept, f"{site.name}:qk", site.source),
+            self._top(vo, kept_vo, f"{site.name}:vo", site.source),
+        )
 
     def _flat(self, source: str) -> fx.Node:
         node = self.nodes[source]
@@ -233,11 +264,15 @@ class _PredictorBuilder:
         return self.rewriter.call(_OPS.predicted_norms.default, rows, valid, *factors, self._bias(projection))
 
     def _random(self, channels: int, source: str) -> fx.Node:
+        return self.rewriter.call(torch.rand, channels, device=self._device(source))
+
+    def _device(self, source: str) -> torch.device:
         value = tensor_value(self.nodes[source])
         assert value is not None
-        return self.rewriter.call(torch.rand, channels, device=value.device)
+        return value.device
 
-    def _top(self, scores: fx.Node, kept: int, site: str) -> fx.Node:
+    def _top(self, scores: fx.Node, kept: int, site: str, source: str) -> fx.Node:
+        prepare_count(site, self._device(source))
         scores = self.rewriter.method("detach", scores)
         node = self.rewriter.call(_OPS.top_channels.default, scores, kept, site, *self.dense_step)
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

@@ -14,7 +14,8 @@ projection. It stops where a call mixes rows, or where a tensor is read for all 
 
 Legal because: the mean and the sum of a cross-entropy leave ignored rows out, label smoothing and class weights
 included, and the mean divides by what the others weigh. A batch without any row of the loss gives what it gave before:
-NaN as a mean, 0 as a sum. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
+NaN as a mean, 0 as a sum. Where sizes are fixed (`ctx.slots`), `loss_slots` gives the rows: a spare slot has the target
+that the loss ignores. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
 numbers they would have seen. Logits that the graph returns leave it as R rows with their positions;
 `loss_rows.restored` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of
 full size is made.
@@ -52,7 +53,7 @@ from sparse_compile.graph import (
     tensor_value,
     value_of,
 )
-from sparse_compile.ir import FFNSite, LossRows, NarrowedOutput, Rejection, SitePlan, SparsityPlan
+from sparse_compile.ir import FFNSite, LossRows, NarrowedOutput, Rejection, SitePlan, SparsityPlan, TokenSlots
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.loss_segment import (
@@ -97,7 +98,8 @@ class SelectLossRows:
         except DeclinedError as declined:
             return PassOutcome(False, {}, (Rejection(self.name, *declined.args),))
         stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(segment.outputs)}
-        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, frozen_products(ctx.projections.values())).run()
+        frozen = frozen_products(ctx.projections.values())
+        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, frozen, ctx.slots).run()
         ctx.plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.plan.sites))
         return PassOutcome(True, stats, segment.stops)
 
@@ -119,10 +121,15 @@ class _Narrowing:
         rewriter: what inserts nodes.
         segment: the nodes.
         frozen: the names of the products with frozen weights, to count FLOPs.
+        slots: the fixed number of rows, some of them spare; None where the number depends on data.
     """
 
-    def __init__(self, rewriter: Rewriter, segment: LossSegment, frozen: Set[str]) -> None:
+    def __init__(
+        self, rewriter: Rewriter, segment: LossSegment, frozen: Set[str], slots: TokenSlots | None = None
+    ) -> None:
         self.rewriter = rewriter
+        self.slots = slots
+        self.spare = {} if slots is None else {"spare": True}
         self.frozen = frozen
         self.segment = segment
         self.top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
@@ -139,13 +146,16 @@ class _Narrowing:
         flops = {node.name: node_flops(node) / _row_count(node, places[node]) for node in places if node in self.shapes}
         of_weights = sum(flops[name] for name in flops.keys() & self.frozen)
         target, ignored = argument(loss, 1, "target"), argument(loss, 4, "ignore_index", -100)
-        with self.rewriter.before(self.top):
-            targets = hoist(self.rewriter, target, self.hoisted)
-            rows = self.rewriter.call(_OPS.loss_rows.default, targets, ignored)
-            kept = self.rewriter.call(torch.index_select, targets, 0, rows)
         value = tensor_value(target)
         assert value is not None
-        rows.meta["example_value"] = evaluate_on_stand_ins(value, _OPS.loss_rows.default, value, ignored)
+        with self.rewriter.before(self.top):
+            targets = hoist(self.rewriter, target, self.hoisted)
+            op, sizes = _OPS.loss_rows.default, tuple[int | str, ...]()
+            if self.slots is not None:
+                op, sizes = _OPS.loss_slots.default, (self.slots.among(value.shape[0]), self.slots.option)
+            rows = self.rewriter.call(op, targets, ignored, *sizes)
+            kept = self._picked(targets, rows, ignored)
+        rows.meta["example_value"] = evaluate_on_stand_ins(value, op, value, ignored, *sizes)
         self.rows[Numbering()] = rows
         for node in [node for node in self.rewriter.graph.nodes if node in places]:
             self._narrow(node, places[node])
@@ -155,7 +165,15 @@ class _Narrowing:
         # The first node may be a checkpoint's, whose marks these have taken over.
         save_what_precedes(self.top)
         erase_unused(target)
-        return LossRows(self.segment.names, outputs, sum(flops.values()), of_weights)
+        spare = self.slots is not None
+        return LossRows(self.segment.names, outputs, sum(flops.values()), of_weights, spare)
+
+    def _picked(self, values: fx.Node, rows: fx.Node, spare: Any) -> fx.Node:
+        """Insert the elements of a vector at the rows of the loss, and `spare` in spare slots."""
+        if self.slots is None:
+            return self.rewriter.call(torch.index_select, values, 0, rows)
+        picked = self.rewriter.call(_OPS.select_rows.default, values, rows, **self.spare)
+        return self.rewriter.call(torch.where, self.rewriter.call(operator.ge, rows, 0), picked, spare)
 
     def _narrow(self, node: fx.Node, place: Place) -> None:
         """Have a node compute the rows of the loss."""
@@ -195,7 +213,8 @@ class _Narrowing:
             assert value is not None
             if len(operand.lead) != 1:
                 flat = self.rewriter.method("flatten", flat, 0, len(operand.lead) - 1)
-            self.taken[key] = self.rewriter.call(_OPS.select_rows.default, flat, self._numbered(key[1].numbering))
+            rows = self._numbered(key[1].numbering)
+            self.taken[key] = self.rewriter.call(_OPS.select_rows.default, flat, rows, **self.spare)
             self.taken[key].meta["example_value"] = self._fewer_rows(value, len(operand.lead))
         return self.taken[key]
 
@@ -214,7 +233,7 @@ class _Narrowing:
                 slices = tuple(slice(*(self._bound(bound) for bound in part)) for part in numbering.slices)
                 sliced = self.rewriter.call(operator.getitem, positions, slices)
                 sliced = self.rewriter.method("reshape", sliced, -1)
-                self.rows[numbering] = self.rewriter.call(torch.index_select, sliced, 0, inner)
+                self.rows[numbering] = self._picked(sliced, inner, -1)
             self.rows[numbering].meta["example_value"] = value
         return self.rows[numbering]
 
@@ -253,7 +272,11 @@ class _Narrowing:
         drawn = self.rewriter.call(torch.nn.functional.dropout, ones, *node.args[1:], **node.kwargs)
         if len(place.lead) != 1:
             drawn = self.rewriter.method("flatten", drawn, 0, len(place.lead) - 1)
-        drawn = self.rewriter.call(torch.index_select, drawn, 0, self._numbered(place.numbering))
+        rows = self._numbered(place.numbering)
+        if self.slots is None:
+            drawn = self.rewriter.call(torch.index_select, drawn, 0, rows)
+        else:
+            drawn = self.rewriter.call(_OPS.select_rows.default, drawn, rows, **self.spare)
         node.target, node.args, node.kwargs = torch.mul, (node.args[0], drawn), {}
 
     def _outer_product(self, node: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ class SparseRows:
         self.nodes = nodes_by_name(rewriter.graph)
         assert ctx.rows is not None
         self.rows = tuple(self.nodes[name] for name in ctx.rows)
+        self._slots = ctx.slots is not None
         self._quantized = ctx.quantized_weights
         devices = {parameter.value.device.type for parameter in ctx.parameters.values() if parameter.value is not None}
         self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.autocast, device) for device in devices}
@@ -43,7 +45,8 @@ class SparseRows:
     def split(self, x: fx.Node, columns: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """Flatten the tokens of `x` (..., C) and split them: (n, C) and (N - n, k or C)."""
         flat = self.rewriter.method("reshape", x, -1, hinted_shape(x)[-1])
-        output, context = self.rewriter.items(self.rewriter.call(_OPS.take_rows.default, flat, *self.rows, columns), 2)
+        taken = self.rewriter.call(_OPS.take_rows.default, flat, *self.rows, columns, **self._tokens(x))
+        output, context = self.rewriter.items(taken, 2)
         return output, context
 
     def merge(
@@ -54,8 +57,18 @@ class SparseRows:
         They are read from `source` and not from the node that is replaced, whose uses all move to what is inserted
         here.
         """
-        merged = self.rewriter.call(_OPS.put_rows.default, output, context, *self.rows, columns)
+        merged = self.rewriter.call(_OPS.put_rows.default, output, context, *self.rows, columns, **self._tokens(source))
         return self.rewriter.method("reshape", merged, *self.leading_sizes(source), width)
+
+    def _tokens(self, like: fx.Node) -> dict[str, fx.Node | int]:
+        """Return the argument that says how many tokens there are, where slots may be spare."""
+        if not self._slots:
+            return {}
+        tokens: fx.Node | int = 1
+        for size in self.leading_sizes(like):
+            both_known = isinstance(size, int) and isinstance(tokens, int)
+            tokens = size * tokens if both_known else self.rewriter.call(operator.mul, tokens, size)  # type: ignore[operator]
+        return {"tokens": tokens}
 
     def gathered(self, x: fx.Node, product: fx.Node, projection: Projection, channels: fx.Node) -> fx.Node:
         """Insert a product with the frozen weight, of some output channels; with its bias, where it has one."""

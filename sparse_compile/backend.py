@@ -22,6 +22,7 @@ from sparse_compile.notices import (
     asks_for_sparsity,
     once,
     tell_about_sites,
+    tell_about_slots,
     tell_once,
     tell_untrained,
     tell_when_all_is_compiled,
@@ -30,8 +31,10 @@ from sparse_compile.passes.base import PassContext, RequestedFunctionError
 from sparse_compile.peft_support import make_dora_traceable
 from sparse_compile.pipeline import evaluation_passes, run_pipeline
 from sparse_compile.report import GraphReport, graph_report, plan_data
+from sparse_compile.schedule import DENSE
 from sparse_compile.session import Session, session_for
 from sparse_compile.sharded import any_in_parts, is_sharded
+from sparse_compile.token_capacity import watch
 from sparse_compile.torch_private import (
     compile_id,
     compile_with_inductor,
@@ -100,7 +103,7 @@ def sparselora(
     session = session_for(trained, config, sharded=model)
     root = dump_root(config.dump_dir)
     dump = GraphDump(root, compile_id(gm)) if root else None
-    ctx.dense_step = session.dense_step
+    ctx.dense_step, ctx.all_output = session.dense_step, session.phase == DENSE
     result = run_pipeline(gm, ctx, dump)
     report = graph_report(result, ctx, compile_id(gm), count_tokens(result.canonical, example_inputs, ctx))
     session.reports.append(report)
@@ -111,8 +114,14 @@ def sparselora(
         dump.data("plan", plan_data(ctx.plan, ctx.product_orders))
         dump.data("manifest", report.to_dict())
     tell_about_sites(gm, ctx, session, report, failed=result.failed)
+    tell_about_slots(session, report)
 
     install_value_guard("sparse_compile.roles", "ROLES_GIVEN")
+    if config.token_bucket is not None and ctx.roles is not None:
+        shift = 1 if ctx.roles.origin == "given" else ctx.roles.labels[0][1]
+        install_value_guard("sparse_compile.token_capacity", "CAPACITIES", watch(config.token_bucket, shift))
+    if result.sparse is not None and ctx.slots is not None:
+        install_value_guard("sparse_compile.session", "PHASES", session.id)
     path = "" if part is None else part.path
     if result.sparse is not None or (path and ctx.roles is not None and asks_for_sparsity(config)):
         # Blocks are alike: what is planned for one, dense or sparse, goes for no other.

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpointing import without_input_hooks
-from .label_roles import LabelRoles
+from .label_roles import LabelRoles, announced_labels
 from .session import Session, session_for
 from .sharded import is_sharded
-from .torch_private import backend_name, whole_graphs_under_ddp
+from .torch_private import around_compiled_calls, backend_name, whole_graphs_under_ddp
 
 __all__ = ["SparseLoRACallback"]
 
@@ -32,6 +32,9 @@ class SparseLoRACallback(TrainerCallback):
 
     With `gradient_checkpointing=True`, re-entrant or not, a hook would cut the model's graph behind the embedding. It
     is off while a run lasts, where that changes no gradient (`checkpointing.without_input_hooks`).
+
+    With the option `token_bucket` the output tokens of a batch are counted in the labels that the model is called with:
+    for nothing where they are on the CPU, and by waiting for the device once a step where the trainer has moved them.
 
     In a distributed run TorchDynamo leaves graphs whole under DDP (`torch._dynamo.config.optimize_ddp` is off while the
     run lasts), and under FSDP2, whose blocks are graphs of their own, the labels of a batch give its roles.
@@ -59,8 +62,11 @@ class SparseLoRACallback(TrainerCallback):
         self._give_position(state)
         if model is not None and trained:
             self._undo = without_input_hooks(model)
-            if any(backend_name(module) == "sparselora" for module in model.modules()):
+            compiled = [module for module in model.modules() if backend_name(module) == "sparselora"]
+            if compiled:
                 self._undo.enter_context(whole_graphs_under_ddp())
+            for module in compiled:
+                self._undo.enter_context(around_compiled_calls(module, announced_labels))
         if sharded is not None and trained:
             self._label_roles = LabelRoles(sharded)
             self._undo.callback(self._label_roles.remove)

@@ -17,6 +17,7 @@ from sparse_compile.ir import Parameter
 from sparse_compile.kernels.roles.reference import output_mask
 from sparse_compile.model_part import ModelPart
 from sparse_compile.passes.base import PassContext
+from sparse_compile.token_capacity import announced_count
 from sparse_compile.torch_private import is_fake, module_path, source_of
 
 
@@ -51,7 +52,8 @@ def capture_context(
         if isinstance(value, Tensor) and not is_fake(value)
     }
     stack = (0, 1) if part is None else (part.position, part.count)
-    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast, stack, values=values)
+    count = None if config.token_bucket is None else announced_count()
+    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast, stack, values=values, output_count=count)
 
 
 def trained_parameters(gm: fx.GraphModule, example_inputs: Sequence[object], ctx: PassContext) -> list[Tensor]:

@@ -67,6 +67,12 @@ class SparseLoRAConfig:
         merge_low_precision: Let ``order_adapter_products`` round a merged weight ``W + s B A`` to fp16 or bf16, where
             that is faster: it loses the digits of an adapter that is small beside its weight, so it is not exact.
             Default ``False``: weights are merged in fp32 and fp64 alone.
+        token_bucket: Multiple, in tokens, that the number of output tokens is rounded up to, so that a graph has fixed
+            sizes, waits for no device and can be captured by CUDA graphs (``inductor={"triton.cudagraphs": True}``);
+            another multiple is another compilation. Labels must be seen on the CPU, in :func:`token_roles` or by
+            :class:`SparseLoRACallback`. Default ``None``: the number is read from the device in each step.
+        token_capacity: Output tokens, at least 1, that a graph of fixed sizes has room for, instead of a bucket:
+            nothing is counted, and a batch with more is an error (on a GPU a device assert). Default ``None``.
         kernels: Which kernels compute sparse products: ``"measured"`` (default; those that a measurement has shown to
             be fastest on such a device), or ``"triton"`` (the generated ones wherever they run).
         preserve_weight_mask: ``"auto"``: adapters of pruned layers keep their zeros (LoRS, arXiv 2501.08582): the layer
@@ -103,6 +109,8 @@ class SparseLoRAConfig:
     schedule: Schedule | None = field(default=None, hash=False)
     keep_logits: bool = False
     merge_low_precision: bool = False
+    token_bucket: int | None = None
+    token_capacity: int | None = None
     kernels: str = "measured"
     preserve_weight_mask: str = "off"
     mask_threshold: float = DEFAULT_MASK_THRESHOLD
@@ -133,6 +141,8 @@ class SparseLoRAConfig:
             "end_step": check.step("end_step", self.end_step),
             "keep_logits": check.boolean("keep_logits", self.keep_logits),
             "merge_low_precision": check.boolean("merge_low_precision", self.merge_low_precision),
+            "token_bucket": check.optional_integer("token_bucket", self.token_bucket, minimum=1),
+            "token_capacity": check.optional_integer("token_capacity", self.token_capacity, minimum=1),
             "kernels": check.choice("kernels", self.kernels, KERNELS),
             "preserve_weight_mask": check.choice("preserve_weight_mask", self.preserve_weight_mask, MASKINGS),
             "mask_threshold": check.mask_threshold(self.mask_threshold),
@@ -151,6 +161,8 @@ class SparseLoRAConfig:
         if self.schedule is not None and not hasattr(self.schedule, "total_steps"):
             raise ValueError(f"schedule must be a Schedule (it has total_steps), got {self.schedule!r}")
         self._check_order()
+        if self.token_bucket is not None and self.token_capacity is not None:
+            raise ValueError("token_bucket and token_capacity exclude each other: both say how many slots a graph has")
         if self.requested & self.disable:
             raise ValueError("preserve_weight_mask='auto' asks for the pass that disable leaves out")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sympy
-from torch import Tensor
+from torch import SymInt, Tensor
 
 NodeName = str
 SiteKind = Literal["ffn", "attention"]
@@ -253,6 +253,28 @@ class TokenRoles:
 
 
 @dataclass(frozen=True)
+class TokenSlots:
+    """The fixed numbers of rows that tokens are computed in.
+
+    Attributes:
+        capacity: slots for output tokens, and for rows of the loss.
+        bucket: the multiple that the number of output tokens was rounded up to; None for a capacity of the user's.
+    """
+
+    capacity: int
+    bucket: int | None
+
+    @property
+    def option(self) -> str:
+        """The option that asks for it."""
+        return "token_capacity" if self.bucket is None else "token_bucket"
+
+    def among(self, rows: int | SymInt) -> int:
+        """Return the slots for some of so many rows: no more than there are rows, where that number is fixed."""
+        return min(self.capacity, rows) if isinstance(rows, int) else self.capacity
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """What is to be done with one site.
 
@@ -319,12 +341,14 @@ class LossRows:
         outputs: the outputs among them, such as the logits.
         flops_per_row: FLOPs of a training step that a row which is left out saves.
         weight_flops_per_row: those of them that are products with frozen weights.
+        spare: whether there may be more rows than that, whose position is -1.
     """
 
     nodes: frozenset[NodeName]
     outputs: tuple[NarrowedOutput, ...]
     flops_per_row: float
     weight_flops_per_row: float
+    spare: bool = False
 
 
 @dataclass(frozen=True)

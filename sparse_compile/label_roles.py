@@ -6,15 +6,17 @@ Under FSDP2 each block is a graph of its own, and the labels are seen by the las
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import roles
 from .roles import token_roles
+from .token_capacity import known_tokens
 
-__all__ = ["LabelRoles"]
+__all__ = ["LabelRoles", "announced_labels"]
 
 
 class LabelRoles:
@@ -62,6 +64,21 @@ class LabelRoles:
         if isinstance(labels, Tensor) and labels.dim() == 2:
             self._open = token_roles(labels=labels, ignore_index=self._ignore_index)
             self._open.__enter__()
+
+
+def announced_labels(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Return what announces the labels of a model's training call, for `token_bucket`; nothing where roles are given.
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: its other arguments.
+    """
+    labels = kwargs.get("labels")
+    is_known = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    if not is_known or roles.ROLES_GIVEN or not torch.is_grad_enabled():
+        return nullcontext()
+    assert isinstance(labels, Tensor)
+    return known_tokens(labels)
 
 
 def _has_checkpoints(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from sparse_compile.graph import tensor_value, value_of
 from sparse_compile.ir import LossRows
+from sparse_compile.kernels.token_rows.reference import past_the_end
 from sparse_compile.torch_private import size_expression
 
 CompiledGraph = Callable[..., Any]
@@ -41,7 +42,8 @@ def restored(compiled: CompiledGraph, gm: fx.GraphModule, loss_rows: LossRows) -
         results = list(compiled(*inputs))
         for output, lead in zip(loss_rows.outputs, leads, strict=True):
             selected, rows = results[output.index], results[output.rows]
-            results[output.index] = _PlaceRows.apply(selected, rows, lead(inputs))  # type: ignore[no-untyped-call]
+            placed = _PlaceRows.apply(selected, rows, lead(inputs), loss_rows.spare)  # type: ignore[no-untyped-call]
+            results[output.index] = placed
         return tuple(results[:count])
 
     return run
@@ -70,21 +72,27 @@ def _size_reader(gm: fx.GraphModule, sizes: tuple[sympy.Expr, ...]) -> Sizes:
 
 
 class _PlaceRows(torch.autograd.Function):
-    """Puts rows (R, ...) in their places in a tensor of NaN."""
+    """Puts rows (R, ...) in their places in a tensor of NaN; where slots may be spare (-1), those have no place."""
 
     @staticmethod
-    def forward(ctx: Any, selected: Tensor, rows: Tensor, lead: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, selected: Tensor, rows: Tensor, lead: tuple[int, ...], spare: bool) -> Tensor:
         # Where nothing reads the result, no gradient comes, and none is to be made up.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows)
-        ctx.leading = len(lead)
-        full = selected.new_full((math.prod(lead), *selected.shape[1:]), math.nan)
-        return full.index_copy_(0, rows, selected).view(*lead, *selected.shape[1:])
+        ctx.leading, ctx.spare = len(lead), spare
+        count = math.prod(lead)
+        full = selected.new_full((count + spare, *selected.shape[1:]), math.nan)
+        full.index_copy_(0, past_the_end(rows, count) if spare else rows, selected)
+        return full[:count].view(*lead, *selected.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = gradients
         if gradient is None:
-            return None, None, None
+            return None, None, None, None
         (rows,) = ctx.saved_tensors
-        return gradient.flatten(0, ctx.leading - 1)[rows], None, None
+        flat = gradient.flatten(0, ctx.leading - 1)
+        if not ctx.spare:
+            return flat[rows], None, None, None
+        nowhere = (rows < 0).reshape(-1, *[1] * (flat.dim() - 1))
+        return flat[rows.clamp_min(0)].masked_fill(nowhere, 0), None, None, None

@@ -56,6 +56,14 @@ def _tell_declined(session: Session, report: GraphReport) -> None:
         warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)
 
 
+def tell_about_slots(session: Session, report: GraphReport) -> None:
+    """Warn where a graph was to have fixed sizes and has none."""
+    for rejection in report.rejections:
+        if rejection.rule == "plan_token_slots" and session.once((rejection.rule, rejection.reason)):
+            reason = f"{rejection.reason}. Until then sizes depend on data, which waits for the device"
+            warnings.warn(f"sparselora: {reason}", stacklevel=2)
+
+
 def tell_when_all_is_compiled(session: Session, report: GraphReport, config: SparseLoRAConfig) -> None:
     """Warn of what only the last graph of a training step can settle: no part of the model has what was asked for."""
     if config in _matched:

@@ -79,6 +79,11 @@ def integer(name: str, value: object, minimum: int | None = None, limit: int | N
     return whole
 
 
+def optional_integer(name: str, value: object, minimum: int) -> int | None:
+    """Accept a whole number of at least `minimum`, or None."""
+    return None if value is None else integer(name, value, minimum=minimum)
+
+
 def path(name: str, value: object) -> str | None:
     """Accept a path, or None."""
     if value is None:

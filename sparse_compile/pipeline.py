@@ -41,6 +41,7 @@ from sparse_compile.passes.lower_frozen_linears import LowerFrozenLinears
 from sparse_compile.passes.lower_sparse_ops import LowerSparseOps
 from sparse_compile.passes.order_adapter_products import OrderAdapterProducts
 from sparse_compile.passes.plan_sparsity import PlanSparsity
+from sparse_compile.passes.plan_token_slots import PlanTokenSlots
 from sparse_compile.passes.preserve_weight_mask import PreserveWeightMask
 from sparse_compile.passes.select_loss_rows import SelectLossRows
 from sparse_compile.passes.sparsify_attention import SparsifyAttention
@@ -66,6 +67,7 @@ def passes() -> tuple[Pass, ...]:
         FindFFN(),
         FindAttention(),
         TraceRoles(),  # independent of the sites: from the loss back to the labels
+        PlanTokenSlots(),  # needs the roles: what was counted must be what the graph reads
         PlanSparsity(),  # needs all facts; computes the predictor's factors
         SelectLossRows(),  # before the sparse passes: what it narrows needs no sparsity any more
         PreserveWeightMask(),  # after the plan, which masked sites leave; before what merges or fuses their adapters

@@ -19,6 +19,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from .token_capacity import announce, withdraw
+
 __all__ = ["ROLES_GIVEN", "current_roles", "token_roles"]
 
 ROLES_GIVEN: bool = False
@@ -86,11 +88,13 @@ class _RolesBlock(AbstractContextManager[Tensor]):
     def __enter__(self) -> Tensor:
         _STACK.set((*_STACK.get(), self._mask))
         _count_open(+1)
+        announce(self._mask, None)
         return self._mask
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         _STACK.set(_STACK.get()[:-1])
         _count_open(-1)
+        withdraw(self._mask)
 
 
 def _count_open(change: int) -> None:

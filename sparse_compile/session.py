@@ -6,7 +6,7 @@ model leaves nothing behind, and a copy of a model is another model.
 
 How the phase reaches a compiled graph: a dense step is a step in which every token counts as an output token. The
 graph reads that from a tensor, `Session.dense_step`, which the session writes in place: one executable serves both
-phases, and a change of phase costs nothing.
+phases, and a change of phase costs nothing. Only a graph of fixed sizes is for one phase: Dynamo guards on `PHASES`.
 
 How steps are counted: torch calls a global hook after every `Optimizer.step`. Optimizers that are no
 `torch.optim.Optimizer`, or that hold copies of the parameters, are not seen; `SparseLoRACallback` and `Schedule` cover
@@ -32,9 +32,16 @@ from .config import SparseLoRAConfig, match_site
 from .schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at, sparse_window, was_skipped
 from .torch_private import after_backward, running_backward
 
-__all__ = ["FORWARDS_BEFORE_WARNING", "Session", "session_for"]
+__all__ = ["FORWARDS_BEFORE_WARNING", "PHASES", "Session", "session_for"]
 
 _LOGGER: Final = logging.getLogger(__name__)
+
+PHASES: Final[dict[int, Phase]] = {}
+"""The phase that each living session's next forward computes: `session.id` to `"dense"` or `"sparse"`, for guards.
+
+It changes between a backward and the next forward only, so that the recomputation of a checkpoint computes what its
+forward did. Entries go with their models.
+"""
 
 FORWARDS_BEFORE_WARNING: Final = 100
 """Training forwards without an optimizer step after which the user is told that no step was seen."""
@@ -93,15 +100,14 @@ class Session:
     """Everything that is known of one model. Made by `session_for`.
 
     Attributes:
-        id: number of this session in the order in which they were made.
+        id: key of this session in `PHASES`. Valid for as long as a parameter of the model lives, merged or not.
     """
 
     def __init__(self) -> None:
         self.id = next(_IDS)
         self._merged_into: Session | None = None
+        self._ids = [self.id]
         self._parameters: set[int] = set()
-        # None until it is published for the first time.
-        self._phase: Phase | None = None
         self._dense_flags: list[Tensor] = []
         self._config: SparseLoRAConfig | None = None
         self._reports: list[Any] = []
@@ -130,13 +136,8 @@ class Session:
 
     @property
     def phase(self) -> Phase:
-        """The phase of the next forward; `"dense"` once the model is gone.
-
-        It changes between a backward and the next forward only, so that the recomputation of a checkpoint computes what
-        its forward did.
-        """
-        root = self._root()
-        return root._phase if root._phase is not None and root._parameters else DENSE
+        """The phase of the next forward; `"dense"` once the model is gone."""
+        return PHASES.get(self.id, DENSE)
 
     def dense_step(self, device: torch.device) -> Tensor:
         """Return what tells a compiled graph the phase: bool, without dimensions, true while it is dense.
@@ -255,6 +256,7 @@ class Session:
         for key in other._parameters:
             _OWNERS[key] = (_OWNERS[key][0], self)
         self._parameters |= other._parameters
+        self._ids += other._ids
         self._dense_flags += other._dense_flags
         self._reports += other._reports
         self._told |= other._told
@@ -291,7 +293,7 @@ class Session:
                 self._known_step = self._schedule.step
                 self._forwards = 0
             backward = running_backward()
-            if backward is None or self._phase is None:
+            if backward is None or any(key not in PHASES for key in self._ids):
                 self._publish()
             elif self._publishing_after != backward:
                 # An optimizer that steps inside the backward. A backward that fails runs no callbacks, so remember
@@ -302,10 +304,11 @@ class Session:
     def _publish(self) -> None:
         """Write the phase to where graphs read it."""
         with STATE_LOCK:
-            if self._merged_into is None:
-                self._phase = phase_at(self._schedule.step, self._schedule.total_steps, *self._start_and_end())
+            if self._parameters and self._merged_into is None:
+                phase = phase_at(self._schedule.step, self._schedule.total_steps, *self._start_and_end())
+                PHASES.update(dict.fromkeys(self._ids, phase))
                 for flag in self._dense_flags:
-                    flag.fill_(self._phase == DENSE)
+                    flag.fill_(phase == DENSE)
 
     def _start_and_end(self) -> tuple[float | None, float | None]:
         return (None, None) if self._config is None else (self._config.start_step, self._config.end_step)
@@ -371,13 +374,17 @@ def _owner(parameter: Tensor) -> Session | None:
 
 
 def _forget(key: int, reference: weakref.ref[Tensor]) -> None:
-    """Drop a dead parameter."""
+    """Drop a dead parameter, and with the last one of a session its entries in `PHASES`."""
     with STATE_LOCK:
         entry = _OWNERS.get(key)
         if entry is None or entry[0] is not reference:
             return
         del _OWNERS[key]
-        entry[1]._parameters.discard(key)
+        session = entry[1]
+        session._parameters.discard(key)
+        if not session._parameters:
+            for session_id in session._ids:
+                PHASES.pop(session_id, None)
 
 
 def _register_hook_once() -> None:

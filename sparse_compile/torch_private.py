@@ -88,6 +88,11 @@ def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
     return size
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Have the device check a 0-dim bool tensor in its own order of work, which a CUDA graph may hold."""
+    torch._assert_async(condition, message)
+
+
 UNKNOWN_SIZE = 8191
 """Stands for a size that depends on data, of which nothing is seen at tracing: a prime, which no view divides."""
 
@@ -190,7 +195,7 @@ def frame_locals() -> Mapping[str, object]:
     return scope
 
 
-def install_value_guard(module: str, attribute: str, key: int | None = None) -> None:
+def install_value_guard(module: str, attribute: str, key: int | str | None = None) -> None:
     """Make Dynamo recompile the frame being compiled when a module-level plain value changes.
 
     Args:
@@ -309,6 +314,7 @@ def backend_name(module: nn.Module) -> str | None:
     Returns None as well where the name cannot be told: nothing may rest on a module's being eager.
     """
     compiled = getattr(module, "_compiled_call_impl", None)
+    compiled = getattr(compiled, "compiled", compiled)  # behind `around_compiled_calls`
     context = getattr(module, "dynamo_ctx", None)
     if inspect.isfunction(compiled):
         context = inspect.getclosurevars(compiled).nonlocals.get("self")
@@ -318,6 +324,48 @@ def backend_name(module: nn.Module) -> str | None:
         backend = backend._torchdynamo_orig_backend
     name = getattr(backend, "compiler_name", None)
     return name if isinstance(name, str) else None
+
+
+@contextmanager
+def around_compiled_calls(
+    module: nn.Module, around: Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Enter a context manager around each call of a compiled module, before Dynamo looks at its guards.
+
+    A hook of the module would be part of what Dynamo traces, and come behind the guards.
+
+    Args:
+        module: compiled in place, or what `torch.compile` returned; any other is left alone.
+        around: takes the arguments of the call.
+    """
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is not None:
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with around(args, kwargs):
+                return compiled(*args, **kwargs)
+
+        call.compiled = compiled  # type: ignore[attr-defined]
+        module._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            if getattr(module, "_compiled_call_impl", None) is call:
+                module._compiled_call_impl = compiled
+    elif "forward" in vars(module) and hasattr(module, "_orig_mod"):
+        forward = module.forward
+
+        def wrapped_forward(*args: Any, **kwargs: Any) -> Any:
+            with around(args, kwargs):
+                return forward(*args, **kwargs)
+
+        module.__dict__["forward"] = wrapped_forward
+        try:
+            yield
+        finally:
+            module.__dict__["forward"] = forward
+    else:
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _NEVER_AGAIN = {
     _OPS.top_channels.default: "a near tie would choose other channels",
     _OPS.given_output_mask.default: "the roles may have closed by then",
     _OPS.split_tokens.default: "each split is a host synchronisation",
+    _OPS.token_slots.default: "the roles may have closed by then",
 }
 """Ops whose result is saved for the backward, with what would happen if it were computed again."""
 
@@ -113,7 +114,7 @@ def _check_canonical(gm: fx.GraphModule, parameters: set[str]) -> None:
 
 
 def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
-    splits = [node for node in gm.graph.nodes if node.target is _OPS.split_tokens.default]
+    splits = [node for node in gm.graph.nodes if node.target in (_OPS.split_tokens.default, _OPS.token_slots.default)]
     if len(splits) > 1:
         raise VerificationError("tokens are split by role more than once: each split is a host synchronisation")
     rows = {user for split in splits for user in split.users}

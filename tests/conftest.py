@@ -52,7 +52,8 @@ class EagerCompiler:
     @property
     def sparse(self) -> list[bool]:
         """For each graph, whether the passes made it sparse."""
-        return [any("split_tokens" in str(node.target) for node in gm.graph.nodes) for gm in self.graphs]
+        splits = ("split_tokens", "token_slots")
+        return [any(split in str(node.target) for node in gm.graph.nodes for split in splits) for gm in self.graphs]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,6 +27,7 @@ RICH: dict[str, Any] = {
     "end_step": 0.9,
     "keep_logits": True,
     "merge_low_precision": True,
+    "token_bucket": 128,
     "preserve_weight_mask": "auto",
     "mask_threshold": 0.5,
     "mask_gradient": "exact",
@@ -140,6 +141,8 @@ class TestErrors:
             ("end_step", [-1, -0.1, 1.1, math.nan, False, "never"]),
             ("schedule", [1000, "linear"]),
             ("keep_logits", [1, "yes", None]),
+            ("token_bucket", [0, -8, 1.5, True, "128"]),
+            ("token_capacity", [0, -8, 1.5, True, "128"]),
             ("disable", ["sparsify_ffn", 3, None, ["sparsify_fnn"], [None]]),
             ("strict", [0, "no"]),
             ("dump_dir", [3, ""]),
@@ -157,6 +160,11 @@ class TestErrors:
         for value in values:
             with pytest.raises(ValueError, match=f"{option}|unknown (pass|inductor option)"):
                 SparseLoRAConfig(**{option: value})
+
+    def test_a_bucket_and_a_capacity_exclude_each_other(self) -> None:
+        assert SparseLoRAConfig(token_capacity=512).to_options() == {"token_capacity": 512}
+        with pytest.raises(ValueError, match="token_bucket and token_capacity exclude each other"):
+            SparseLoRAConfig(token_bucket=128, token_capacity=512)
 
     def test_unknown_pass_is_named_with_the_list(self) -> None:
         with pytest.raises(ValueError, match=r"'sparsify_fnn'.*did you mean 'sparsify_ffn'.*insert_predictors"):

@@ -256,6 +256,8 @@ def test_every_op_is_checked() -> None:
     checked = {name.split(",")[0] for name in CALLS} | {
         "given_output_mask",
         "split_tokens",
+        "token_slots",  # in test_slot_ops, with the others where slots are spare
+        "loss_slots",
         "shuffled_mask",
         "loss_rows",
         "dequantize_4bit",  # in test_four_bit, where there is a weight of that format

@@ -121,6 +121,7 @@ def test_disable(name: str) -> None:
     # The model has a feed-forward site alone. An analysis that is left out has found nothing, and the rest goes on.
     not_needed = (
         "preserve_weight_mask",
+        "plan_token_slots",
         "select_loss_rows",
         "order_adapter_products",
         "fuse_adapters",
@@ -175,7 +176,7 @@ def raises(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
 def test_analyses_leave_the_graph_alone() -> None:
     captured = captured_with(**SPARSE)
     analyses = [each for each in passes() if each.analysis]
-    assert len(analyses) == 5 and all(each.numerics is Numerics.EXACT for each in analyses)
+    assert len(analyses) == 6 and all(each.numerics is Numerics.EXACT for each in analyses)
     next(each for each in passes() if each.name == "canonicalize_linears").run(captured.gm, captured.ctx)
     before = render_graph(captured.gm.graph, captured.ctx.parameters)
     for each in analyses:

@@ -279,9 +279,25 @@ def norms_that_are_not_finite() -> None:
 
 
 def rows_by_role(dtype: torch.dtype, tokens_: int, width: int, kept: int | None, strided: bool) -> None:
-    """Split and merge, forward and backward: copies, so equal to the last bit."""
+    """Split and merge, forward and backward: copies, so equal to the last bit. Without and with spare slots."""
     mask = torch.rand(tokens_, generator=torch.Generator().manual_seed(5)) < 0.4
-    output_rows, context_rows = plain_rows.split_tokens(mask)
+    split = plain_rows.split_tokens(mask)
+    _copies_of_rows(dtype, split, tokens_, None, width, kept, strided)
+    if tokens_ and not strided:
+        slots = plain_rows.token_slots(mask, len(split[0]) + 2, len(split[1]) + 3)
+        _copies_of_rows(dtype, slots, tokens_, tokens_, width, kept, strided)
+
+
+def _copies_of_rows(
+    dtype: torch.dtype,
+    rows: tuple[Tensor, Tensor],
+    tokens_: int,
+    slots_of: int | None,
+    width: int,
+    kept: int | None,
+    strided: bool,
+) -> None:
+    output_rows, context_rows = rows
     columns = None if kept is None else torch.randperm(width, generator=torch.Generator().manual_seed(6))[:kept]
 
     def given(*shape: int, seed: int) -> Tensor:
@@ -290,8 +306,8 @@ def rows_by_role(dtype: torch.dtype, tokens_: int, width: int, kept: int | None,
     x = given(tokens_, width, seed=0).requires_grad_()
     outputs, contexts = given(len(output_rows), width, seed=1), given(len(context_rows), kept or width, seed=2)
     for op, operands in ((take_rows, (x,)), (put_rows, (outputs.requires_grad_(), contexts.requires_grad_()))):
-        found = op(*operands, output_rows, context_rows, columns, "triton")
-        expected = op(*operands, output_rows, context_rows, columns)
+        found = op(*operands, output_rows, context_rows, columns, "triton", slots_of)
+        expected = op(*operands, output_rows, context_rows, columns, tokens=slots_of)
         pairs = zip(*((each,) if isinstance(each, Tensor) else each for each in (found, expected)), strict=True)
         for one, other in pairs:
             assert torch.equal(one, other) and one.stride() == other.stride()

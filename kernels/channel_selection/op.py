@@ -103,7 +103,7 @@ def top_channels(
     Returns:
         (k,) int64.
     """
-    count = _degenerate.setdefault((site, scores.device), torch.zeros((), dtype=torch.int64, device=scores.device))
+    count = _degenerate_count(site, scores.device)
     chosen = TOP_CHANNELS[provider](scores, k)
     channels, informative = cast("tuple[Tensor, Tensor]", chosen)
     count += ~informative if dense_step is None else ~informative & ~dense_step
@@ -129,6 +129,18 @@ def spaced_rows(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = weights.shape[0] * count
     return weights.new_empty(rows, dtype=torch.int64), weights.new_empty(rows, dtype=torch.bool)
+
+
+def _degenerate_count(site: str, device: torch.device) -> Tensor:
+    key = site, device
+    if key not in _degenerate:
+        _degenerate[key] = torch.zeros((), dtype=torch.int64, device=device)
+    return _degenerate[key]
+
+
+def prepare_count(site: str, device: torch.device) -> None:
+    """Make the counter of a site before anything runs: one made inside of a CUDA graph would be of its memory."""
+    _degenerate_count(site, device)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ def _(labels: Tensor, ignore_index: int, shift: int) -> Tensor:
     return labels.new_empty(labels.shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("sparselora::given_output_mask", mutates_args=())
+# A CUDA graph would replay the roles that were given when it was captured.
+@torch.library.custom_op("sparselora::given_output_mask", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def given_output_mask(tokens: Tensor) -> Tensor:
     """Return the roles that `token_roles(...)` holds at this forward, as bool (B, S) on the device of `tokens`.
 
@@ -40,7 +41,8 @@ def given_output_mask(tokens: Tensor) -> Tensor:
         )
     if roles.shape != tokens.shape[:2]:
         raise ValueError(f"token_roles: roles of shape {tuple(roles.shape)} for tokens of {tuple(tokens.shape[:2])}")
-    return roles.to(tokens.device, copy=True)
+    # Without waiting: memory that is not pinned has been read by the time that the call returns.
+    return roles.to(tokens.device, copy=True, non_blocking=True)
 
 
 @given_output_mask.register_fake

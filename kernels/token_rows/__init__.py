@@ -1,4 +1,4 @@
-"""Token split and merge: `split_tokens`, `take_rows`, `put_rows`, and the channel map of grouped-query heads."""
+"""Token split and merge: `split_tokens`, `token_slots`, `take_rows`, `put_rows`; channels of grouped-query heads."""
 
 from sparse_compile.kernels.token_rows.op import (
     PUT_ROWS,
@@ -7,6 +7,7 @@ from sparse_compile.kernels.token_rows.op import (
     put_rows,
     split_tokens,
     take_rows,
+    token_slots,
 )
 
-__all__ = ["PUT_ROWS", "TAKE_ROWS", "expand_kv_channels", "put_rows", "split_tokens", "take_rows"]
+__all__ = ["PUT_ROWS", "TAKE_ROWS", "expand_kv_channels", "put_rows", "split_tokens", "take_rows", "token_slots"]

@@ -1,10 +1,14 @@
 """Semantic ops that split the N tokens of a batch by role, and merge them again.
 
-`split_tokens` runs once a graph: one data-dependent size for the whole training step. `take_rows` and `put_rows` are
-each other's adjoint, so that neither direction needs atomics or an accumulating scatter:
+`split_tokens` runs once a graph: one data-dependent size for the whole training step. `token_slots` takes its place
+where sizes have to be fixed (CUDA graphs): more slots than tokens, of which the spare ones are computed and thrown
+away. `take_rows` and `put_rows` are each other's adjoint, so that neither direction needs atomics or an accumulating
+scatter:
 
     output, context = take_rows(x, rows..., columns)      d x      = put_rows(d output, d context, rows..., columns)
     y = put_rows(output, context, rows..., columns)       d output, d context = take_rows(d y, rows..., columns)
+
+A spare slot has row -1. `take_rows` gives it row 0, a real one; `put_rows` does not read it, so its gradient is zero.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only, triton_runs
 from sparse_compile.kernels.token_rows import cpu, reference, triton
+from sparse_compile.kernels.token_rows.capacity import check_slots
 from sparse_compile.torch_private import new_unbacked_size
 
 TAKE_ROWS = ProviderTable(
@@ -55,9 +60,44 @@ def _(output_mask: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+@torch.library.custom_op("sparselora::token_slots", mutates_args=())
+def token_slots(output_mask: Tensor, outputs: int, contexts: int, option: str) -> tuple[Tensor, Tensor]:
+    """Return the indices of the output tokens and of the context tokens in vectors of given sizes.
+
+    Args:
+        output_mask: bool, any shape with N elements; a flattened position is an index.
+        outputs: slots for output tokens.
+        contexts: slots for context tokens.
+        option: the option that chose the sizes, for the error.
+
+    Returns:
+        `(output_rows, context_rows)`, (outputs,) and (contexts,) int64: ascending indices, then -1 in spare slots.
+
+    Raises:
+        RuntimeError: there are more tokens of a role than slots. On a GPU nothing waits for that: a device assert.
+    """
+    flat = output_mask.reshape(-1)
+    check_slots(flat, outputs, "output tokens", option)
+    check_slots(flat.logical_not(), contexts, "context tokens", option)
+    return reference.token_slots(output_mask, outputs, contexts)
+
+
+@token_slots.register_fake
+def _(output_mask: Tensor, outputs: int, contexts: int, option: str) -> tuple[Tensor, Tensor]:
+    return (
+        output_mask.new_empty(outputs, dtype=torch.int64),
+        output_mask.new_empty(contexts, dtype=torch.int64),
+    )
+
+
 @torch.library.custom_op("sparselora::take_rows", mutates_args=())
 def take_rows(
-    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None = None, provider: str = REFERENCE
+    x: Tensor,
+    output_rows: Tensor,
+    context_rows: Tensor,
+    columns: Tensor | None = None,
+    provider: str = REFERENCE,
+    tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split the tokens of `x` by role.
 
@@ -67,16 +107,22 @@ def take_rows(
         context_rows: (N - n,) int64.
         columns: (k,) int64, distinct, or None: the channels taken of the context tokens.
         provider: a name of `TAKE_ROWS`.
+        tokens: N where the rows are those of `token_slots`, more of them and -1 in spare slots; None: none is spare.
 
     Returns:
-        `(output, context)` of shapes (n, C) and (N - n, k or C).
+        `(output, context)` of shapes (n, C) and (N - n, k or C); a spare slot holds row 0, and passes no gradient on.
     """
-    return TAKE_ROWS[provider](x, output_rows, context_rows, columns)  # type: ignore[return-value]
+    return TAKE_ROWS[provider](x, output_rows, context_rows, columns, tokens)  # type: ignore[return-value]
 
 
 @take_rows.register_fake
 def _(
-    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None = None, provider: str = REFERENCE
+    x: Tensor,
+    output_rows: Tensor,
+    context_rows: Tensor,
+    columns: Tensor | None = None,
+    provider: str = REFERENCE,
+    tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[1] if columns is None else columns.shape[0]
     return x.new_empty(output_rows.shape[0], x.shape[1]), x.new_empty(context_rows.shape[0], width)
@@ -90,6 +136,7 @@ def put_rows(
     context_rows: Tensor,
     columns: Tensor | None = None,
     provider: str = REFERENCE,
+    tokens: int | None = None,
 ) -> Tensor:
     """Merge what `take_rows` split; context channels outside `columns` are zero.
 
@@ -100,11 +147,12 @@ def put_rows(
         context_rows: (N - n,) int64.
         columns: (k,) int64, distinct, or None.
         provider: a name of `PUT_ROWS`.
+        tokens: N where the rows are those of `token_slots`; None: no slot is spare, so that it is known.
 
     Returns:
         (N, C).
     """
-    return PUT_ROWS[provider](output, context, output_rows, context_rows, columns)  # type: ignore[return-value]
+    return PUT_ROWS[provider](output, context, output_rows, context_rows, columns, tokens)  # type: ignore[return-value]
 
 
 @put_rows.register_fake
@@ -115,24 +163,32 @@ def _(
     context_rows: Tensor,
     columns: Tensor | None = None,
     provider: str = REFERENCE,
+    tokens: int | None = None,
 ) -> Tensor:
     assert output.dtype == context.dtype, f"put_rows: output is {output.dtype}, context is {context.dtype}"
-    return output.new_empty(output_rows.shape[0] + context_rows.shape[0], output.shape[1])
+    rows = output_rows.shape[0] + context_rows.shape[0] if tokens is None else tokens
+    return output.new_empty(rows, output.shape[1])
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *_, output_rows, context_rows, columns, provider = inputs
+    *_, output_rows, context_rows, columns, provider, tokens = inputs
     ctx.save_for_backward(output_rows, context_rows, columns)
-    ctx.provider = provider
+    ctx.provider, ctx.tokens = provider, tokens
 
 
 def _take_rows_backward(ctx: Any, d_output: Tensor, d_context: Tensor) -> tuple[Tensor | None, ...]:
-    return put_rows(d_output, d_context, *ctx.saved_tensors, ctx.provider), None, None, None, None
+    d_x = put_rows(d_output, d_context, *ctx.saved_tensors, ctx.provider, ctx.tokens)
+    return d_x, None, None, None, None, None
 
 
 def _put_rows_backward(ctx: Any, d_merged: Tensor) -> tuple[Tensor | None, ...]:
-    d_output, d_context = take_rows(d_merged, *ctx.saved_tensors, ctx.provider)
-    return d_output, d_context, None, None, None, None
+    output_rows, context_rows, columns = ctx.saved_tensors
+    d_output, d_context = take_rows(d_merged, output_rows, context_rows, columns, ctx.provider, ctx.tokens)
+    if ctx.tokens is not None:
+        # Nothing reads a spare slot: without this its row would count twice in the gradient of every weight.
+        d_output = d_output.masked_fill((output_rows < 0).unsqueeze(1), 0)
+        d_context = d_context.masked_fill((context_rows < 0).unsqueeze(1), 0)
+    return d_output, d_context, None, None, None, None, None
 
 
 take_rows.register_autograd(_take_rows_backward, setup_context=_save_rows)

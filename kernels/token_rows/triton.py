@@ -11,7 +11,9 @@ from torch import Tensor
 from sparse_compile.kernels.triton_launch import on_device_of
 
 
-def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+def take_rows(
+    x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.take_rows`."""
     from sparse_compile.kernels.token_rows.triton_kernels import take
 
@@ -19,7 +21,7 @@ def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Ten
     kept = width if columns is None else columns.numel()
     output, context = x.new_empty(outputs, width), x.new_empty(context_rows.numel(), kept)
     if x.numel():
-        grid, block = launch_sizes(x.shape[0], width)
+        grid, block = launch_sizes(outputs + context_rows.numel(), width)
         with on_device_of(x):
             take[grid](
                 x, output_rows, context_rows, columns, output, context, outputs, width, kept, *x.stride(),
@@ -29,19 +31,25 @@ def take_rows(x: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Ten
 
 
 def put_rows(
-    output: Tensor, context: Tensor, output_rows: Tensor, context_rows: Tensor, columns: Tensor | None
+    output: Tensor,
+    context: Tensor,
+    output_rows: Tensor,
+    context_rows: Tensor,
+    columns: Tensor | None,
+    tokens: int | None = None,
 ) -> Tensor:
     """See `reference.put_rows`."""
     from sparse_compile.kernels.token_rows.triton_kernels import put
 
     outputs, width = output_rows.numel(), output.shape[1]
-    merged = output.new_empty(outputs + context_rows.numel(), width)
+    slots = outputs + context_rows.numel()
+    merged = output.new_empty(slots if tokens is None else tokens, width)
     places = None
     if columns is not None:
         places = columns.new_full((width,), -1, dtype=torch.int32)
         places[columns] = torch.arange(columns.numel(), device=columns.device, dtype=torch.int32)
     if merged.numel():
-        grid, block = launch_sizes(merged.shape[0], width)
+        grid, block = launch_sizes(slots, width)
         with on_device_of(output):
             put[grid](
                 output, context, output_rows, context_rows, places, merged, outputs, width, *output.stride(),
