@@ -82,7 +82,7 @@ def _dequantisation(helper: Callable[..., Any]) -> Callable[..., Any]:
     # PEFT has imported it where it is installed.
     bitsandbytes = sys.modules.get("bitsandbytes")
     four_bit = () if bitsandbytes is None else bitsandbytes.nn.Params4bit
-    dequantized = None if bitsandbytes is None else bitsandbytes.functional.dequantize_4bit
+    dequantized: Callable[..., Any] = as_peft_does if bitsandbytes is None else bitsandbytes.functional.dequantize_4bit
 
     def dequantize_module_weight(module: nn.Module) -> Any:
         # Exact types: each kind of quantised or sharded weight is a class of its own. HQQ keeps its bytes in `W_q`.

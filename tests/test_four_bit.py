@@ -109,7 +109,7 @@ def test_a_dora_adapter_trains_as_the_oracle_says(nested: bool, dropout: float, 
     """PEFT dequantises the weight for its norm, and with dropout multiplies with it."""
     pytest.importorskip("peft")
     make_dora_traceable()  # a module before may have looked up the backend without PEFT
-    pairs = pair(nested=nested, dtype=torch.float32)
+    pairs = pair(layers=1, nested=nested, dtype=torch.float32)
     # Before the out-projection of a sparse feed-forward block dropout draws otherwise than in the eager model.
     targets = ALL_TARGETS[:-1] if dropout else ALL_TARGETS
     model, twin = (with_lora(each, targets, dora=True, dropout=dropout) for each in pairs)

@@ -57,7 +57,7 @@ TRAINING = (
     Held("`Trainer`", "test_backend.py::test_trainer_with_the_callback"),
     Held("`Trainer` with gradient checkpointing", "test_checkpointing.py::test_trainer_with_the_callback"),
     Held("`Trainer` with `bf16=True`", "test_checkpointing.py::test_trainer_with_bf16_autocast"),
-    Held("autocast around the model or in it", "test_oracle.py::test_autocast"),
+    Held("autocast around the model (bf16, fp16) or in it (bf16)", "test_oracle.py::test_autocast"),
     Held(
         "a gradient scaler that skips steps",
         "test_schedule.py::TestCounting::test_steps_that_the_gradient_scaler_skips",
