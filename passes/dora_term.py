@@ -107,14 +107,15 @@ def _without_channel_scale(node: fx.Node, width: int, ctx: PassContext) -> tuple
 
 
 def _is_channel_vector(node: fx.Node, width: int, ctx: PassContext) -> bool:
-    """Tell whether a tensor holds one number for each of `width` channels, computed from parameters alone."""
+    """Tell whether a tensor holds one number for each of `width` channels, computed from stored weights alone."""
     shape = hinted_shape(node)
     if not shape or shape[-1] != width or set(shape[:-1]) > {1}:
         return False
+    known = {*ctx.parameters, *(name for weight in ctx.quantized_weights.values() for name in weight.operands)}
     seen, frontier = {node}, [node]
     while frontier:
         current = frontier.pop()
-        if current.op == "placeholder" and current.name not in ctx.parameters:
+        if current.op == "placeholder" and current.name not in known:
             return False
         new = [operand for operand in current.all_input_nodes if operand not in seen]
         seen.update(new)

@@ -5,6 +5,7 @@
     %y = bitsandbytes.gemm_4bit(%x, %packed, ...)               ->  the same (where no gradient reaches x)
     %q, %k = %x.to(bf16), %x.to(bf16)                           ->  one cast, which both layers read
     clone(%y)                                                   ->  %y
+    %v = bitsandbytes.dequantize_4bit(%packed, %absmax, ...)    ->  %w, once it is there (PEFT's DoRA layers)
 
 Legal because: bitsandbytes computes these very products; its backward dequantises again, and so does this one: the
 dequantisation is marked MUST_RECOMPUTE, so that no dense weight is saved. (Its backward dequantises in the dtype the
@@ -32,6 +33,7 @@ from sparse_compile.graph import (
     erase_unused,
     forward_to,
     op_name,
+    strip_casts,
     take_over,
     tensor_value,
 )
@@ -76,7 +78,11 @@ class Expose4BitWeights:
         casts = _Casts()
         rejections: list[Rejection] = []
         linears = 0
+        exposed: dict[str, fx.Node] = {}
         for node in list(gm.graph.nodes):
+            if _is_call(node, "dequantize_4bit"):
+                _share(node, exposed, ctx)
+                continue
             layer = _match(node, gm)
             if layer is None:
                 continue
@@ -85,7 +91,7 @@ class Expose4BitWeights:
             if reason or isinstance(weight, str):
                 rejections.append(Rejection(self.name, _path(layer, ctx) or node.name, reason))
                 continue
-            _rewrite(casts.shared(layer), weight, rewriter, ctx)
+            exposed[layer.operand("B").name] = _rewrite(casts.shared(layer), weight, rewriter, ctx)
             linears += 1
         return PassOutcome(linears > 0, {"linears": linears}, tuple(rejections))
 
@@ -135,8 +141,12 @@ def _match(node: fx.Node, gm: fx.GraphModule) -> _Layer | None:
 
 
 def _is_product(node: fx.Node) -> bool:
+    return _is_call(node, "gemm_4bit")
+
+
+def _is_call(node: fx.Node, operator: str) -> bool:
     # An operator, or one overload of it.
-    return node.op == "call_function" and str(node.target).split(".")[:2] == ["bitsandbytes", "gemm_4bit"]
+    return node.op == "call_function" and str(node.target).split(".")[:2] == ["bitsandbytes", operator]
 
 
 def _named(product: fx.Node, inputs: Mapping[fx.Node, Any]) -> dict[str, Any]:
@@ -153,9 +163,14 @@ def _named(product: fx.Node, inputs: Mapping[fx.Node, Any]) -> dict[str, Any]:
 
 def _stored(node: fx.Node) -> fx.Node:
     """Follow views of packed data, whose order in memory is all that counts, back to what is stored."""
-    while calls_torch(node) and op_name(node) in _VIEWS and isinstance(node.args[0], fx.Node):
+    while _is_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    # `.data`, as Dynamo writes it, is no function of torch's public modules.
+    return op_name(node) == "_get_data_attr" or (calls_torch(node) and op_name(node) in _VIEWS)
 
 
 def _path(layer: _Layer, ctx: PassContext) -> str:
@@ -204,7 +219,8 @@ def _reason(node: fx.Node, layer: _Layer, gm: fx.GraphModule, ctx: PassContext) 
     return ""
 
 
-def _rewrite(layer: _Layer, weight: QuantizedWeight, rewriter: Rewriter, ctx: PassContext) -> None:
+def _rewrite(layer: _Layer, weight: QuantizedWeight, rewriter: Rewriter, ctx: PassContext) -> fx.Node:
+    """Write a product with the dequantised weight; return that."""
     x, bias = layer.operand("A"), layer.operand("bias")
     packed, *scales = (layer.operand(name) for name in ("B", *_SCALES))
     value = tensor_value(x)
@@ -221,6 +237,36 @@ def _rewrite(layer: _Layer, weight: QuantizedWeight, rewriter: Rewriter, ctx: Pa
     ctx.quantized_weights[dense.name] = weight
     take_over(layer.product, product)
     _drop_clones(product)
+    return dense
+
+
+def _share(node: fx.Node, exposed: Mapping[str, fx.Node], ctx: PassContext) -> None:
+    """Have what reads another dequantisation of an exposed weight read the first one."""
+    if len(node.args) < 6:  # called by keywords, as bitsandbytes itself never does
+        return
+    packed, absmax, *form = node.args
+    dense = exposed.get(_stored(packed).name) if isinstance(packed, fx.Node) else None
+    if dense is None or not isinstance(absmax, fx.Node):
+        return
+    weight = ctx.quantized_weights[dense.name]
+    blocksize, quant_type, shape, dtype = form
+    is_same = (blocksize, quant_type, dtype) == (weight.blocksize, weight.quant_type, weight.dtype)
+    is_same = is_same and isinstance(shape, Sequence) and tuple(shape) == weight.shape
+    if is_same and _are_scales(absmax, weight) and mutation_between(node, node.graph.output_node()) is None:
+        node.replace_all_uses_with(dense)
+        erase_unused(node)
+
+
+def _are_scales(node: fx.Node, weight: QuantizedWeight) -> bool:
+    """Tell whether a tensor holds the scales of a weight: those that are stored, or dequantised from them."""
+    node = _stored(strip_casts(_stored(node)))
+    if node.op == "placeholder":
+        return node.name in weight.operands
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    # Quantised scales are stored without their mean.
+    is_sum = calls_torch(node) and op_name(node) in ("add", "iadd", "__iadd__") and len(operands) == len(node.args) == 2
+    is_dequantised = _is_call(node, "dequantize_blockwise")
+    return (is_sum or is_dequantised) and all(_are_scales(each, weight) for each in operands)
 
 
 def mark_for_recomputation(dense: fx.Node) -> None:

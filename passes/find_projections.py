@@ -12,14 +12,15 @@ The weight may be a dequantisation of one that is stored in 4 bits. A projection
 the same: SparseLoRA prunes the MLP of a model whose adapters are on the attention alone. Anything else that is added to
 the base product is left to the analyses that read the output.
 
-Declines when: the weight is trained, holds several experts, is no 2-D parameter of the graph, or is not at hand (the
-graph was given stand-ins).
+Declines when: the weight is trained, holds several experts, is stored in 8 bits or in a tensor subclass, is no 2-D
+parameter of the graph, or is not at hand (the graph was given stand-ins).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, strip_casts, tensor_value
@@ -31,6 +32,18 @@ from sparse_compile.passes.lora_branch import is_sum, match_branch
 EXPERTS = (
     "its weight holds several experts: tokens are sorted by expert before they are multiplied, so that their places no "
     "longer tell their roles. Routed experts stay dense"
+)
+EIGHT_BITS = (
+    "its weight is stored in 8 bits and dequantised within the layer, where channels cannot be picked: it stays dense. "
+    "Load the model in 4 bits (`load_in_4bit`, for example NF4) or in 16 bits to have it sparse"
+)
+WRAPPED = (
+    "its weight is a tensor of a class of its own ({}, as torchao's quantised weights are), which this backend's "
+    "operators cannot read: it stays dense. Load the model in 4 bits with bitsandbytes or in 16 bits to have it sparse"
+)
+DEQUANTISED_AGAIN = (
+    "a DoRA adapter with dropout dequantises the 4-bit weight to another dtype than the layer computes in, so it is "
+    "not matched. Set bnb_4bit_compute_dtype to the dtype that the model is loaded in, or lora_dropout=0.0"
 )
 _ADAPTER_WRAPPERS = {"base_layer", "weight", "parametrizations", "original"}
 
@@ -60,7 +73,7 @@ class FindProjections:
                 taken.update(found.products)
             elif found is not None:
                 rejections.append(found)
-        rejections += _experts(gm.graph, ctx)
+        rejections += [*_experts(gm.graph, ctx), *_in_8_bits(gm.graph, ctx)]
         branches = sum(len(projection.adapters) for projection in ctx.projections.values())
         return PassOutcome(False, {"projections": len(ctx.projections), "branches": branches}, tuple(rejections))
 
@@ -85,12 +98,16 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
     quantized = ctx.quantized_weights.get(weight.name)
     value = tensor_value(operand)
     if (parameter is None and quantized is None) or value is None or value.dim() != 2:
+        if _is_dequantisation(weight):
+            return Rejection("find_projections", node.name, DEQUANTISED_AGAIN)
         return Rejection("find_projections", node.name, "its weight is computed in the graph, not a parameter")
     if parameter is not None and parameter.trained:
         return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
     if parameter is not None and parameter.value is None:
         return Rejection("find_projections", parameter.path, "its weight is not at hand while compiling")
     path = parameter.path if parameter is not None else ctx.quantized_weights[weight.name].path
+    if parameter is not None and parameter.is_wrapper:
+        return Rejection("find_projections", _module_name(path), WRAPPED.format(type(parameter.value).__name__))
     chain = _branches(node, source, ctx)
     out_features, in_features = (int(size) for size in value.shape)
     return Projection(
@@ -106,6 +123,23 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
         out_features=out_features,
         dora=tuple(chain.dora),
     )
+
+
+def _is_dequantisation(node: fx.Node) -> bool:
+    return str(node.target).split(".")[:2] == ["bitsandbytes", "dequantize_4bit"]
+
+
+def _in_8_bits(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:
+    """Name the frozen matrices whose elements are bytes: bitsandbytes' int8, and the fp8 of others."""
+    found = []
+    for node in graph.nodes:
+        parameter, value = ctx.parameters.get(node.name), tensor_value(node)
+        if parameter is None or parameter.trained or value is None or value.dim() != 2:
+            continue
+        # What is packed more tightly is held in unsigned bytes.
+        if value.dtype.itemsize == 1 and value.dtype not in (torch.uint8, torch.bool):
+            found.append(Rejection("find_projections", _module_name(parameter.path), EIGHT_BITS))
+    return found
 
 
 def _experts(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:

@@ -8,7 +8,7 @@ What sparsity leaves of a site's dense products is lowered as well: the pass run
 Legal because: every provider computes the same product, up to rounding; a frozen weight needs no gradient, so the one
 product in the backward is again one with a frozen weight.
 Declines when: no provider is faster than ATen for the device, the dtype and the width of the result, the weight is cast
-before the product, or autocast casts it.
+before the product or is a tensor subclass, or autocast casts it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def _frozen_weight(node: fx.Node, ctx: PassContext) -> fx.Node | None:
     weight = argument(node, 1, "weight")
     stored = weight.args[0] if op_name(weight) == "t" else weight
     parameter = ctx.parameters.get(stored.name)
-    return weight if parameter is not None and not parameter.trained else None
+    is_plain = parameter is not None and not parameter.trained and not parameter.is_wrapper
+    return weight if is_plain else None
 
 
 def _rewrite(node: fx.Node, weight: fx.Node, provider: str, rewriter: Rewriter) -> None:

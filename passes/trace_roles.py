@@ -102,7 +102,8 @@ def _reason_without_labels(graph: fx.Graph, ctx: PassContext) -> str:
     if not any(_was_made_to_require_gradients(tensor_value(node)) for node in inputs):
         return (
             "neither a cross-entropy nor labels compared with ignore_index are in the graph; pass `labels` to the "
-            "model, or open `token_roles(labels=...)` around the forward"
+            "model, or open `token_roles(labels=...)` around the forward. (transformers' Trainer keeps the labels from "
+            "the model for label_smoothing_factor and compute_loss_func: do without, or open it in compute_loss)"
         )
     return (
         "the labels are in another graph, because TorchDynamo cuts the model where a hook makes the embedding's output "

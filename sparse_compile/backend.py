@@ -90,7 +90,7 @@ def sparselora(
     trained = trained_parameters(gm, example_inputs, ctx)
     trains = torch.is_grad_enabled()
     if not trained and trains:
-        tell_untrained(gm, ctx)
+        tell_untrained(gm, ctx, None if part is None else part.model)
     if not trained or not trains:
         if not masks:
             return dense()

@@ -32,6 +32,14 @@ class Parameter:
     trained: bool
     value: Tensor | None
 
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether it is a tensor subclass around other tensors, as torchao's quantised weights are.
+
+        Such a class knows the operators that it implements, and refuses those of this backend.
+        """
+        return hasattr(self.value, "__tensor_flatten__")
+
 
 @dataclass(frozen=True)
 class LoRABranch:

@@ -6,11 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Hashable
 
-from torch import fx
+from torch import fx, nn
 
 from sparse_compile.capture import is_whole_step
 from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.passes.base import PassContext
+from sparse_compile.peft_support import are_disabled
 from sparse_compile.pipeline import passes
 from sparse_compile.report import GraphReport, summary_of
 from sparse_compile.session import Session
@@ -106,8 +107,12 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     warnings.warn("\n".join(lines), stacklevel=2)
 
 
-def tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """Warn once where something was asked for that the graph cannot have, because nothing of it is trained."""
+def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None) -> None:
+    """Warn once where something was asked for that the graph cannot have, because nothing of it is trained.
+
+    Silent where PEFT's adapters are switched off: the forward of the base alone (the reference model of preference
+    tuning, say) is what was asked for.
+    """
     sparsity, requested = asks_for_sparsity(ctx.config), ctx.config.requested
     if not sparsity and not requested:
         return
@@ -120,11 +125,20 @@ def tell_untrained(gm: fx.GraphModule, ctx: PassContext) -> None:
             "is lost), or train with SparseLoRACallback in transformers' Trainer, which does so"
         )
     elif sparsity and is_whole_step(gm, ctx):
-        tell_once(
-            "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, for "
-            "example with peft.get_peft_model, before training",
-            frozenset(parameter.path for parameter in ctx.parameters.values()),
-        )
+        paths = frozenset(parameter.path for parameter in ctx.parameters.values())
+        if model is not None and any(parameter.requires_grad for parameter in model.parameters()):
+            tell_once(
+                "no trained parameter of this model takes part in this forward, so it runs dense: its adapters are "
+                "merged into the base or switched off. Call model.unmerge_adapter() (PEFT) before training goes on; "
+                "evaluate under torch.no_grad(), which runs dense without this warning",
+                ("merged", paths),
+            )
+        elif model is None or not are_disabled(model):
+            tell_once(
+                "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, "
+                "for example with peft.get_peft_model, before training",
+                paths,
+            )
 
 
 def tell_once(reason: str, model: object = None) -> None:

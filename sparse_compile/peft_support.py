@@ -4,7 +4,7 @@ Without that, one decoder block with four such adapters is 18 graphs. PEFT's DoR
 weight: one dequantises it where it is quantised, the other transposes it where it is stored as (in, out). The first
 looks at the module name of the weight's class, the second constructs an `nn.Parameter`; Dynamo traces neither, so the
 whole layer falls back to eager. What is traced in their place here gives the same values and gradients for plain
-weights, and leaves every other weight to PEFT.
+weights and for those that bitsandbytes holds in 4 bits, and leaves every other weight to PEFT.
 
 The substitution holds for the whole process, whichever backend compiles: it changes what Dynamo traces, never what the
 helpers do when they are called.
@@ -47,6 +47,11 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def are_disabled(model: nn.Module) -> bool:
+    """Tell whether PEFT's adapters of a model are switched off (`disable_adapter`), which a caller does on purpose."""
+    return any(layer.disable_adapters for layer in lora_layers(model).values())
+
+
 def _substitute(module: str, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
     helper = getattr(sys.modules.get(module), name, None)
     if not isinstance(helper, FunctionType):
@@ -74,6 +79,10 @@ def _substitute(module: str, name: str, make: Callable[[Callable[..., Any]], Cal
 def _dequantisation(helper: Callable[..., Any]) -> Callable[..., Any]:
     # Untraced: a call of the helper itself would be substituted again, without end.
     as_peft_does: Callable[..., Any] = torch.compiler.disable(helper)  # type: ignore[no-untyped-call]
+    # PEFT has imported it where it is installed.
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    four_bit = () if bitsandbytes is None else bitsandbytes.nn.Params4bit
+    dequantized: Callable[..., Any] = as_peft_does if bitsandbytes is None else bitsandbytes.functional.dequantize_4bit
 
     def dequantize_module_weight(module: nn.Module) -> Any:
         # Exact types: each kind of quantised or sharded weight is a class of its own. HQQ keeps its bytes in `W_q`.
@@ -82,6 +91,8 @@ def _dequantisation(helper: Callable[..., Any]) -> Callable[..., Any]:
         weight = module.weight
         if type(weight) is nn.Parameter or type(weight) is Tensor:
             return weight
+        if isinstance(weight, four_bit):
+            return dequantized(weight.data, weight.quant_state)
         return as_peft_does(module)
 
     return dequantize_module_weight

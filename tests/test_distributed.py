@@ -191,3 +191,36 @@ def test_one_rank_may_compile_alone(ranks: list[Result]) -> None:
     for result in of(ranks, "one_rank_compiles_alone"):
         assert any(result["sparsity"].values())
         assert result["told"] == []
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_trainer_under_accelerate_launch_is_sparse_on_every_rank(tmp_path: Path) -> None:
+    """As `docs/distributed.md` says: `--multi_gpu` starts the processes, `use_cpu=True` has them meet through gloo."""
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={RANKS}"]
+    options = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    environment = os.environ | {
+        "PYTHONPATH": str(TESTS),
+        "SPARSELORA_CACHE_DIR": str(tmp_path / "factors"),
+        "OMP_NUM_THREADS": "1",
+    }
+    run = subprocess.run(
+        [*command, *options, str(TESTS / "accelerate_worker.py"), str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS))
+    assert first["ranks"] == second["ranks"] == RANKS and first["told"] == second["told"] == []
+    for rank in (first, second):
+        assert rank["chosen"] and all(len(choices) == 2 for choices in rank["chosen"].values())
+    # Each rank has its own batch, and so its own channels; what they train is the same.
+    assert any(
+        not torch.equal(ours, theirs)
+        for site, choices in first["chosen"].items()
+        for ours, theirs in zip(choices, second["chosen"][site], strict=True)
+    )
+    assert first["trained"].keys() == second["trained"].keys() != set()
+    assert all(torch.equal(each, second["trained"][name]) for name, each in first["trained"].items())

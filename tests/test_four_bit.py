@@ -20,6 +20,7 @@ from models import ALL_TARGETS, batch, with_lora
 from oracle import SPARSITY, assert_differs, assert_same_step, oracle_step, sparse_step, told, train_step
 from sparse_compile import explain
 from sparse_compile.kernels.dequantize_4bit import dequantize_4bit, reference
+from sparse_compile.peft_support import make_dora_traceable
 from tolerances import Tolerance
 
 PASS = "expose_4bit_weights"
@@ -101,6 +102,24 @@ def test_a_qlora_model_trains_as_the_oracle_says(form: str, preset: str, aot_eag
     assert len(kept) == len(SPARSITY) - (preset == "exact")
     assert_same_step(step, oracle_step(twin, kept, inputs), torch.float32)
     assert_differs(step, train_step(model, model, inputs))
+
+
+@pytest.mark.parametrize(("nested", "dropout"), [(False, 0.0), (True, 0.1)])
+def test_a_dora_adapter_trains_as_the_oracle_says(nested: bool, dropout: float, aot_eager_inductor: Any) -> None:
+    """PEFT dequantises the weight for its norm, and with dropout multiplies with it."""
+    pytest.importorskip("peft")
+    make_dora_traceable()  # a module before may have looked up the backend without PEFT
+    pairs = pair(layers=1, nested=nested, dtype=torch.float32)
+    # Before the out-projection of a sparse feed-forward block dropout draws otherwise than in the eager model.
+    targets = ALL_TARGETS[:-1] if dropout else ALL_TARGETS
+    model, twin = (with_lora(each, targets, dora=True, dropout=dropout) for each in pairs)
+    inputs, sites = batch(97), {"layers.0.mlp": 0.6, "layers.0.self_attn": 0.5}
+    with told() as messages:
+        step, kept = sparse_step(model, compiled(model, layer_sparsity=sites), inputs, seed=3)
+    assert messages == [] and aot_eager_inductor.sparse == [True] and len(kept) == len(sites)
+    (graph,) = aot_eager_inductor.graphs
+    assert "ops.bitsandbytes" not in str(graph.graph), "each weight is dequantised once"
+    assert_same_step(step, oracle_step(twin, kept, inputs, seed=3), torch.float32)
 
 
 def test_only_chosen_rows_and_columns_are_dequantised_for_context_tokens(aot_eager_inductor: Any) -> None:
@@ -240,6 +259,27 @@ def test_near_misses(name: str) -> None:
     assert not outcome.changed
     (found,) = rejections(outcome)
     assert reason in found
+
+
+def again(scale: float, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
+    def function(layer: Any, x: Tensor) -> Tensor:
+        state, y = layer.weight.quant_state, layer(x)
+        absmax = state.absmax if scale == 1 else state.absmax * scale
+        dense = torch.ops.bitsandbytes.dequantize_4bit(layer.weight.data, absmax, 64, "nf4", [32, 64], dtype)
+        return y + dense.sum().float()
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "shared"), [(again(1), True), (again(2), False), (again(1, torch.bfloat16), False)]
+)
+def test_a_second_dequantisation_is_the_first_where_it_is_of_the_same_weight(
+    function: Callable[..., Tensor], shared: bool
+) -> None:
+    captured = capture(Product(function), torch.randn(2, 64))
+    run_passes(captured, PASS)
+    assert ("bitsandbytes.dequantize_4bit" not in str(captured.gm.graph)) == shared
 
 
 @pytest.mark.parametrize("gradient", [False, True])

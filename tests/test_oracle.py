@@ -254,16 +254,24 @@ class Autocast(nn.Module):
             return self.model(**inputs)
 
 
-@pytest.mark.parametrize("where", ["outside the graph", "inside the graph"])
-def test_autocast(where: str, aot_eager_inductor: Any) -> None:
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        ("outside the graph", torch.bfloat16),
+        ("inside the graph", torch.bfloat16),
+        ("outside the graph", torch.float16),
+    ],
+    ids=str,
+)
+def test_autocast(where: str, dtype: torch.dtype, aot_eager_inductor: Any) -> None:
     model = Autocast(with_lora(llama(), ALL_TARGETS)) if "inside" in where else with_lora(llama(), ALL_TARGETS)
     call = compiled(model)
     inputs = batch(97, padding="left")
-    with torch.autocast("cpu", torch.bfloat16, enabled="outside" in where):
+    with torch.autocast("cpu", dtype, enabled="outside" in where):
         step, kept = sparse_step(model, call, inputs)
         expected = oracle_step(model, kept, inputs)
         expected_dense = train_step(model, model, inputs)
-    assert_same_step(step, expected, torch.bfloat16)
+    assert_same_step(step, expected, dtype)
     assert_differs(step, expected_dense)
 
 

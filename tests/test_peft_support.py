@@ -205,6 +205,6 @@ def test_a_4_bit_dora_model_computes_as_eager() -> None:
     model(x).backward()
     expected = gradients(model)
     backend = Eager()
-    torch.compile(model, backend=backend)(x).backward()
+    torch.compile(model, backend=backend, fullgraph=True)(x).backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name])

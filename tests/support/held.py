@@ -23,6 +23,33 @@ ADAPTERS = (
         "QLoRA under gradient checkpointing; no dense weight is kept for the backward",
         "test_four_bit.py::test_no_dense_weight_is_saved_for_the_backward",
     ),
+    Held(
+        "DoRA on a 4-bit base (bitsandbytes), with dropout or without",
+        "test_four_bit.py::test_a_dora_adapter_trains_as_the_oracle_says",
+    ),
+    Held(
+        "`disable_adapter()`, between sparse steps or before them",
+        "support/test_adapter_states.py::test_disabled_adapters_run_dense_and_silent",
+        DENSE,
+    ),
+    Held(
+        "`merge_adapter()`; after `unmerge_adapter()` sparse again",
+        "support/test_adapter_states.py::test_merged_adapters_are_told_of_once_and_train_again_once_unmerged",
+        'dense: "merged into the base or switched off"',
+    ),
+    Held(
+        "`set_adapter` to another adapter, and back",
+        "support/test_adapter_states.py::test_another_adapter_trains_after_set_adapter",
+    ),
+    Held(
+        "`hotswap_adapter`, without recompilation",
+        "support/test_adapter_states.py::test_a_hot_swapped_adapter_trains_without_recompilation",
+    ),
+    Held(
+        "`merge_and_unload()` after training",
+        "support/test_adapter_states.py::test_a_trained_model_that_is_merged_and_unloaded_computes_the_same",
+        "the outputs of the trained model",
+    ),
 )
 
 TRAINING = (
@@ -30,7 +57,7 @@ TRAINING = (
     Held("`Trainer`", "test_backend.py::test_trainer_with_the_callback"),
     Held("`Trainer` with gradient checkpointing", "test_checkpointing.py::test_trainer_with_the_callback"),
     Held("`Trainer` with `bf16=True`", "test_checkpointing.py::test_trainer_with_bf16_autocast"),
-    Held("autocast around the model or in it", "test_oracle.py::test_autocast"),
+    Held("autocast around the model (bf16, fp16) or in it (bf16)", "test_oracle.py::test_autocast"),
     Held(
         "a gradient scaler that skips steps",
         "test_schedule.py::TestCounting::test_steps_that_the_gradient_scaler_skips",
@@ -62,5 +89,50 @@ SHAPES = (
     Held(
         "lengths from 1 up, one row, no context or no output token",
         "test_bad_input.py::test_extreme_batches_equal_the_oracle",
+    ),
+    Held(
+        "`mark_dynamic` on the batch and the length: one graph",
+        "support/test_shapes_supported.py::test_sizes_marked_dynamic_are_one_graph",
+    ),
+    Held(
+        "examples flattened into one row with `position_ids` (`DataCollatorWithFlattening`, its arguments for flash "
+        "attention among them; attention itself is SDPA)",
+        "support/test_shapes_supported.py::test_examples_flattened_into_one_row",
+    ),
+)
+
+DISTRIBUTED = (
+    Held(
+        "DDP, compiled then wrapped or wrapped then compiled; FSDP2, blocks compiled or the whole model",
+        "test_distributed.py::test_sparse_ranks_train_as_the_mean_of_two_processes_alone",
+    ),
+    Held(
+        "the exact passes, and nothing asked for, under DDP and FSDP2: the gradients of one process on both batches",
+        "test_distributed.py::test_two_ranks_train_as_one_process_does_on_both_batches",
+    ),
+    Held("FSDP2 with gradient checkpointing", "test_distributed.py::test_checkpoints_around_compiled_blocks"),
+    Held(
+        "FSDP2, the schedule by steps of the sharded optimizer",
+        "test_distributed.py::test_steps_of_an_optimizer_of_shards_move_the_schedule",
+    ),
+    Held("factors are computed once a job", "test_distributed.py::test_a_job_computes_each_factor_once"),
+    Held(
+        "`Trainer` on two processes, by `accelerate launch`",
+        "test_distributed.py::test_a_trainer_under_accelerate_launch_is_sparse_on_every_rank",
+    ),
+    Held(
+        "DDP with Dynamo's DDP optimizer on",
+        "test_distributed.py::test_the_ddp_optimizer_leaves_a_model_dense_and_one_warning_says_what_to_set",
+        'dense: "torch._dynamo.config.optimize_ddp = False"',
+    ),
+    Held(
+        "FSDP2 without roles",
+        "test_distributed.py::test_blocks_without_roles_are_dense_and_one_warning_names_token_roles",
+        'dense: "token_roles(labels="',
+    ),
+    Held(
+        "tensor parallel",
+        "test_distributed.py::test_tensor_parallel_is_dense_and_said_so",
+        'dense: "tensor parallel"',
     ),
 )

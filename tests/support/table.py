@@ -27,9 +27,10 @@ asked for, is tested on Gemma 2, Phi-3, GPT-NeoX, GPT-2, T5 and ViT.
 """
 
 SECTIONS = {
-    "Adapters": "On two blocks of a Llama, against the masked-dense oracle.",
-    "Training": "Every training forward is sparse, and nothing is warned of.",
+    "Adapters": "On two blocks of a Llama, against the masked-dense oracle; what is dense, against the eager model.",
+    "Training": "Every training forward is sparse, and nothing is warned of; or all are dense, and a warning says why.",
     "Shapes": "Against the masked-dense oracle.",
+    "Distributed": "Two processes on CPUs, through gloo, against single ones. See [distributed.md](distributed.md).",
 }
 
 
@@ -37,14 +38,28 @@ def support_page() -> str:
     """Return the text of the page."""
     from support import held
     from support.adapters import ADAPTERS
-    from support.test_training_supported import TRAINING
+    from support.test_adapters_declined import DECLINED_BASES
+    from support.test_hand_written_adapters import SPELLINGS
+    from support.test_training_supported import DENSE_TRAINING, TRAINING
 
     parts = [HEAD, *_models()]
     own = {
-        "Adapters": _rows(ADAPTERS, "test_adapters_supported.py::test_an_adapter_trains_as_the_oracle_says"),
-        "Training": _rows(TRAINING, "test_training_supported.py::test_a_way_to_train_is_sparse_at_every_step"),
+        "Adapters": [
+            *_rows(ADAPTERS, "test_adapters_supported.py::test_an_adapter_trains_as_the_oracle_says"),
+            *_rows(SPELLINGS, "test_hand_written_adapters.py::test_a_spelling_trains_as_the_oracle_says"),
+            *_rows(DECLINED_BASES, "test_adapters_declined.py::test_a_base_that_is_declined_trains_dense_and_says_so"),
+        ],
+        "Training": [
+            *_rows(TRAINING, "test_training_supported.py::test_a_way_to_train_is_sparse_at_every_step"),
+            *_rows(DENSE_TRAINING, "test_training_supported.py::test_labels_that_leave_the_model_are_told_of"),
+        ],
     }
-    elsewhere = {"Adapters": held.ADAPTERS, "Training": held.TRAINING, "Shapes": held.SHAPES}
+    elsewhere = {
+        "Adapters": held.ADAPTERS,
+        "Training": held.TRAINING,
+        "Shapes": held.SHAPES,
+        "Distributed": held.DISTRIBUTED,
+    }
     for section, text in SECTIONS.items():
         lines = [
             *own.get(section, ()),
@@ -67,7 +82,8 @@ def _models() -> Iterable[str]:
 
 def _rows(rows: Mapping[str, Any], test: str) -> Iterable[str]:
     for name, row in rows.items():
-        yield f"| {row.title} | yes | `support/{test}[{name}]` |\n"
+        outcome = f'dense: "{words}"' if (words := getattr(row, "declined", "")) else "yes"
+        yield f"| {row.title} | {outcome} | `support/{test}[{name}]` |\n"
 
 
 if __name__ == "__main__":

@@ -102,5 +102,5 @@ def test_the_page_is_current() -> None:
 
 
 def test_rows_that_are_held_elsewhere_are_tests() -> None:
-    rows = (*held.ADAPTERS, *held.TRAINING, *held.SHAPES)
+    rows = (*held.ADAPTERS, *held.TRAINING, *held.SHAPES, *held.DISTRIBUTED)
     assert [row.test for row in rows if not exists(row.test)] == []

@@ -42,7 +42,7 @@ def trainer_for(model: nn.Module, folder: Path, **arguments: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     kind = arguments.pop("trainer", Trainer)
-    own = {name: arguments.pop(name) for name in ("optimizers",) if name in arguments}
+    own = {name: arguments.pop(name) for name in ("optimizers", "compute_loss_func") if name in arguments}
     settings = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
         "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, **arguments,
@@ -157,6 +157,9 @@ TRAINING: dict[str, TrainingRow] = {
         "Accelerate's own loop (`prepare`, `accumulate`, `backward`)", accelerate_loop, forwards=4
     ),
     "sft": TrainingRow("TRL `SFTTrainer`, loss on completions", sft(), slow=True),
+    "packing": TrainingRow(
+        "TRL `SFTTrainer` with packing (`position_ids`, no mask)", sft(packing=True, eval_packing=False), slow=True
+    ),
 }
 
 
@@ -172,3 +175,52 @@ def test_a_way_to_train_is_sparse_at_every_step(name: str, tmp_path: Path, aot_e
     # TRL calls the decoder below the head by itself, so the names of its modules begin there.
     (choices,) = (found for name, found in record.items() if name.endswith(FFN))
     assert len(choices) == row.forwards
+
+
+# --- Labels that leave the model --------------------------------------------------------------------------------------
+
+
+def smoothed(model: nn.Module, folder: Path) -> None:
+    trainer_for(model, folder, label_smoothing_factor=0.1).train()
+
+
+def a_loss_of_ones_own(model: nn.Module, folder: Path) -> None:
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+    trainer_for(model, folder, compute_loss_func=loss).train()
+
+
+@dataclass(frozen=True)
+class DenseTrainingRow:
+    """A way to train that keeps the labels from the model.
+
+    Attributes:
+        title: what the page calls it.
+        run: trains a compiled model, with a folder to write to.
+        declined: words of the one warning.
+    """
+
+    title: str
+    run: Callable[[nn.Module, Path], None]
+    declined: str = "Trainer keeps the labels from the model for label_smoothing_factor and compute_loss_func"
+
+
+DENSE_TRAINING: dict[str, DenseTrainingRow] = {
+    "label_smoothing": DenseTrainingRow("`Trainer` with `label_smoothing_factor`", smoothed),
+    "compute_loss_func": DenseTrainingRow("`Trainer` with `compute_loss_func`", a_loss_of_ones_own),
+}
+
+
+@pytest.mark.parametrize("name", DENSE_TRAINING)
+def test_labels_that_leave_the_model_are_told_of(name: str, tmp_path: Path, eager_inductor: Any) -> None:
+    row, model = DENSE_TRAINING[name], model_for()
+    before = [parameter.detach().clone() for parameter in trained(model)]
+    with told() as messages, record_channels() as record:
+        row.run(model, tmp_path)
+    assert all(not torch.equal(now, then) for now, then in zip(trained(model), before, strict=True))
+    assert record == {} and not any(eager_inductor.sparse)
+    (message,) = messages
+    assert "sites that were asked for stay dense" in message or "so training runs dense" in message
+    assert row.declined in message
