@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --parts steps --workload math10k-8b --layers 32 --arms eager,inductor,o2,triton/o2
 
 `triton/o2` is the preset `o2` with `kernels="triton"`: without it sparse products are `index_select` and cuBLAS. Each
-part appends rows to `benchmarks/results/gpu.jsonl`. What fails, or disagrees with the reference, is named, the rest is
-measured all the same, and the exit status is 1. `liger` is Liger-Kernel, where it is installed.
+part appends rows to `benchmarks/results/gpu.jsonl`; in the end all of them are drawn into `gpu.svg` beside it. What
+fails, or disagrees with the reference, is named, the rest is measured all the same, and the exit status is 1. `liger`
+is Liger-Kernel, where it is installed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any
 
 import torch
 from gpu_kernels import kernel_cases, launch_seconds, measure_kernel
+from gpu_plot import draw
 from liger import LIGER, liger_missing
 from measure import PEERS, Step, arm_model, check_arm, interleaved, paired_ratio, spread, training_step
 from roofline import CASES, DEVICES
-from rows import append_rows, environment
+from rows import append_rows, environment, read_rows
 from torch.autograd import DeviceType
 from workloads import WORKLOADS, Workload, base_model, make_batch
 
@@ -195,7 +197,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"first call {row['first_call_seconds']:.0f} s, peak {row['peak_bytes'] / 2**30:.1f} GiB{share}",
                     flush=True,
                 )
+    _redraw(args.out)
     return int(failed)
+
+
+def _redraw(rows: Path) -> None:
+    """Draw all rows that there are, into a file beside them."""
+    try:
+        draw(read_rows([rows]), rows.with_suffix(".svg"))
+    except (OSError, ValueError) as error:
+        print(f"nothing is drawn: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-MODULES = ("workloads", "liger", "measure", "rows", "roofline", "kernels_report", "gpu_kernels", "gpu", "compile_time")
+MODULES = (
+    "workloads", "liger", "measure", "rows", "roofline", "kernels_report", "gpu_kernels", "figures", "gpu_plot", "gpu",
+    "compile_time",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,13 @@ def test_what_fails_is_named_and_the_rest_is_measured(
     monkeypatch.setattr(gpu, "kernel_cases", lambda case, device: iter([wrong, right]))
     monkeypatch.setattr(gpu, "launch_seconds", lambda run: [1e-4])
     third = {"median": 0.5, "p20": 0.5, "p80": 0.5}
-    good = {"label": "math10k-8b layers=2", "arm": "o2", "step_seconds": third, "ratios": {"eager": third}}
+    good = {
+        "workload": {"name": "math10k-8b"},
+        "label": "math10k-8b layers=2",
+        "arm": "o2",
+        "step_seconds": third,
+        "ratios": {"eager": third},
+    }
     good |= {"first_call_seconds": 60.0, "peak_bytes": 2**34, "predictor_share": 0.011}
 
     def measure_steps(workload: Any, arms: list[str], device: str, rounds: int) -> list[dict[str, Any]]:
@@ -175,6 +184,10 @@ def test_what_fails_is_named_and_the_rest_is_measured(
     rows = benchmarks["rows"].read_rows([out])
     assert [row.get("kernel", row.get("arm")) for row in rows] == ["right", "liger", "o2", "right"]
     assert gpu.main(["--parts", "steps", "--workload", "math10k-8b", "--layers", "2", "--out", str(out)]) == 0
+    drawn = out.with_suffix(".svg").read_text(encoding="utf-8")
+    assert all(text in drawn for text in ("NVIDIA H200", "math10k-8b", "csr-8b", "right", "o2", "0.50x"))
+    assert gpu.main(["--parts", "steps", "--workload", "csr-8b", "--layers", "2", "--out", str(tmp_path / "none")]) == 1
+    assert "nothing is drawn" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
