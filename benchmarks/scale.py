@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                              # all curves, about 15 minutes on two cores
     python benchmarks/scale.py --curves length,width
+    python benchmarks/scale.py --curves sparsity --only 0.5,0.9
     python benchmarks/scale.py --draw benchmarks/results/scale.jsonl --out scale.png
 
 Each point is a LoRA step of a small Llama (4 blocks, the middle two sparse): PEFT + Inductor, this backend with
@@ -111,15 +112,21 @@ class Measured:
     notes: dict[str, str]
 
 
-def measure(point: Point, rounds: int) -> Measured:
-    """Measure the arms of one point in turns."""
+def measure(point: Point, rounds: int, caches: Path) -> Measured:
+    """Measure the arms of one point in turns.
+
+    Args:
+        point: what is measured.
+        rounds: measured rounds.
+        caches: folder of the compile caches; points that share it compile what they have in common once.
+    """
+    torch.compiler.reset()
     base, batch = base_model(point.workload), make_batch(point.workload)
     models = {arm: arm_model(base, point.workload, arm) for arm in ("inductor", "exact")}
     models["sparse"] = adapted_model(base, point.workload)
     models["sparse"].compile(backend="sparselora", options=point.options)
     steps = {arm: training_step(model, batch) for arm, model in models.items()}
-    with tempfile.TemporaryDirectory() as caches:
-        taken = {arm: times.steps for arm, times in interleaved(steps, Path(caches), rounds, warm_up=1).items()}
+    taken = {arm: times.steps for arm, times in interleaved(steps, caches, rounds, warm_up=1).items()}
     report = sparse_compile.explain(adapted_model(base, point.workload), config=point.options, **batch)
     return Measured(
         seconds={arm: spread(each) for arm, each in taken.items()},
@@ -156,11 +163,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def _numbers(text: str) -> set[float]:
+    return {float(number) for number in text.split(",")}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or draw what was measured; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", default=",".join(CURVES), help=f"comma list of {', '.join(CURVES)}")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of a point")
+    parser.add_argument(
+        "--only", type=_numbers, help="comma list of the points to measure, such as 0.5,0.9; default: all"
+    )
     parser.add_argument("--draw", type=Path, help="draw the rows of this file instead of measuring")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows to append to, or PNG or SVG to draw")
     args = parser.parse_args(argv)
@@ -170,18 +184,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = args.curves.split(",")
     if not set(chosen) <= set(CURVES):
         parser.error(f"no curve {', '.join(sorted(set(chosen) - set(CURVES)))}; there are {', '.join(CURVES)}")
-    for point in (point for curve in chosen for point in CURVES[curve]()):
-        torch.compiler.reset()
-        measured = measure(point, args.rounds)
-        place = {"curve": point.curve, "x": point.x, "label": point.workload.label, "sparsity": dict(point.sparsity)}
-        row = place | dataclasses.asdict(measured) | environment("scale.py", sys.argv[1:])
-        append_rows([row], args.out)
-        print(
-            f"{point.curve} {point.x:g}: exact {measured.exact.median:.2f}x, sparse {measured.sparse.median:.2f}x"
-            + (f"; the cost model declines {', '.join(measured.notes)}" if measured.notes else ""),
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as caches:
+        for point in (point for curve in chosen for point in CURVES[curve]()):
+            if args.only is None or point.x in args.only:
+                _append(point, measure(point, args.rounds, Path(caches)), args.out)
     return 0
+
+
+def _append(point: Point, measured: Measured, out: Path) -> None:
+    """Append a row and print a line of it."""
+    place = {"curve": point.curve, "x": point.x, "label": point.workload.label, "sparsity": dict(point.sparsity)}
+    append_rows([place | dataclasses.asdict(measured) | environment("scale.py", sys.argv[1:])], out)
+    print(
+        f"{point.curve} {point.x:g}: exact {measured.exact.median:.2f}x, sparse {measured.sparse.median:.2f}x"
+        + (f"; the cost model declines {', '.join(measured.notes)}" if measured.notes else ""),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
