@@ -4,6 +4,7 @@ At the top of the graph, once:
 
     %roles   = sparselora.output_mask(%labels, ignore_index, shift)      (B, S), or given_output_mask(%tokens)
     %roles   = %roles | %dense_step                                      all true where the schedule says dense
+    %counts  = sparselora.row_counts(%roles, %targets, -100)             if `loss_rows` is there; the split reads it too
     %rows    = sparselora.split_tokens(%roles)                           output rows, context rows; or, of fixed sizes,
                sparselora.token_slots(%roles, C, N - C + bucket)         with spare slots, which no score reads
     %weights = ~%roles & %attention_mask                                 the tokens that take part in scores
@@ -78,6 +79,9 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     assert roles is not None
     nodes = nodes_by_name(rewriter.graph)
     top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
+    # What is there already of the top of the graph is on the rows of the loss: their number is read with that of roles.
+    (loss_rows,) = rewriter.graph.find_nodes(op="call_function", target=_OPS.loss_rows.default) or (None,)
+    top = loss_rows or top
     source = tensor_value(nodes[ctx.plan.sparse_sites[0].site.source])
     assert source is not None
 
@@ -111,7 +115,11 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
         if ctx.dense_step is not None:
             dense_step = rewriter.buffer(_DENSE_STEP, ctx.dense_step(source.device))
             mask = rewriter.call(torch.logical_or, mask, dense_step)
-        rows = rewriter.items(_split(rewriter, mask, math.prod(source.shape[:-1]), ctx), 2)
+        counts = ()
+        if loss_rows is not None:
+            counts = (rewriter.call(_OPS.row_counts.default, mask, *loss_rows.args),)
+            loss_rows.args = (*loss_rows.args, *counts)
+        rows = rewriter.items(_split(rewriter, mask, math.prod(source.shape[:-1]), ctx, counts), 2)
         weights = rewriter.call(torch.logical_not, mask)
         if attended is not None:
             weights = rewriter.call(torch.logical_and, weights, attended)
@@ -121,7 +129,9 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     return weights, dense_step
 
 
-def _split(rewriter: Rewriter, mask: fx.Node, count: int | torch.SymInt, ctx: PassContext) -> fx.Node:
+def _split(
+    rewriter: Rewriter, mask: fx.Node, count: int | torch.SymInt, ctx: PassContext, counts: tuple[fx.Node, ...]
+) -> fx.Node:
     """Insert the split of the tokens by role: of sizes that depend on data, or of fixed ones.
 
     Args:
@@ -129,10 +139,11 @@ def _split(rewriter: Rewriter, mask: fx.Node, count: int | torch.SymInt, ctx: Pa
         mask: the output tokens.
         count: the number of tokens.
         ctx: the slots.
+        counts: the numbers of rows, where they are read anyway.
     """
     slots = ctx.slots
     if slots is None:
-        return rewriter.call(_OPS.split_tokens.default, mask)
+        return rewriter.call(_OPS.split_tokens.default, mask, *counts)
     tokens = rewriter.method("numel", mask)
     outputs: fx.Node | int = slots.among(count)
     contexts: fx.Node | int = tokens

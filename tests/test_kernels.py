@@ -41,6 +41,7 @@ def frozen(*shape: int, seed: int = 1) -> Tensor:
 
 
 MASK = torch.tensor([[False, True, True], [True, False, False]])
+TARGET = torch.tensor([-100, 3, 4, -100])
 ROWS, CONTEXT = index(1, 2, 3), index(0, 4, 5)
 
 ADAPTED = (x(5, 7), frozen(9, 7), x(2, 7, seed=3), x(9, 2, seed=4), x(9, seed=5))
@@ -216,6 +217,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "top_channels, one": (OPS.top_channels, (frozen(9), 1, "site")),
     "spaced_rows": (OPS.spaced_rows, (MASK, 2)),
     "expand_kv_channels": (OPS.expand_kv_channels, (index(0, 3, 5), 3, 2)),
+    "row_counts": (OPS.row_counts, (MASK, TARGET, -100)),
     "output_mask": (OPS.output_mask, (torch.tensor([[-100, 3, -100]]), -100, 1)),
 }
 """Every op with inputs of odd shapes; those that are differentiated require a gradient."""
@@ -235,10 +237,12 @@ def test_opcheck_of_given_roles() -> None:
 def test_opcheck_of_a_split() -> None:
     """Its sizes are data: the fake is run where they are allowed."""
     torch.library.opcheck(OPS.split_tokens.default, (MASK,))
+    torch.library.opcheck(OPS.split_tokens.default, (MASK, torch.tensor([int(MASK.sum()), 0])))
 
 
 def test_opcheck_of_rows_of_the_loss() -> None:
-    torch.library.opcheck(OPS.loss_rows.default, (torch.tensor([-100, 3, 4, -100]), -100))
+    torch.library.opcheck(OPS.loss_rows.default, (TARGET, -100))
+    torch.library.opcheck(OPS.loss_rows.default, (TARGET, -100, torch.tensor([0, 2])))
 
 
 def test_shuffled_mask_is_random_and_keeps_counts() -> None:
@@ -623,6 +627,18 @@ def test_split_is_a_partition(mask: Tensor) -> None:
     output, context = OPS.split_tokens(mask)
     assert output.tolist() == [i for i, role in enumerate(mask.flatten().tolist()) if role]
     assert context.tolist() == [i for i, role in enumerate(mask.flatten().tolist()) if not role]
+
+
+@pytest.mark.parametrize("mask", [MASK, torch.zeros(2, 3, dtype=torch.bool), torch.ones(4, dtype=torch.bool)])
+@pytest.mark.parametrize("target", [TARGET, torch.full((3,), -100), torch.arange(5)])
+def test_counted_rows_are_found_without_asking_again(mask: Tensor, target: Tensor) -> None:
+    counts = OPS.row_counts(mask, target, -100)
+    assert counts.tolist() == [int(mask.sum()), int((target != -100).sum())] and counts.device.type == "cpu"
+    expected = [*OPS.split_tokens(mask), OPS.loss_rows(target, -100)]
+    with torch.profiler.profile() as profile:
+        found = [*OPS.split_tokens(mask, counts), OPS.loss_rows(target, -100, counts)]
+    assert all(map(torch.equal, found, expected))
+    assert "aten::nonzero" not in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("provider", ["reference", "cpu_index"])

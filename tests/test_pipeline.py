@@ -98,6 +98,17 @@ def test_an_exact_optimisation_runs_with_sparse_sites_and_without() -> None:
     assert ["gathered_linear" in text for text in texts] == [False, False, True]
 
 
+def test_both_numbers_of_rows_are_read_at_once() -> None:
+    captured = captured_with(layer_sparsity=SPARSE["layer_sparsity"])
+    result = run_pipeline(captured.gm, captured.ctx)
+    assert result.sparse is not None and result.exact is not None
+    (counts,) = [node for node in result.sparse.graph.nodes if "row_counts" in str(node.target)]
+    assert sorted(str(user.target) for user in counts.users) == [
+        "sparselora.loss_rows.default", "sparselora.split_tokens.default",
+    ]  # fmt: skip
+    assert "row_counts" not in render_graph(result.exact.graph, captured.ctx.parameters)
+
+
 def test_preset_none_leaves_out_what_only_saves_work() -> None:
     captured = captured_with(**SPARSE)
     records = {record.name: record for record in run_pipeline(captured.gm, captured.ctx).records}

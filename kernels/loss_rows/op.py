@@ -21,21 +21,22 @@ from sparse_compile.torch_private import new_unbacked_size
 
 
 @torch.library.custom_op("sparselora::loss_rows", mutates_args=())
-def loss_rows(target: Tensor, ignore_index: int) -> Tensor:
+def loss_rows(target: Tensor, ignore_index: int, counts: Tensor | None = None) -> Tensor:
     """Return the ascending positions (int64) of the targets that are not ignored.
 
     Args:
         target: (N,) integers.
         ignore_index: the target that carries no loss.
+        counts: what `row_counts` returns of them; without it this waits for the device.
 
     Returns:
         (R,); R is known at run time only, 0 and N included.
     """
-    return reference.loss_rows(target, ignore_index)
+    return reference.loss_rows(target, ignore_index, counts)
 
 
 @loss_rows.register_fake
-def _(target: Tensor, ignore_index: int) -> Tensor:
+def _(target: Tensor, ignore_index: int, counts: Tensor | None = None) -> Tensor:
     return target.new_empty(new_unbacked_size(max_size=target.shape[0]), dtype=torch.int64)
 
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from sparse_compile.kernels.token_rows.reference import fill_slots, past_the_end
 
 
-def loss_rows(target: Tensor, ignore_index: int) -> Tensor:
+def loss_rows(target: Tensor, ignore_index: int, counts: Tensor | None = None) -> Tensor:
     """Return the ascending positions (int64) of a target (N,) that are not `ignore_index`."""
+    if counts is not None:
+        return fill_slots(target != ignore_index, int(counts[1]))
     return torch.nonzero(target != ignore_index).squeeze(1)
 
 

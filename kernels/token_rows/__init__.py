@@ -5,9 +5,19 @@ from sparse_compile.kernels.token_rows.op import (
     TAKE_ROWS,
     expand_kv_channels,
     put_rows,
+    row_counts,
     split_tokens,
     take_rows,
     token_slots,
 )
 
-__all__ = ["PUT_ROWS", "TAKE_ROWS", "expand_kv_channels", "put_rows", "split_tokens", "take_rows", "token_slots"]
+__all__ = [
+    "PUT_ROWS",
+    "TAKE_ROWS",
+    "expand_kv_channels",
+    "put_rows",
+    "row_counts",
+    "split_tokens",
+    "take_rows",
+    "token_slots",
+]

@@ -1,9 +1,10 @@
 """Semantic ops that split the N tokens of a batch by role, and merge them again.
 
-`split_tokens` runs once a graph: one data-dependent size for the whole training step. `token_slots` takes its place
-where sizes have to be fixed (CUDA graphs): more slots than tokens, of which the spare ones are computed and thrown
-away. `take_rows` and `put_rows` are each other's adjoint, so that neither direction needs atomics or an accumulating
-scatter:
+`split_tokens` runs once a graph: one data-dependent size for the whole training step. Where the end of the model runs
+on the rows of the loss, whose number depends on data as well, `row_counts` reads both at once, so that a step waits for
+the device once. `token_slots` takes the place of the split where sizes have to be fixed (CUDA graphs): more slots than
+tokens, of which the spare ones are computed and thrown away. `take_rows` and `put_rows` are each other's adjoint, so
+that neither direction needs atomics or an accumulating scatter:
 
     output, context = take_rows(x, rows..., columns)      d x      = put_rows(d output, d context, rows..., columns)
     y = put_rows(output, context, rows..., columns)       d output, d context = take_rows(d y, rows..., columns)
@@ -37,21 +38,42 @@ PUT_ROWS = ProviderTable(
 )
 
 
+@torch.library.custom_op("sparselora::row_counts", mutates_args=())
+def row_counts(output_mask: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Count what `split_tokens` and `loss_rows` find, for both of them: the one time that a step waits for the device.
+
+    Args:
+        output_mask: bool, any shape.
+        target: (N,) integers.
+        ignore_index: the target that carries no loss.
+
+    Returns:
+        (2,) int64, on the CPU: output tokens, and targets that are not ignored.
+    """
+    return reference.row_counts(output_mask, target, ignore_index)
+
+
+@row_counts.register_fake
+def _(output_mask: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
 @torch.library.custom_op("sparselora::split_tokens", mutates_args=())
-def split_tokens(output_mask: Tensor) -> tuple[Tensor, Tensor]:
+def split_tokens(output_mask: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the indices of the output tokens and of the context tokens, each ascending (int64).
 
     Args:
         output_mask: bool, any shape with N elements; a flattened position is an index.
+        counts: what `row_counts` returns; without it this waits for the device.
 
     Returns:
         `(output_rows, context_rows)` of sizes n and N - n; n is known at run time only.
     """
-    return reference.split_tokens(output_mask)
+    return reference.split_tokens(output_mask, counts)
 
 
 @split_tokens.register_fake
-def _(output_mask: Tensor) -> tuple[Tensor, Tensor]:
+def _(output_mask: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     tokens = output_mask.numel()
     outputs = new_unbacked_size(max_size=tokens)
     return (

@@ -6,14 +6,23 @@ import torch
 from torch import Tensor
 
 
-def split_tokens(output_mask: Tensor) -> tuple[Tensor, Tensor]:
+def row_counts(output_mask: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return how many output tokens there are, and how many targets that are not ignored: (2,) int64 on the CPU."""
+    counts = [output_mask.sum(), (target != ignore_index).sum()]
+    if counts[0].device == counts[1].device:
+        return torch.stack(counts).cpu()
+    return torch.stack([count.cpu() for count in counts])
+
+
+def split_tokens(output_mask: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the indices of the output tokens and of the context tokens, each ascending.
 
     Args:
         output_mask: bool, any shape with N elements.
+        counts: what `row_counts` returns, where it is known.
     """
     flat = output_mask.reshape(-1)
-    outputs = flat.nonzero().squeeze(1)
+    outputs = flat.nonzero().squeeze(1) if counts is None else fill_slots(flat, int(counts[0]))
     # The rest is as many as are left: asking a GPU for them as well would wait for it once more.
     return outputs, fill_slots(flat.logical_not(), flat.numel() - outputs.numel())
 
