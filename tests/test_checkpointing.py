@@ -107,7 +107,8 @@ def test_a_checkpoint_saves_roles_and_choices_beside_its_input(aot_eager_inducto
         outputs.loss.backward()
     assert aot_eager_inductor.sparse == [False, True]
     indices = inputs["labels"].numel() + sum(len(choices[0]) for choices in record.values())
-    assert saved["sparse"] <= saved["dense"] + 8 * indices
+    # Each of three vectors of rows has one more slot, for what it leaves out.
+    assert saved["sparse"] <= saved["dense"] + 8 * (indices + 3)
     model.gradient_checkpointing_disable()
     torch._dynamo.reset()
     assert saved["sparse"] < 0.4 * saved_bytes(model, lambda: compiled(model)(**inputs))[1]

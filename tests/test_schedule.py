@@ -808,7 +808,8 @@ class TestDenseStep:
         assert found == [(True, DENSE), (False, SPARSE), (True, DENSE)]
 
     def test_each_device_has_its_own(self) -> None:
-        session = Model().session
+        model = Model()
+        session = model.session
         elsewhere = session.dense_step(torch.device("meta"))
         assert elsewhere.device.type == "meta"
         assert session.dense_step(self.CPU) is not elsewhere
@@ -825,7 +826,8 @@ class TestDenseStep:
         assert not any(flags)
 
     def test_it_is_made_and_moved_under_any_grad_mode(self) -> None:
-        session = Model(start_step=1).session
+        model = Model(start_step=1)
+        session = model.session
         with torch.inference_mode():
             flag = session.dense_step(self.CPU)
             session.set_position(1, None)
