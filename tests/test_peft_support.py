@@ -77,6 +77,11 @@ sys.path[:0] = [TESTS]
 warnings.simplefilter("ignore")
 import torch
 assert not any(name.startswith(("peft", "sparse_compile")) for name in sys.modules)
+
+# What Inductor makes of a graph is tested elsewhere: here AOTAutograd has the last word.
+import torch._inductor.compile_fx as inductor
+from torch._dynamo.backends.debugging import aot_eager
+inductor.compile_fx = lambda gm, inputs, **_: aot_eager(gm, inputs)
 from models import batch, tiny_llama, with_lora
 
 model, inputs = with_lora(tiny_llama(layers=1), ("q_proj", "down_proj"), dora=True), batch(97)
