@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from graphs import Head, capture, graph_eager, run_passes, targets, tokens
 from models import batch, fp64_decoder
 from oracle import SPARSITY, assert_same_step, oracle_step, sparse_step, told, train_step
-from sparse_compile import SparseLoRACallback, SparseLoRAConfig, token_roles
+from sparse_compile import Schedule, SparseLoRACallback, SparseLoRAConfig, token_roles
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.kernels.token_rows.capacity import check_on_device
 from sparse_compile.token_capacity import CAPACITIES, known_tokens
@@ -245,6 +245,18 @@ def test_a_dense_step_has_a_slot_for_every_token_and_none_for_context() -> None:
         for node in placeholders
     ]  # fmt: skip
     torch.testing.assert_close(captured.gm(*values)[0], model(*inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_each_phase_has_a_graph_of_its_own(eager_inductor: Any) -> None:
+    """A dense step has a slot for every token, a sparse one has not: sizes decide, and the phase is guarded."""
+    model, inputs, schedule = fp64_decoder(layers=3), batch(61, prompts=[16, 13, 14]), Schedule()
+    call = compiled(model, preset="exact", token_capacity=B, start_step=1, end_step=2, schedule=schedule)
+    for step, graphs in ((0, 1), (1, 2), (2, 2), (1, 2)):
+        schedule.step = step
+        found, kept = sparse_step(model, call, inputs)
+        assert bool(kept) == (step == 1)
+        assert_same_step(found, oracle_step(model, kept, inputs), torch.float64, what=f"step {step}")
+        assert len(eager_inductor.graphs) == graphs
 
 
 # --- Where the count comes from ---------------------------------------------------------------------------------------
