@@ -19,8 +19,8 @@ it trains as without this backend and that one warning has the words of the last
 
 Each is a model of one block, of random weights: its loss and the gradient of every adapter equal those of the
 masked-dense oracle at sparsity 0.5, and its frozen layers outside of sparse sites are those of the last column (its
-embeddings and its head aside). That a model trains bit-equal to a compilation without this backend, where nothing is
-asked for, is tested on Gemma 2, Phi-3, GPT-NeoX, GPT-2, T5 and ViT.
+embeddings and its head aside). Where nothing is asked for, Inductor gets the very graph that was captured of it: it
+trains bit-equal to a compilation without this backend.
 
 | model | sparse feed-forward sites | sparse attention sites | layers that stay dense |
 |---|---|---|---|
