@@ -221,7 +221,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "predicted_scores": (OPS.predicted_scores, scored("p0*p1*sigmoid(p0)")),
     "predicted_scores, vectors": (
         OPS.predicted_scores,
-        scored("v1*select(p0 + v0, p0 + v0, 0)**2", frozen(9), frozen()),
+        scored("v1*select(p0 + v0, p0 + v0, 0)**2", frozen(9), frozen(1).squeeze()),
     ),
     "predicted_scores, bf16": (OPS.predicted_scores, scored("p0*p1", dtype=torch.bfloat16)),
     "predicted_scores, no rows": (OPS.predicted_scores, scored("p0 + v0", frozen(9), rows=0)),

@@ -108,7 +108,7 @@ def scores(dtype: torch.dtype, shape: tuple[int, int, tuple[int, ...], int], for
     b = [drawn(rank, out, seed=5 + i, dtype=torch.float32) / rank**0.5 for i, rank in enumerate(ranks)]
     if strided:
         a, b = ([each.t().contiguous().t() for each in group] for group in (a, b))
-    vectors = [drawn(*((out,) if kind == "wide" else ()), seed=9, dtype=dtype) for kind in kinds]
+    vectors = [drawn(out if kind == "wide" else 1, seed=9, dtype=dtype).squeeze() for kind in kinds]
     counted = torch.rand(rows, generator=torch.Generator().manual_seed(4)) < 0.7
     found = predicted_scores(x, counted, a, b, vectors, text, "triton")
     wide = [[each.double() for each in group] for group in (a, b, vectors)]
