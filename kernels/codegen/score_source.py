@@ -104,9 +104,11 @@ def _scores(spec: ScoreSpec) -> Block:
     for name, rank in spec.terms.items():
         body.line(f"there_{name} = (row[:, None] < rows) & (r_{name}[None, :] < {rank})", 2)
         body.line(f"sum_{name} = tl.zeros((BLOCK_M, {padded_rank(rank)}), dtype=tl.float32)", 2)
-        body.line("for part in range(0, parts):", 2)
+    body.line("for part in range(0, parts):", 2)
+    for name, rank in spec.terms.items():
         body.line(f"at_{name} = (row + part * rows)[:, None] * {rank} + r_{name}[None, :]", 3)
         body.line(f"sum_{name} += tl.load(thin_{name} + at_{name}, mask=there_{name}, other=0.0)", 3)
+    for name in spec.terms:
         body.line(f'{name} = tl.dot(sum_{name}, factor_{name}, input_precision="ieee")', 2)
     formula = parsed(spec.formula)
     (value,) = shared_terms(body, [formula], 2)
