@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.codegen.score_source import ScoreSpec, padded_rank, score_source
+from sparse_compile.kernels.codegen.score_source import ScoreSpec, score_source
 from sparse_compile.kernels.triton_launch import on_device_of
 from sparse_compile.torch_private import load_source
 
@@ -54,8 +54,10 @@ def score_sizes(rows: int, depth: int, ranks: Sequence[int]) -> ScoreSizes:
     m, k = 32, 64
     parts = max(1, min(depth // _LEAST_SHARE, _MOST_PARTS, _PROGRAMS // max(1, -(-rows // m))))
     share = -(-depth // (parts * k)) * k
-    widest = max(padded_rank(rank) for rank in ranks)
-    return ScoreSizes(m=m, k=k, n=64, share=share, parts=-(-depth // share), warps=4 if widest <= 32 else 8)
+    is_wide = max(ranks) > 32  # then factors fill the registers that rows and channels would
+    return ScoreSizes(
+        m=m, k=k, n=32 if is_wide else 64, share=share, parts=-(-depth // share), warps=8 if is_wide else 4
+    )
 
 
 def predicted_scores(
