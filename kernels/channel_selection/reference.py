@@ -92,7 +92,8 @@ def predicted_scores(
         for name in parsed(formula).operands:
             hidden = torch.where(operands[name].isnan(), operands[name], hidden)
     hidden = torch.where(valid.unsqueeze(1), hidden.expand_as(products[0]), 0.0)
-    return torch.linalg.vector_norm(hidden, dim=0)
+    norms: Tensor = torch.linalg.vector_norm(hidden, dim=0)
+    return norms
 
 
 def top_channels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
