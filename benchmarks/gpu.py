@@ -36,7 +36,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "steps")
 
 
-PREDICTOR_OPS = ("context_mean", "spaced_rows", "low_rank_product", "predicted_norms", "top_channels")
+PREDICTOR_OPS = (
+    "context_mean", "spaced_rows", "low_rank_product", "predicted_norms", "predicted_scores", "top_channels",
+)  # fmt: skip
 """The ops that predict and choose channels; what Inductor fuses behind a feed-forward block's thin products is not."""
 
 

@@ -21,8 +21,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sparse_compile.kernels.channel_selection.triton import launch_sizes, norm_sizes
+from sparse_compile.kernels.channel_selection.triton_scores import score_sizes
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.codegen.packed_tiles import FourBit
+from sparse_compile.kernels.codegen.score_source import ScoreSpec, score_source
 from sparse_compile.kernels.codegen.triton_source import GradientSpec, ProductSpec, gradient_source, product_source
 from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, choose_tile, shared_limit
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
@@ -84,7 +86,7 @@ class Built:
 
 
 _SCALES = re.compile(r"(table|absmax|bytes|code|offset)_p\d+")
-HIDDEN, FFN_CHANNELS, RANK, PREDICTOR_RANK = 4096, 14336, 32, 8
+HIDDEN, FFN_CHANNELS, RANK, PREDICTOR_RANK, SCORED_TOKENS = 4096, 14336, 32, 8, 64
 NF4 = FourBit(blocksize=64, whole_rows=True, nested=True)
 SWIGLU = "p0*p1*sigmoid(p0)"
 SWIGLU_LORA = "(p0 + 2.0*t0)*sigmoid(p0 + 2.0*t0)*(p1 + 2.0*t1)"
@@ -201,6 +203,24 @@ def build_norms(rank: int, arch: str, *, has_bias: bool) -> tuple[Built, Built]:
     sums = _compile(gram_partials, factors, constants, {"rows", "depth", "x_row"}, options, arch)
     results = {"grams": "*fp32", "b": "*fp32", "norms": "*fp32", **({"bias": "*bf16"} if has_bias else {})}
     return sums, _compile(norms_of_gram, results, constants, {"columns", "b_row"}, options, arch)
+
+
+def build_scores(spec: ScoreSpec, arch: str) -> tuple[Built, Built]:
+    """Compile the two kernels of a block's scores, for activations and vectors of bf16 and factors of fp32."""
+    kernels = load_source(score_source(spec))
+    sizes = score_sizes(SCORED_TOKENS, HIDDEN, spec.ranks)
+    built = []
+    for kernel in (kernels.thin_products, kernels.scores):
+        names = kernel.arg_names
+        pointers = {name: "*fp32" for name in names if re.fullmatch(r"(a|b|thin)_p\d+|y", name)}
+        pointers |= {name: "*bf16" for name in names if re.fullmatch(r"x|vector_\d+", name)}
+        pointers |= {name: "*i1" for name in names if name == "valid"}
+        constants = {"BLOCK_M": sizes.m, "BLOCK_N": sizes.n, "BLOCK_K": sizes.k}
+        constants |= {name: 1 for name in names if name.endswith("_col")}
+        divisible = {name for name in names if name in ("rows", "depth", "share", "columns", "x_row")}
+        divisible |= {name for name in names if re.fullmatch(r"b_p\d+_row", name)}
+        built.append(_compile(kernel, pointers, constants, divisible, {"num_warps": sizes.warps}, arch))
+    return built[0], built[1]
 
 
 def build_rows(name: str, width: int, arch: str) -> Built:
@@ -335,6 +355,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for index, (name, tile) in enumerate(parts):
         for arch in archs:
             show(name, tile, arch, build_norms(PREDICTOR_RANK, arch, has_bias=False)[index])
+    spec = ScoreSpec((PREDICTOR_RANK, PREDICTOR_RANK), 0, SWIGLU)
+    scored = score_sizes(SCORED_TOKENS, HIDDEN, spec.ranks)
+    parts = (
+        ("predictor: gate, up of some tokens", f"{scored.m} tokens x {scored.share} channels"),
+        ("predictor: scores", f"{scored.n} channels"),
+    )
+    for index, (name, tile) in enumerate(parts):
+        for arch in archs:
+            show(name, tile, arch, build_scores(spec, arch)[index])
     square = Problem(4096, HIDDEN, HIDDEN, 2, (9, 0))
     for name, along_depth in (("masked product", True), ("masked product, gradient of x", False)):
         for arch in archs[:2]:

@@ -19,6 +19,7 @@ PASS_NAMES: tuple[str, ...] = (
     "sparsify_ffn",
     "sparsify_attention",
     "fuse_products",
+    "fuse_scores",
     "fuse_adapted_layers",
     "lower_sparse_ops",
     "lower_frozen_linears",

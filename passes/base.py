@@ -20,10 +20,12 @@ from sparse_compile.ir import (
     Projection,
     Rejection,
     Site,
+    SitePlan,
     SparsityPlan,
     TokenRoles,
     TokenSlots,
 )
+from sparse_compile.kernels.providers import OpCall
 from sparse_compile.quantized_weight import QuantizedWeight
 from sparse_compile.token_capacity import OutputCount
 
@@ -139,6 +141,12 @@ class PassContext:
         if quantized is None:
             return (projection.weight,)
         return tuple(name for name in quantized.operands if name is not None)
+
+    def op_call(self, plan: SitePlan) -> OpCall:
+        """Return what a provider may look at for the ops of a site: its frozen weights, the rank of their factors."""
+        dtype, device = self.weight_kind(plan.site.output)
+        factors = (self.factors.get(projection.name) for projection in plan.site.projections)
+        return OpCall(device, dtype, rank=max((each.a.shape[1] for each in factors if each is not None), default=0))
 
     def weight_kind(self, projection: Projection) -> tuple[torch.dtype, str]:
         """Return the dtype that the weight of a layer has when it is multiplied with, and its device type."""

@@ -115,7 +115,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
         if ctx.dense_step is not None:
             dense_step = rewriter.buffer(_DENSE_STEP, ctx.dense_step(source.device))
             mask = rewriter.call(torch.logical_or, mask, dense_step)
-        counts = ()
+        counts: tuple[fx.Node, ...] = ()
         if loss_rows is not None:
             counts = (rewriter.call(_OPS.row_counts.default, mask, *loss_rows.args),)
             loss_rows.args = (*loss_rows.args, *counts)

@@ -16,10 +16,10 @@ from torch import fx
 
 from sparse_compile.graph import TAG
 from sparse_compile.ir import Rejection
-from sparse_compile.kernels.channel_selection import PREDICTED_NORMS, TOP_CHANNELS
+from sparse_compile.kernels.channel_selection import PREDICTED_NORMS, PREDICTED_SCORES, TOP_CHANNELS
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
-from sparse_compile.kernels.providers import REFERENCE, Choice, OpCall, ProviderTable
+from sparse_compile.kernels.providers import REFERENCE, Choice, ProviderTable
 from sparse_compile.kernels.token_rows import PUT_ROWS, TAKE_ROWS
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
@@ -31,6 +31,7 @@ _TABLES: dict[object, ProviderTable] = {
     _OPS.gathered_input_linear.default: GATHERED_INPUT_LINEAR,
     _OPS.fused_linear.default: FUSED_LINEAR,
     _OPS.predicted_norms.default: PREDICTED_NORMS,
+    _OPS.predicted_scores.default: PREDICTED_SCORES,
     _OPS.top_channels.default: TOP_CHANNELS,
 }
 
@@ -51,7 +52,7 @@ class LowerSparseOps:
         stats: dict[str, int] = {}
         rejections: dict[Rejection, None] = {}
         used: dict[str, dict[str, None]] = {}
-        calls = _calls_by_site(ctx)
+        calls = {plan.site.name: ctx.op_call(plan) for plan in ctx.plan.sparse_sites}
         for node in gm.graph.nodes:
             table = _TABLES.get(node.target)
             if table is None:
@@ -70,14 +71,3 @@ class LowerSparseOps:
             }
         ctx.providers = {site: tuple(names) for site, names in used.items()}
         return PassOutcome(bool(stats), stats, tuple(rejections))
-
-
-def _calls_by_site(ctx: PassContext) -> dict[str, OpCall]:
-    """Return, by site, the device and dtype of its frozen weights, and the rank of their factors."""
-    calls = {}
-    for plan in ctx.plan.sparse_sites:
-        dtype, device = ctx.weight_kind(plan.site.output)
-        factors = (ctx.factors.get(projection.name) for projection in plan.site.projections)
-        rank = max((each.a.shape[1] for each in factors if each is not None), default=0)
-        calls[plan.site.name] = OpCall(device, dtype, rank=rank)
-    return calls

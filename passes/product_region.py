@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from sparse_compile.graph import LINEAR, Rewriter, argument, hinted_shape, op_name, tensor_value
-from sparse_compile.kernels.codegen.elementwise import NotLiftableError, lift
-from sparse_compile.kernels.codegen.formula import Formula, number
+from sparse_compile.kernels.codegen.elementwise import NotLiftableError, constant, lift
+from sparse_compile.kernels.codegen.formula import Formula
 from sparse_compile.kernels.codegen.triton_source import gradient_source, product_source
 from sparse_compile.kernels.dequantize_4bit.packed import PackedFormat
 from sparse_compile.kernels.fused_linear.operands import WHOLE, kernel_layout
@@ -231,16 +231,7 @@ class ProductRegion:
         return lift(node, lambda operand: self._operand(operand, window))
 
     def _operand(self, operand: Any, window: Window) -> Any:
-        if isinstance(operand, fx.Node):
-            return self._lift(operand, window)
-        if isinstance(operand, int | float):
-            try:
-                return number(operand)
-            except ValueError as error:
-                raise NotLiftableError(str(error)) from error
-        if operand is None or isinstance(operand, torch.dtype):
-            return None
-        raise NotLiftableError(f"{operand!r} is no operand of a formula")
+        return self._lift(operand, window) if isinstance(operand, fx.Node) else constant(operand)
 
 
 def _flat(rewriter: Rewriter, node: fx.Node) -> fx.Node:

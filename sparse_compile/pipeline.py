@@ -34,6 +34,7 @@ from sparse_compile.passes.find_projections import FindProjections
 from sparse_compile.passes.fuse_adapted_layers import FuseAdaptedLayers
 from sparse_compile.passes.fuse_adapters import FuseAdapters
 from sparse_compile.passes.fuse_products import FuseProducts
+from sparse_compile.passes.fuse_scores import FuseScores
 from sparse_compile.passes.inline_checkpoint_bodies import InlineCheckpointBodies
 from sparse_compile.passes.insert_predictors import InsertPredictors
 from sparse_compile.passes.lower_causal_attention import LowerCausalAttention
@@ -78,6 +79,7 @@ def passes() -> tuple[Pass, ...]:
         SparsifyFFN(),
         SparsifyAttention(),
         FuseProducts(),  # behind what gathers products, before a provider is chosen for those that it leaves
+        FuseScores(),  # behind what reads the choices of channels, which stay: it replaces what they rank
         FuseAdaptedLayers(),  # behind it, and behind what merges or stacks adapters: it takes the sums that are left
         LowerSparseOps(),  # last: a choice for each op that is left
         LowerFrozenLinears(),  # and for each dense product: all passes before it read them as `linear`

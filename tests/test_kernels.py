@@ -92,6 +92,15 @@ def chain(formula: str, *, dims: tuple[int, int] = (0, 0), rows: int | None = No
     return (*first, reads, list(dims), *last, formula, torch.float64, [], "", REFERENCE)
 
 
+def scored(
+    formula: str, *vectors: Tensor, rows: int = 6, dtype: torch.dtype = torch.float64, provider: str = REFERENCE
+) -> tuple[Any, ...]:
+    """Arguments of a score of nine channels by two products of ranks 2 and 3, over some of the rows."""
+    rows_of_x, counts = frozen(rows, 7).to(dtype), MASK.reshape(-1)[:rows]
+    factors = [frozen(7, 2, seed=2), frozen(7, 3, seed=3)], [frozen(2, 9, seed=4), frozen(3, 9, seed=5)]
+    return rows_of_x, counts, *factors, list(vectors), formula, provider
+
+
 SWIGLU = "(p0 + 2*t0 + v0)*sigmoid(p0 + 2*t0 + v0)*(p1 + v1)"
 CHAINS = {
     "swiglu": chain(SWIGLU),
@@ -209,6 +218,13 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         OPS.predicted_norms,
         (frozen(6, 7), MASK.reshape(-1), frozen(7, 2), frozen(2, 9), frozen(9)),
     ),
+    "predicted_scores": (OPS.predicted_scores, scored("p0*p1*sigmoid(p0)")),
+    "predicted_scores, vectors": (
+        OPS.predicted_scores,
+        scored("v1*select(p0 + v0, p0 + v0, 0)**2", frozen(9), frozen(1).squeeze()),
+    ),
+    "predicted_scores, bf16": (OPS.predicted_scores, scored("p0*p1", dtype=torch.bfloat16)),
+    "predicted_scores, no rows": (OPS.predicted_scores, scored("p0 + v0", frozen(9), rows=0)),
     "dora_norm": (OPS.dora_norm, (frozen(6, 7), frozen(2, 7), frozen(6, 2), 0.5)),
     "dora_norm, bf16 weight": (OPS.dora_norm, (frozen(6, 7).bfloat16(), frozen(2, 7).float(), frozen(6, 2), 0.5)),
     "dora_norm, transposed weight": (OPS.dora_norm, (frozen(7, 6).t(), frozen(2, 7), frozen(6, 2), 1.0)),
@@ -555,6 +571,33 @@ def test_predicted_norms_without_rows_are_zero() -> None:
     none = torch.zeros(4, dtype=torch.bool)
     norms = channel_selection.predicted_norms(frozen(4, 7), none, frozen(7, 3), frozen(3, 9), frozen(9))
     assert torch.equal(norms, torch.zeros(9, dtype=torch.float64))
+
+
+def test_predicted_scores_against_loops() -> None:
+    x_, counts, a_factors, b_factors, (vector, scale), formula, _ = CALLS["predicted_scores, vectors"][1]
+    scores = channel_selection.predicted_scores(*CALLS["predicted_scores, vectors"][1])
+    assert formula == "v1*select(p0 + v0, p0 + v0, 0)**2"
+    for channel in range(9):
+        summed = 0.0
+        for row, counting in zip(x_, counts, strict=True):
+            product = float(row @ a_factors[0] @ b_factors[0][:, channel] + vector[channel])
+            summed += float(scale * max(product, 0.0) ** 2) ** 2 * bool(counting)
+        assert float(scores[channel]) == pytest.approx(summed**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("formula", ["p0*p1*sigmoid(p0)", "select(p0, p0, 0)*p1", "3"])
+def test_predicted_scores_of_rows_that_do_not_count(formula: str) -> None:
+    x_, counts, *rest = scored(formula)
+    x_[~counts] = float("nan")
+    assert channel_selection.predicted_scores(x_, counts, *rest).isfinite().all()
+    assert not channel_selection.predicted_scores(x_, torch.zeros_like(counts), *rest).any()
+
+
+def test_predicted_scores_of_a_token_that_is_no_number() -> None:
+    """Of a NaN, a function with a kink is a NaN in PyTorch, though no comparison with it is true."""
+    x_, counts, *rest = scored("select(p0, p0, 0)")
+    x_[counts.nonzero()[0]] = float("nan")
+    assert channel_selection.predicted_scores(x_, counts, *rest).isnan().all()
 
 
 def test_context_mean_against_loops() -> None:

@@ -142,6 +142,7 @@ def test_disable(name: str) -> None:
         "find_attention",
         "sparsify_attention",
         "fuse_products",
+        "fuse_scores",
         "fuse_adapted_layers",
         "lower_sparse_ops",
         "lower_frozen_linears",

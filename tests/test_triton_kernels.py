@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from sparse_compile.kernels.channel_selection import PREDICTED_NORMS
+from sparse_compile.kernels.channel_selection import PREDICTED_NORMS, PREDICTED_SCORES
+from sparse_compile.kernels.codegen.score_source import ScoreSpec
 from sparse_compile.kernels.codegen.triton_source import ProductSpec
 from sparse_compile.kernels.fused_linear.tiles import (
     GFX942,
@@ -40,7 +41,7 @@ def test_kernels_under_the_interpreter(repo_root: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 200
+    assert len(lines) == 218
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,9 @@ def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch
         assert report.build_rows(rows, 4096, arch).spills == 0
     for channels in (14336, 1000):
         assert report.build_selection(channels, arch).spills == 0
+    for ranks, formula, vectors in (((8, 8), report.SWIGLU, 0), ((63, 63), "select(p0 + v0, p0 + v0, 0)*p1", 1)):
+        for built in report.build_scores(ScoreSpec(ranks, vectors, formula), arch):
+            assert built.spills == 0 and built.shared <= shared_limit(report.CAPABILITIES[arch]), ranks
     for rank, has_bias in ((8, False), (63, True)):
         for built in report.build_norms(rank, arch, has_bias=has_bias):
             assert built.spills == 0 and built.shared <= shared_limit(report.CAPABILITIES[arch]), rank
@@ -147,10 +151,11 @@ def test_what_the_triton_provider_declines(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_factors_of_a_large_rank_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert PREDICTED_NORMS.choose(OpCall("cuda", torch.bfloat16, rank=63), "triton").provider == "triton"
-    choice = PREDICTED_NORMS.choose(OpCall("cuda", torch.bfloat16, rank=64), "triton")
-    assert choice.provider == REFERENCE
-    assert choice.declined == (("triton", "keeps factors of rank 63 at most in registers, these have 64"),)
+    for table in (PREDICTED_NORMS, PREDICTED_SCORES):
+        assert table.choose(OpCall("cuda", torch.bfloat16, rank=63), "triton").provider == "triton"
+        choice = table.choose(OpCall("cuda", torch.bfloat16, rank=64), "triton")
+        assert choice.provider == REFERENCE
+        assert choice.declined == (("triton", "keeps factors of rank 63 at most in registers, these have 64"),)
 
 
 def test_it_is_not_chosen_before_a_gpu_has_measured_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,8 @@ def whole_decoder() -> None:
         found[kernels] = (ran, record, gradients_of(ran.value[0], model))
     (ran, record, gradients), (_, expected_record, expected) = found["triton"], found["measured"]
     assert set(ran.ctx.providers.values()) == {("triton",)}, ran.ctx.providers
+    (scores,) = (each for each in ran.result.records if each.name == "fuse_scores")
+    assert scores.stats["fused"] == 1
     assert set(record) == set(expected_record) and len(record) == 3
     for site, (channels,) in record.items():
         assert torch.equal(channels, expected_record[site][0]), site

@@ -9,10 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.channel_selection import predicted_norms
+from sparse_compile.kernels.channel_selection import predicted_norms, predicted_scores
 from sparse_compile.kernels.channel_selection import triton as provider
 from sparse_compile.kernels.channel_selection.reference import predicted_norms as plain_norms
+from sparse_compile.kernels.channel_selection.reference import predicted_scores as plain_scores
 from sparse_compile.kernels.channel_selection.reference import top_channels as plain_top_channels
+from sparse_compile.kernels.channel_selection.triton_scores import score_sizes
 from sparse_compile.kernels.token_rows import put_rows, take_rows
 from sparse_compile.kernels.token_rows import reference as plain_rows
 from tolerances import assert_close_rms
@@ -80,6 +82,69 @@ def norms_that_are_not_finite() -> None:
                 assert bool(chosen_by[0][1]) == bool(chosen_by[1][1]) == (value == 1e30 and not counts)
 
 
+SCORE_FORMULAS = {
+    # formula, vectors: "wide" of one value a channel, "one" of one in all
+    "swiglu": ("p0*p1*sigmoid(p0)", ()),
+    "geglu erf, biases": ("(p0 + v0)*(p1 + v1)*(1 + erf(0.7071067811865476*(p0 + v0)))/2", ("wide", "wide")),
+    "relu squared, bias": ("v1*select(p0 + v0, p0 + v0, 0)**2", ("wide", "one")),
+    "constant": ("3", ()),
+}
+SCORE_SHAPES = (
+    # rows, in, ranks, out
+    (70, 65, (8, 3), 143),
+    (0, 7, (3, 3), 5),
+    (1, 1, (1, 1), 1),
+    (33, 1100, (63, 16), 70),
+)
+
+
+def scores(dtype: torch.dtype, shape: tuple[int, int, tuple[int, ...], int], formula: str, strided: bool) -> None:
+    """Scores of a block against fp64, and every bit of them again in another run."""
+    rows, width, ranks, out = shape
+    text, kinds = SCORE_FORMULAS[formula]
+    x = drawn(width, rows, seed=0, dtype=dtype).t() if strided else drawn(rows, width, seed=0, dtype=dtype)
+    # Predictions of unit variance: bounds are relative to the result.
+    a = [drawn(width, rank, seed=1 + i, dtype=torch.float32) / width**0.5 for i, rank in enumerate(ranks)]
+    b = [drawn(rank, out, seed=5 + i, dtype=torch.float32) / rank**0.5 for i, rank in enumerate(ranks)]
+    if strided:
+        a, b = ([each.t().contiguous().t() for each in group] for group in (a, b))
+    vectors = [drawn(out if kind == "wide" else 1, seed=9, dtype=dtype).squeeze() for kind in kinds]
+    counted = torch.rand(rows, generator=torch.Generator().manual_seed(4)) < 0.7
+    found = predicted_scores(x, counted, a, b, vectors, text, "triton")
+    wide = [[each.double() for each in group] for group in (a, b, vectors)]
+    assert found.dtype == torch.float32
+    assert_close_rms(found, plain_scores(x.double(), counted, *wide, text), torch.float32)
+    assert torch.equal(found, predicted_scores(x, counted, a, b, vectors, text, "triton"))
+    assert not predicted_scores(x, torch.zeros_like(counted), a, b, vectors, text, "triton").any()
+
+
+def scores_that_are_not_finite() -> None:
+    """As in the reference: a token that does not count is not read; what pads rows and ranks adds nothing."""
+    a = [drawn(6, 3, seed=i, dtype=torch.float32).abs() for i in (1, 2)]
+    b = [drawn(3, 9, seed=i, dtype=torch.float32).abs() for i in (3, 4)]
+    for text, value, counts in itertools.product(
+        ("p0*p1*sigmoid(p0)", "select(p0, p0, 0)**2", "1/p0"),
+        (float("nan"), float("inf"), -float("inf")),
+        (True, False),
+    ):
+        x, counted = torch.ones(40, 6), torch.ones(40, dtype=torch.bool)
+        x[35], counted[35] = value, counts
+        found, expected = (predicted_scores(x, counted, a, b, [], text, name) for name in ("triton", "reference"))
+        assert torch.equal(found.isnan(), expected.isnan()), (text, value, counts)
+        assert torch.equal(found.isinf(), expected.isinf()), (text, value, counts)
+        assert counts or bool(found.isfinite().all())
+
+
+def shares_of_the_depth() -> None:
+    """Few rows are cut along the depth, within bounds; many are not."""
+    assert (score_sizes(64, 4096, (8, 8)).parts, score_sizes(64, 4096, (8, 8)).share) == (8, 512)
+    assert score_sizes(64, 14336, (8,)).parts == 16 and score_sizes(4096, 4096, (8,)).parts == 1
+    assert score_sizes(33, 1100, (63, 16)).parts == 2
+    for rows, depth in itertools.product((0, 1, 64, 4096), (1, 63, 64, 511, 1100, 4097)):
+        sizes = score_sizes(rows, depth, (8,))
+        assert sizes.share % sizes.k == 0 and (sizes.parts - 1) * sizes.share < depth <= sizes.parts * sizes.share
+
+
 def rows_by_role(dtype: torch.dtype, tokens_: int, width: int, kept: int | None, strided: bool) -> None:
     """Split and merge, forward and backward: copies, so equal to the last bit. Without and with spare slots."""
     mask = torch.rand(tokens_, generator=torch.Generator().manual_seed(5)) < 0.4
@@ -134,4 +199,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     ):
         name = f"rows {str(dtype)[6:]} {tokens_}x{width} {kept}{' strided' if strided else ''}"
         yield name, partial(rows_by_role, dtype, tokens_, width, kept, strided)
-    yield norms_that_are_not_finite.__name__, norms_that_are_not_finite
+    for name, shape in itertools.product(SCORE_FORMULAS, SCORE_SHAPES):
+        dtype = torch.float32 if shape[0] != 70 else torch.bfloat16
+        sizes = "x".join(map(str, (shape[0], shape[1], *shape[2], shape[3])))
+        yield f"scores {name} {sizes}", partial(scores, dtype, shape, name, strided=shape[0] == 33)
+    for case in (norms_that_are_not_finite, scores_that_are_not_finite, shares_of_the_depth):
+        yield case.__name__, case

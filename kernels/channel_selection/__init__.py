@@ -2,11 +2,13 @@
 
 from sparse_compile.kernels.channel_selection.op import (
     PREDICTED_NORMS,
+    PREDICTED_SCORES,
     TOP_CHANNELS,
     context_mean,
     degenerate_counts,
     low_rank_product,
     predicted_norms,
+    predicted_scores,
     prepare_count,
     record_channels,
     spaced_rows,
@@ -15,11 +17,13 @@ from sparse_compile.kernels.channel_selection.op import (
 
 __all__ = [
     "PREDICTED_NORMS",
+    "PREDICTED_SCORES",
     "TOP_CHANNELS",
     "context_mean",
     "degenerate_counts",
     "low_rank_product",
     "predicted_norms",
+    "predicted_scores",
     "prepare_count",
     "record_channels",
     "spaced_rows",

@@ -8,14 +8,14 @@ the choice can be observed (`record_channels`, `degenerate_counts`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels.channel_selection import reference, triton
+from sparse_compile.kernels.channel_selection import reference, triton, triton_scores
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, triton_runs
 
@@ -27,7 +27,12 @@ TOP_CHANNELS = ProviderTable(
 PREDICTED_NORMS = ProviderTable(
     "predicted_norms",
     reference.predicted_norms,
-    candidates=(Provider("triton", triton.predicted_norms, triton.norms_declined),),
+    candidates=(Provider("triton", triton.predicted_norms, triton.factors_declined),),
+)
+PREDICTED_SCORES = ProviderTable(
+    "predicted_scores",
+    reference.predicted_scores,
+    candidates=(Provider("triton", triton_scores.predicted_scores, triton.factors_declined),),
 )
 
 _recorders: list[dict[str, list[Tensor]]] = []
@@ -84,6 +89,49 @@ def _(
     x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, provider: str = REFERENCE
 ) -> Tensor:
     return x.new_empty(b.shape[1], dtype=at_least_fp32(x))
+
+
+@torch.library.custom_op("sparselora::predicted_scores", mutates_args=())
+def predicted_scores(
+    x: Tensor,
+    valid: Tensor,
+    a_factors: Sequence[Tensor],
+    b_factors: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    formula: str,
+    provider: str,
+) -> Tensor:
+    """Return the norms over rows of a function of predicted products; see `reference.predicted_scores`.
+
+    Args:
+        x: (m, in).
+        valid: (m,) bool: the rows that count.
+        a_factors: (in, r_i) each.
+        b_factors: (r_i, n) each.
+        vectors: of n elements, or of one, each.
+        formula: text over `p0..`, `v0..`.
+        provider: a name of `PREDICTED_SCORES`. It has no default: of an op with lists of tensors PyTorch would drop an
+            argument that equals it.
+
+    Returns:
+        (n,) in the score dtype.
+    """
+    run = PREDICTED_SCORES[provider]
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, valid, a_factors, b_factors, vectors, formula)  # type: ignore[return-value]
+
+
+@predicted_scores.register_fake
+def _(
+    x: Tensor,
+    valid: Tensor,
+    a_factors: Sequence[Tensor],
+    b_factors: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    formula: str,
+    provider: str,
+) -> Tensor:
+    return x.new_empty(b_factors[0].shape[1], dtype=at_least_fp32(x))
 
 
 @torch.library.custom_op("sparselora::top_channels", mutates_args=())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.codegen.formula import parsed, select
 from sparse_compile.kernels.dtypes import at_least_fp32
 
 
@@ -54,6 +57,43 @@ def predicted_norms(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, bias: Tens
         bias = bias.to(dtype)
         squared = squared + 2 * bias * (weights @ u @ b) + bias.square() * weights.square().sum()
     return squared.clamp_min(0).sqrt()
+
+
+def predicted_scores(
+    x: Tensor,
+    valid: Tensor,
+    a_factors: Sequence[Tensor],
+    b_factors: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    formula: str,
+) -> Tensor:
+    """Return, for each channel, the L2 norm over rows of a function of predicted products.
+
+    The products are p_i = (x A_i) B_i, the channel's score is ||f(p_0, .., v_0, ..)||.
+
+    Args:
+        x: (m, in).
+        valid: (m,) bool: the rows that count.
+        a_factors: (in, r_i) each.
+        b_factors: (r_i, n) each.
+        vectors: of n elements, or of one, each.
+        formula: text of f over `p0..`, `v0..`.
+
+    Returns:
+        (n,) in the score dtype.
+    """
+    dtype = at_least_fp32(x)
+    products = [low_rank_product(x, a, b) for a, b in zip(a_factors, b_factors, strict=True)]
+    operands = {f"p{index}": product for index, product in enumerate(products)}
+    operands |= {f"v{index}": vector.reshape(-1).to(dtype) for index, vector in enumerate(vectors)}
+    hidden = parsed(formula).evaluate(operands)
+    if parsed(formula).expression.has(select):
+        # A comparison with a NaN is false; PyTorch's functions with a kink pass it on.
+        for name in parsed(formula).operands:
+            hidden = torch.where(operands[name].isnan(), operands[name], hidden)
+    hidden = torch.where(valid.unsqueeze(1), hidden.expand_as(products[0]), 0.0)
+    norms: Tensor = torch.linalg.vector_norm(hidden, dim=0)
+    return norms
 
 
 def top_channels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,8 @@ def norm_sizes(rank: int, *, has_bias: bool) -> NormSizes:
     return NormSizes(m=32, k=64, r=r, n=64, chunk=max(1, _CHUNK // r**2), warps=4 if r <= 32 else 8)
 
 
-def norms_declined(call: OpCall) -> str | None:
-    """Say why predicted norms are not computed by these kernels, or return None where they are."""
+def factors_declined(call: OpCall) -> str | None:
+    """Say why predictions from factors are not computed by Triton kernels, or return None where they are."""
     if call.rank > _LARGEST_RANK:
         return f"keeps factors of rank {_LARGEST_RANK} at most in registers, these have {call.rank}"
     return triton_runs(call)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from sparse_compile.graph import CASTS, op_name
@@ -148,6 +149,22 @@ def lift(node: fx.Node, operand: Callable[[Any], Any]) -> sympy.Expr:
         return _CALLS[name](*values, **options)
     except TypeError as error:
         raise NotLiftableError(f"{op_name(node)} with these arguments has no formula") from error
+
+
+def constant(value: Any) -> sympy.Expr | None:
+    """Return what an argument that is no node stands for in a formula: a number, or nothing of a dtype or None.
+
+    Raises:
+        NotLiftableError: a formula cannot hold it.
+    """
+    if isinstance(value, int | float):
+        try:
+            return number(value)
+        except ValueError as error:
+            raise NotLiftableError(str(error)) from error
+    if value is None or isinstance(value, torch.dtype):
+        return None
+    raise NotLiftableError(f"{value!r} is no operand of a formula")
 
 
 def _canonical(name: str) -> str:

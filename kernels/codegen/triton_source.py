@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sympy
-from sympy.printing.str import StrPrinter
 
 from sparse_compile.kernels.codegen import packed_tiles
-from sparse_compile.kernels.codegen.formula import Formula, parsed, select, sigmoid, softplus
+from sparse_compile.kernels.codegen.formula import Formula, parsed
+from sparse_compile.kernels.codegen.kernel_text import Block, load_vectors, module_text, printed, shared_terms
 from sparse_compile.kernels.codegen.packed_tiles import FourBit
 
 Gather = Literal["rows", "depth", "none"]
@@ -78,7 +78,7 @@ def product_source(spec: ProductSpec, title: str = "") -> str:
     # One tile of registers holds the sum of all products, where the formula is nothing else.
     merged = _sums_all(formula, spec)
     accumulators = {term.name: "total" if merged else term.name for term in spec.terms}
-    body = _Block()
+    body = Block()
     _positions(body, grouped=True)
     for term in spec.terms:
         loads = term.gather == "rows"
@@ -88,7 +88,7 @@ def product_source(spec: ProductSpec, title: str = "") -> str:
         body.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)")
     for source in sorted({term.source for term in spec.terms}):
         _loop(body, source, [term for term in spec.terms if term.source == source], accumulators)
-    _load_vectors(body, spec.vectors)
+    load_vectors(body, spec.vectors)
     body.line("at = m.to(tl.int64)[:, None] * y_row + n[None, :]")
     body.line("inside = (m[:, None] < rows) & (n[None, :] < columns)")
     if merged:
@@ -97,12 +97,12 @@ def product_source(spec: ProductSpec, title: str = "") -> str:
     _store(body, {"y": formula})
     for name in spec.saves:
         body.line(f"tl.store(saved_{name} + at, {name}.to(saved_{name}.dtype.element_ty), mask=inside)")
-    return _module(title, {"products": (_product_parameters(spec), body)}, spec)
+    return module_text(title, {"products": (_product_parameters(spec), body)}, spec)
 
 
 def gradient_source(spec: GradientSpec, title: str = "") -> str:
     """Return the source of a module with the kernel `gradients`."""
-    body = _Block()
+    body = Block()
     _positions(body, grouped=False)
     body.line("at = m.to(tl.int64)[:, None] * y_row + n[None, :]")
     body.line("inside = (m[:, None] < rows) & (n[None, :] < columns)")
@@ -114,22 +114,12 @@ def gradient_source(spec: GradientSpec, title: str = "") -> str:
         body.line(f"w_rows_{name} = n.to(tl.int64)")
         body.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)")
         _loop(body, position, [Term(name, position, "none")], {name: name})
-    _load_vectors(body, spec.vectors)
+    load_vectors(body, spec.vectors)
     derivative = {
         f"gradient_{i}": Formula.of(sympy.Symbol("d") * parsed(each).expression) for i, each in enumerate(spec.formulas)
     }
     _store(body, derivative)
-    return _module(title, {"gradients": (_gradient_parameters(spec), body)}, spec)
-
-
-class _Block:
-    """Lines of a function body."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str, depth: int = 1) -> None:
-        self.lines.append("    " * depth + text)
+    return module_text(title, {"gradients": (_gradient_parameters(spec), body)}, spec)
 
 
 _TILE = ("PRECISION", "INTERPRETED", "BLOCK_M", "BLOCK_N", "BLOCK_K")
@@ -162,7 +152,7 @@ def _gradient_parameters(spec: GradientSpec) -> list[str]:
     return [*stored, *thin, *vectors, *results, "rows", "columns", "y_row", "d_y_row", "d_y_column", *constants]
 
 
-def _positions(body: _Block, *, grouped: bool) -> None:
+def _positions(body: Block, *, grouped: bool) -> None:
     """Say which rows m and columns n a program computes."""
     if grouped:
         # GROUP tiles of rows run side by side, so that they find their slice of the weight in L2.
@@ -178,7 +168,7 @@ def _positions(body: _Block, *, grouped: bool) -> None:
     body.line("k = tl.arange(0, BLOCK_K)")
 
 
-def _loop(body: _Block, source: int, terms: Sequence[Term], accumulators: dict[str, str]) -> None:
+def _loop(body: Block, source: int, terms: Sequence[Term], accumulators: dict[str, str]) -> None:
     """Add up the terms that read one x, which is loaded once for all of them.
 
     What is left of the depth behind the last whole tile comes apart: a mask along it would keep every load of the loop
@@ -192,7 +182,7 @@ def _loop(body: _Block, source: int, terms: Sequence[Term], accumulators: dict[s
     _add_tiles(body, source, terms, accumulators, masked=True)
 
 
-def _add_tiles(body: _Block, source: int, terms: Sequence[Term], accumulators: dict[str, str], *, masked: bool) -> None:
+def _add_tiles(body: Block, source: int, terms: Sequence[Term], accumulators: dict[str, str], *, masked: bool) -> None:
     along_row, along_column = (" & deep[None, :]", " & deep[:, None]") if masked else ("", "")
     body.line("position = start + k", 2)
     if masked:
@@ -220,11 +210,6 @@ def _add_tiles(body: _Block, source: int, terms: Sequence[Term], accumulators: d
         body.line(f"{total} = tl.dot(left, right.to(left.dtype), {total}, input_precision=PRECISION)", 3)
 
 
-def _load_vectors(body: _Block, count: int) -> None:
-    for index in range(count):
-        body.line(f"v{index} = tl.load(vector_{index} + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]")
-
-
 def _sums_all(formula: Formula, spec: ProductSpec) -> bool:
     """Tell whether all terms enter the formula by their sum alone."""
     if spec.saves or len(spec.terms) < 2:
@@ -232,77 +217,10 @@ def _sums_all(formula: Formula, spec: ProductSpec) -> bool:
     return all(formula.derivative(term.name).expression == 1 for term in spec.terms)
 
 
-def _store(body: _Block, results: dict[str, Formula]) -> None:
+def _store(body: Block, results: dict[str, Formula]) -> None:
     """Compute formulas with their common subexpressions shared, and store them."""
-    shared, values = sympy.cse(
-        [formula.expression for formula in results.values()], symbols=sympy.numbered_symbols("s_")
-    )
-    printer = _TritonPrinter()
-    for symbol, expression in shared:
-        body.line(f"{symbol} = {printer.doprint(expression)}")
-    for pointer, value in zip(results, values, strict=True):
-        body.line(f"result = {printer.doprint(value)}")
+    for pointer, value in zip(results, shared_terms(body, list(results.values())), strict=True):
+        body.line(f"result = {printed(value)}")
         if not value.free_symbols:
             body.line("result = tl.full((BLOCK_M, BLOCK_N), result, tl.float32)")
         body.line(f"tl.store({pointer} + at, result.to({pointer}.dtype.element_ty), mask=inside)")
-
-
-class _TritonPrinter(StrPrinter):  # type: ignore[misc]
-    """Prints an expression over fp32 tiles."""
-
-    def _print_Integer(self, expr: sympy.Integer) -> str:  # noqa: N802
-        return f"{int(expr)}.0"
-
-    def _print_Rational(self, expr: sympy.Rational) -> str:  # noqa: N802
-        return repr(float(expr))
-
-    def _print_Float(self, expr: sympy.Float) -> str:  # noqa: N802
-        return repr(float(expr))
-
-    def _print_NumberSymbol(self, expr: sympy.NumberSymbol) -> str:  # noqa: N802
-        return repr(float(expr))
-
-    def _print_Add(self, expr: sympy.Add, order: object = None) -> str:  # noqa: N802
-        return f"({' + '.join(self._print(term) for term in expr.as_ordered_terms())})"
-
-    def _print_Mul(self, expr: sympy.Mul) -> str:  # noqa: N802
-        return "*".join(f"({self._print(factor)})" for factor in expr.args)
-
-    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:  # noqa: N802
-        if expr.is_number:
-            return repr(float(expr))
-        base, exponent = expr.as_base_exp()
-        whole, half = divmod(abs(exponent), 1)
-        text = f"({self._print(base)})"
-        factors = [text] * int(whole) + [f"tl.sqrt({text})"] * (half == sympy.Rational(1, 2))
-        product = "*".join(factors)
-        return f"(1.0 / ({product}))" if exponent < 0 else f"({product})"
-
-    def _print_Function(self, expr: sympy.Function) -> str:  # noqa: N802
-        operands = [self._print(argument) for argument in expr.args]
-        if isinstance(expr, select):
-            return f"tl.where({operands[0]} > 0.0, {operands[1]}, {operands[2]})"
-        (x,) = operands
-        if isinstance(expr, sigmoid):
-            return f"tl.sigmoid({x})"
-        if isinstance(expr, softplus):
-            return f"(tl.maximum({x}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({x}))))"
-        if isinstance(expr, sympy.tanh):
-            return f"(2.0 * tl.sigmoid(2.0 * ({x})) - 1.0)"
-        return f"tl.{type(expr).__name__}({x})"
-
-    _print_exp = _print_Function
-    _print_log = _print_Function
-
-    def _print_ExpBase(self, expr: sympy.Expr) -> str:  # noqa: N802
-        return self._print_Function(expr)
-
-
-def _module(title: str, kernels: dict[str, tuple[list[str], _Block]], spec: object) -> str:
-    header = [f'"""{title or "Generated by sparse_compile"}.', "", f"{spec}", '"""', ""]
-    lines = [*header, "import triton", "import triton.language as tl", ""]
-    for name, (parameters, body) in kernels.items():
-        lines += ["", "@triton.jit", f"def {name}("]
-        lines += [f"    {parameter}," for parameter in parameters]
-        lines += ["):", *body.lines, ""]
-    return "\n".join(lines)
