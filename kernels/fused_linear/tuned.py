@@ -33,6 +33,7 @@ PROVENANCE = {"device": str, "versions": dict, "date": str, "commit": dict, "com
 
 _KERNELS = Path(__file__).resolve().parent.parent
 _SOURCES = (
+    "codegen/kernel_text.py",
     "codegen/packed_tiles.py",
     "codegen/triton_source.py",
     "fused_linear/operands.py",
