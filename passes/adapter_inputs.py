@@ -115,6 +115,13 @@ def _storage_path(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
+def overwritten(node: fx.Node) -> fx.Node | None:
+    """Return the operand that a call writes to in place, where it has other readers: they may see either value."""
+    first = node.args[0] if node.args else None
+    is_shared = isinstance(first, fx.Node) and len(first.users) > 1
+    return first if is_shared and writes_in_place(node) else None  # type: ignore[return-value]
+
+
 def writes_in_place(node: fx.Node) -> bool:
     """Tell whether a call may write to one of its operands."""
     name = op_name(node)

@@ -34,7 +34,7 @@ from sparse_compile.kernels.codegen.elementwise import NotLiftableError, constan
 from sparse_compile.kernels.codegen.formula import Formula
 from sparse_compile.kernels.codegen.score_source import ScoreSpec, score_source
 from sparse_compile.kernels.providers import REFERENCE
-from sparse_compile.passes.adapter_inputs import writes_in_place
+from sparse_compile.passes.adapter_inputs import overwritten
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 
 _OPS = torch.ops.sparselora
@@ -146,8 +146,8 @@ class _Score:
                 raise NotLiftableError(f"{node.name} is no tensor")
             self.vectors.append(node)
             return sympy.Symbol(f"v{len(self.vectors) - 1}")
-        if writes_in_place(node) and len(_arguments(node)[0].users) > 1:
-            raise NotLiftableError(f"{op_name(node)} writes to {_arguments(node)[0].name}, which is read again")
+        if (written := overwritten(node)) is not None:
+            raise NotLiftableError(f"{op_name(node)} writes to {written.name}, which is read again")
         return lift(node, lambda operand: self._lift(operand) if isinstance(operand, fx.Node) else constant(operand))
 
 

@@ -17,6 +17,7 @@ from sparse_compile.kernels.dequantize_4bit.packed import PackedFormat
 from sparse_compile.kernels.fused_linear.operands import WHOLE, kernel_layout
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
 from sparse_compile.kernels.providers import REFERENCE
+from sparse_compile.passes.adapter_inputs import overwritten
 
 _OPS = torch.ops.sparselora
 _GATHERED = {_OPS.gathered_linear.default: 0, _OPS.gathered_input_linear.default: 1}
@@ -228,6 +229,8 @@ class ProductRegion:
             start, length = argument(node, 2, "start"), argument(node, 3, "length")
             offset = 0 if window is None else window[0]
             return self._lift(node.args[0], (offset + start, length if window is None else window[1]))  # type: ignore[arg-type]
+        if (written := overwritten(node)) is not None:
+            raise NotLiftableError(f"{op_name(node)} writes to {written.name}, which is read again")
         return lift(node, lambda operand: self._operand(operand, window))
 
     def _operand(self, operand: Any, window: Window) -> Any:

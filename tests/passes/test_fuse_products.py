@@ -170,6 +170,7 @@ def test_dynamic_sizes(dim: int) -> None:
         (lambda m, x: m.down(F.silu(m.up(x)) ** 2.3), "a power of 2.3"),
         (lambda m, x: m.down(F.softplus(m.up(x), threshold=2)), "softplus with the threshold 2"),
         (lambda m, x: m.down(m.up(x) * float("inf")), "inf is no number that a formula can hold"),
+        (lambda m, x: m.down((h := m.up(x)) * F.silu(h, inplace=True)), "silu writes to "),
     ],
 )
 def test_a_region_without_a_formula_stays_composed(function: Callable[[Any, Tensor], Tensor], reason: str) -> None:
