@@ -25,7 +25,7 @@ from sparse_compile.ir import (
     TokenRoles,
     TokenSlots,
 )
-from sparse_compile.kernels.providers import OpCall
+from sparse_compile.kernels.providers import Choice, OpCall
 from sparse_compile.quantized_weight import QuantizedWeight
 from sparse_compile.token_capacity import OutputCount
 
@@ -155,6 +155,11 @@ class PassContext:
             value = self.frozen_weight(projection)
             return value.dtype, value.device.type
         return quantized.dtype, quantized.device.type
+
+
+def declined_providers(rule: str, op: str, choice: Choice) -> dict[Rejection, None]:
+    """Return what a pass reports of the providers of an op that were asked and declined, each reason once."""
+    return {Rejection(rule, op, f"{name}: {reason}"): None for name, reason in choice.declined}
 
 
 class InvalidOptionError(ValueError):

@@ -80,7 +80,7 @@ class Expose4BitWeights:
         linears = 0
         exposed: dict[str, fx.Node] = {}
         for node in list(gm.graph.nodes):
-            if _is_call(node, "dequantize_4bit"):
+            if calls_bitsandbytes(node, "dequantize_4bit"):
                 _share(node, exposed, ctx)
                 continue
             layer = _match(node, gm)
@@ -141,11 +141,11 @@ def _match(node: fx.Node, gm: fx.GraphModule) -> _Layer | None:
 
 
 def _is_product(node: fx.Node) -> bool:
-    return _is_call(node, "gemm_4bit")
+    return calls_bitsandbytes(node, "gemm_4bit")
 
 
-def _is_call(node: fx.Node, operator: str) -> bool:
-    # An operator, or one overload of it.
+def calls_bitsandbytes(node: fx.Node, operator: str) -> bool:
+    """Tell whether a node calls an operator of bitsandbytes, or one overload of it."""
     return node.op == "call_function" and str(node.target).split(".")[:2] == ["bitsandbytes", operator]
 
 
@@ -265,7 +265,7 @@ def _are_scales(node: fx.Node, weight: QuantizedWeight) -> bool:
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     # Quantised scales are stored without their mean.
     is_sum = calls_torch(node) and op_name(node) in ("add", "iadd", "__iadd__") and len(operands) == len(node.args) == 2
-    is_dequantised = _is_call(node, "dequantize_blockwise")
+    is_dequantised = calls_bitsandbytes(node, "dequantize_blockwise")
     return (is_sum or is_dequantised) and all(_are_scales(each, weight) for each in operands)
 
 

@@ -27,6 +27,7 @@ from sparse_compile.graph import CASTS, LINEAR, argument, calls_torch, op_name, 
 from sparse_compile.ir import DoRATerm, LoRABranch, Projection, Rejection
 from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
 from sparse_compile.passes.dora_term import dora_term
+from sparse_compile.passes.expose_4bit_weights import calls_bitsandbytes
 from sparse_compile.passes.lora_branch import is_sum, match_branch
 
 EXPERTS = (
@@ -98,7 +99,7 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
     quantized = ctx.quantized_weights.get(weight.name)
     value = tensor_value(operand)
     if (parameter is None and quantized is None) or value is None or value.dim() != 2:
-        if _is_dequantisation(weight):
+        if calls_bitsandbytes(weight, "dequantize_4bit"):
             return Rejection("find_projections", node.name, DEQUANTISED_AGAIN)
         return Rejection("find_projections", node.name, "its weight is computed in the graph, not a parameter")
     if parameter is not None and parameter.trained:
@@ -123,10 +124,6 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
         out_features=out_features,
         dora=tuple(chain.dora),
     )
-
-
-def _is_dequantisation(node: fx.Node) -> bool:
-    return str(node.target).split(".")[:2] == ["bitsandbytes", "dequantize_4bit"]
 
 
 def _in_8_bits(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:

@@ -42,7 +42,7 @@ from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.adapter_inputs import mutation_between
 from sparse_compile.passes.autocast import autocast_dtypes
-from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome, declined_providers
 from sparse_compile.passes.lora_branch import MULS, is_adapter_product, is_sum
 from sparse_compile.passes.product_region import ProductRegion
 
@@ -73,9 +73,7 @@ class FuseAdaptedLayers:
             dtype, device = ctx.weight_kind(projection)
             choice = FUSED_LINEAR.choose(OpCall(device, dtype), ctx.config.kernels)
             if choice.provider == REFERENCE:
-                rejections |= {
-                    Rejection(self.name, "fused_linear", f"{name}: {reason}"): None for name, reason in choice.declined
-                }
+                rejections |= declined_providers(self.name, "fused_linear", choice)
                 continue
             cast = None if dtype == torch.float64 else autocast_dtypes(gm.graph, ctx.autocast, device)[base.name]
             found = _region(base, end, cast, ctx)

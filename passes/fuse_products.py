@@ -33,8 +33,8 @@ from sparse_compile.graph import LINEAR, TAG, Rewriter, argument, take_over, ten
 from sparse_compile.ir import FFNSite, Rejection, SitePlan
 from sparse_compile.kernels.codegen.elementwise import NotLiftableError
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
-from sparse_compile.kernels.providers import REFERENCE, OpCall
-from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.kernels.providers import REFERENCE
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome, declined_providers
 from sparse_compile.passes.product_region import ProductRegion, chosen_of_4bit
 
 _OPS = torch.ops.sparselora
@@ -59,12 +59,10 @@ class FuseProducts:
         for plan in ctx.plan.sparse_sites:
             if not (isinstance(plan.site, FFNSite) or any(_products_in_4bit(plan, gm.graph))):
                 continue
-            choice = FUSED_LINEAR.choose(_call(plan, ctx), ctx.config.kernels)
+            choice = FUSED_LINEAR.choose(ctx.op_call(plan), ctx.config.kernels)
             if choice.provider == REFERENCE:
                 # Not fused, it is computed by the providers of single products: the op's own reference is none of them.
-                rejections |= {
-                    Rejection(self.name, "fused_linear", f"{name}: {reason}"): None for name, reason in choice.declined
-                }
+                rejections |= declined_providers(self.name, "fused_linear", choice)
                 continue
             for part, end, dtype in _ends(plan, gm.graph, ctx):
                 try:
@@ -79,11 +77,6 @@ class FuseProducts:
                     fused += 1
         stats = {"fused": fused, "inserted": rewriter.inserted}
         return PassOutcome(fused > 0, stats, tuple(rejections))
-
-
-def _call(plan: SitePlan, ctx: PassContext) -> OpCall:
-    dtype, device = ctx.weight_kind(plan.site.output)
-    return OpCall(device, dtype)
 
 
 def _ends(plan: SitePlan, graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, fx.Node, torch.dtype]]:

@@ -35,7 +35,7 @@ from sparse_compile.kernels.codegen.formula import Formula
 from sparse_compile.kernels.codegen.score_source import ScoreSpec, score_source
 from sparse_compile.kernels.providers import REFERENCE
 from sparse_compile.passes.adapter_inputs import overwritten
-from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome, declined_providers
 
 _OPS = torch.ops.sparselora
 
@@ -68,10 +68,7 @@ class FuseScores:
                 continue
             choice = PREDICTED_SCORES.choose(ctx.op_call(plan), ctx.config.kernels)
             if choice.provider == REFERENCE:
-                rejections |= {
-                    Rejection(self.name, "predicted_scores", f"{name}: {reason}"): None
-                    for name, reason in choice.declined
-                }
+                rejections |= declined_providers(self.name, "predicted_scores", choice)
                 continue
             try:
                 score = _Score(norm)

@@ -21,7 +21,7 @@ from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, Choice, ProviderTable
 from sparse_compile.kernels.token_rows import PUT_ROWS, TAKE_ROWS
-from sparse_compile.passes.base import Numerics, PassContext, PassOutcome
+from sparse_compile.passes.base import Numerics, PassContext, PassOutcome, declined_providers
 
 _OPS = torch.ops.sparselora
 _TABLES: dict[object, ProviderTable] = {
@@ -66,8 +66,6 @@ class LowerSparseOps:
             node.kwargs = {**node.kwargs, "provider": choice.provider}
             stats[choice.provider] = stats.get(choice.provider, 0) + 1
             used.setdefault(site, {})[choice.provider] = None
-            rejections |= {
-                Rejection(self.name, table.op, f"{name}: {reason}"): None for name, reason in choice.declined
-            }
+            rejections |= declined_providers(self.name, table.op, choice)
         ctx.providers = {site: tuple(names) for site, names in used.items()}
         return PassOutcome(bool(stats), stats, tuple(rejections))

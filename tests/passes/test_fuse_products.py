@@ -32,7 +32,7 @@ from sparse_compile.config import SparseLoRAConfig
 from sparse_compile.dump import GraphDump
 from sparse_compile.kernels.providers import Choice, OpCall
 from sparse_compile.passes import fuse_products
-from sparse_compile.passes.base import PassOutcome
+from sparse_compile.passes.base import PassContext, PassOutcome
 from sparse_compile.reference import MaskedFFN
 
 PASS = "fuse_products"
@@ -201,7 +201,7 @@ def test_not_asked_for() -> None:
 
 
 def test_on_a_gpu_not_before_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_products, "_call", lambda plan, ctx: OpCall("cuda", torch.bfloat16))
+    monkeypatch.setattr(PassContext, "op_call", lambda self, plan: OpCall("cuda", torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     _, outcome = fused(Head(MLP(FUNCTIONS["silu gate"])))
     (reason,) = rejections(outcome)
