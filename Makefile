@@ -69,7 +69,7 @@ typecheck: $(STAMP)
 		| sed -E 's#^sparse_compile/(passes|kernels)/#\1/#'
 
 support: $(STAMP) ## write docs/support.md from the tests
-	$(BIN)/python tests/support/table.py
+	$(BIN)/python tests/support/support_table.py
 
 bench: $(STAMP) ## time a training step against eager PEFT and plain Inductor
 	$(BIN)/python benchmarks/cpu.py --quick $(ARGS)

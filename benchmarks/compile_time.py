@@ -77,7 +77,7 @@ def in_a_fresh_process(layers: int, preset: str, caches: Path) -> dict[str, floa
 
 def factor_seconds(rank: int = 8) -> dict[str, float]:
     """Return the seconds that the factors of each weight of an 8B block take, cold and from the cache."""
-    from sparse_compile.factors import FactorStore
+    from sparse_compile.predictor.store import FactorStore
 
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparse_compile.torch_private import onednn_linear
+from sparse_compile.torch_private.aten import onednn_linear
 
 WEIGHTS = (
     (16, 1024),

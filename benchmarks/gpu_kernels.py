@@ -15,9 +15,9 @@ from roofline import BYTES, Case, Device
 from torch import Tensor
 
 import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
-from sparse_compile.config import kept_count
 from sparse_compile.kernels.codegen.formula import parsed
 from sparse_compile.kernels.fused_linear.reference import saves_products
+from sparse_compile.options.presets import kept_count
 
 TOLERANCE = 2e-2
 """Largest RMS of a bf16 kernel's error, in units of the result's RMS."""

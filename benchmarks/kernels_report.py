@@ -30,7 +30,7 @@ from sparse_compile.kernels.fused_linear.tiles import GFX942, Problem, Tile, cho
 from sparse_compile.kernels.fused_linear.triton import gradient_spec, product_spec
 from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.token_rows.triton import launch_sizes as row_sizes
-from sparse_compile.torch_private import load_source
+from sparse_compile.torch_private.inductor import load_source
 
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "gfx942": GFX942}
 """The architectures that kernels are compiled for.

@@ -75,7 +75,7 @@ def options_of(arm: str) -> dict[str, Any]:
     Raises:
         ValueError: no such preset or pass.
     """
-    from sparse_compile.pipeline import passes
+    from sparse_compile.compiler.pipeline import passes
 
     preset, colon, listed = arm.removeprefix(TRITON).removeprefix(DENSE).partition(":")
     chosen = [name for name in listed.split("+") if name]
@@ -330,11 +330,11 @@ class Flops:
 
 
 def rewritten_flops(base: nn.Module, workload: Workload, arm: str) -> Flops:
-    """Ask `sparse_compile.explain` for the work of a step, without taking one."""
+    """Ask `sparse_compile.compiler.explain` for the work of a step, without taking one."""
     import sparse_compile
 
     model = adapted_model(base, workload)
-    report = sparse_compile.explain(model, config=options_of(arm), **make_batch(workload))
+    report = sparse_compile.compiler.explain(model, config=options_of(arm), **make_batch(workload))
     return Flops(
         before=report.flops_before,
         after=report.flops_after,

@@ -12,7 +12,7 @@ import transformers
 from predictor_text import Batch, load_encoder, read_batches
 from torch import Tensor, nn
 
-from sparse_compile.factors import factorize
+from sparse_compile.predictor.svd import factorize
 from sparse_compile.reference import (
     MaskedAttention,
     MaskedFFN,

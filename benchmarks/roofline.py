@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sparse_compile.config import kept_count
+from sparse_compile.options.presets import kept_count
 
 BYTES = 2
 """Of an element: activations and weights are bf16."""

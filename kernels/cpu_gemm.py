@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparse_compile.torch_private import has_onednn_linear, onednn_linear
+from sparse_compile.torch_private.aten import has_onednn_linear, onednn_linear
 
 ONEDNN_COLUMNS = 128
 """Width of a result from which on oneDNN is the faster: with 36 it takes 1.6 times as long as MKL, with 108 as long."""

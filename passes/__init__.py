@@ -1,4 +1,4 @@
-"""The passes, one file each; `README.md` states their invariants, `sparse_compile/pipeline.py` their order."""
+"""The passes, one file each; `README.md` states their invariants, `sparse_compile/compiler/pipeline.py` their order."""
 
 PASS_NAMES: tuple[str, ...] = (
     "inline_checkpoint_bodies",

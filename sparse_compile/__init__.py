@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparse_compile.config import SparseLoRAConfig
-from sparse_compile.explain import explain
-from sparse_compile.gradient_start import gradient_guided_start
-from sparse_compile.merge import merge_masked
-from sparse_compile.roles import token_roles
-from sparse_compile.schedule import Schedule
+from sparse_compile.compiler.explain import explain
+from sparse_compile.ecosystem.gradient_start import gradient_guided_start
+from sparse_compile.ecosystem.merge import merge_masked
+from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.training.roles import token_roles
+from sparse_compile.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from sparse_compile.callback import SparseLoRACallback
+    from sparse_compile.ecosystem.callback import SparseLoRACallback
 
 __all__ = [
     "Schedule",
@@ -28,7 +28,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # transformers is optional, and slow to import.
     if name == "SparseLoRACallback":
-        from sparse_compile.callback import SparseLoRACallback
+        from sparse_compile.ecosystem.callback import SparseLoRACallback
 
         return SparseLoRACallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

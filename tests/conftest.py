@@ -100,7 +100,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give each test the same seeds, an empty predictor cache, and a backend and a Dynamo without memory of others."""
-    if notices := sys.modules.get("sparse_compile.notices"):
+    if notices := sys.modules.get("sparse_compile.compiler.notices"):
         for remembered in (notices._told, notices._matched):
             remembered.clear()
     monkeypatch.setenv("SPARSELORA_CACHE_DIR", str(tmp_path / "sparselora_cache"))
@@ -120,7 +120,7 @@ def aot_eager_inductor(monkeypatch: pytest.MonkeyPatch) -> EagerCompiler:
     Data-dependent sizes, autograd formulas and the partitioner are exercised in a second, where Inductor takes many.
     """
     compiler = EagerCompiler(ahead_of_time=True)
-    monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
+    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compiler)
     return compiler
 
 
@@ -135,7 +135,7 @@ def eager_inductor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         through_aot: EagerCompiler = request.getfixturevalue("aot_eager_inductor")
         return through_aot
     compiler = EagerCompiler(ahead_of_time=False)
-    monkeypatch.setattr("sparse_compile.backend.compile_with_inductor", compiler)
+    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compiler)
     return compiler
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sparse_compile import SparseLoRACallback, SparseLoRAConfig
-from sparse_compile.schedule import sparse_window
+from sparse_compile.training.schedule import sparse_window
 
 from .records import Collator, Example
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.dtypes import at_least_fp32
-from sparse_compile.torch_private import cpu_flash_attention, cpu_flash_attention_backward
+from sparse_compile.torch_private.aten import cpu_flash_attention, cpu_flash_attention_backward
 
 BLOCKS = 4
 """Blocks of queries; more of them save fewer scores each and make the products narrower."""

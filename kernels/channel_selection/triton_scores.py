@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.codegen.score_source import ScoreSpec, score_source
 from sparse_compile.kernels.triton_launch import on_device_of
-from sparse_compile.torch_private import load_source
+from sparse_compile.torch_private.inductor import load_source
 
 _LEAST_SHARE = 512
 """Channels of x that a program is worth starting for."""

@@ -29,7 +29,7 @@ from sparse_compile.kernels.fused_linear.reference import saves_products
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_tile
 from sparse_compile.kernels.fused_linear.tuned import tile_for
 from sparse_compile.kernels.triton_launch import capability_of, on_device_of, product_precision
-from sparse_compile.torch_private import load_source
+from sparse_compile.torch_private.inductor import load_source
 
 
 def fused_linear(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.loss_rows import reference
 from sparse_compile.kernels.token_rows.capacity import check_slots
-from sparse_compile.torch_private import new_unbacked_size
+from sparse_compile.torch_private.fake import new_unbacked_size
 
 
 @torch.library.custom_op("sparselora::loss_rows", mutates_args=())

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from sparse_compile.kernels.cpu_gemm import onednn_declines
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.kernels.masked_linear.reference import masked_weight
-from sparse_compile.torch_private import onednn_linear
+from sparse_compile.torch_private.aten import onednn_linear
 
 # Elements of a block: 4 MB of fp32 stay in a core's caches, and a product with fewer columns is slower (measured: half
 # as many cost 5 to 15% more, twice as many as much). On a GPU fewer, larger blocks are fewer launches.

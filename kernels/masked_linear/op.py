@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.config import MASK_GRADIENTS
 from sparse_compile.kernels.masked_linear import blocks, reference, triton
 from sparse_compile.kernels.providers import REFERENCE, OpCall, Provider, ProviderTable, triton_runs
+from sparse_compile.options.config import MASK_GRADIENTS
 
 
 def _any_call(call: OpCall) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.roles import reference
-from sparse_compile.roles import current_roles
+from sparse_compile.training.roles import current_roles
 
 
 @torch.library.custom_op("sparselora::output_mask", mutates_args=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_compile.torch_private import assert_on_device
+from sparse_compile.torch_private.aten import assert_on_device
 
 
 def check_slots(marked: Tensor, slots: int, what: str, option: str) -> None:

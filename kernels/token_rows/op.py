@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only, triton_runs
 from sparse_compile.kernels.token_rows import cpu, reference, triton
 from sparse_compile.kernels.token_rows.capacity import check_slots
-from sparse_compile.torch_private import new_unbacked_size
+from sparse_compile.torch_private.fake import new_unbacked_size
 
 TAKE_ROWS = ProviderTable(
     "take_rows",

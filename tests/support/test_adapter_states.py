@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from adapter_rows import SITES, peft, trained_for_a_while
 from models import ALL_TARGETS, batch
 from oracle import assert_same_step, oracle_step, sparse_step, told
-from support.adapters import SITES, peft, trained_for_a_while
 from tolerances import assert_close_rms
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from adapter_rows import SITES, base
 from models import ALL_TARGETS, batch, with_lora
 from oracle import assert_same_step, told, train_step
-from support.adapters import SITES, base
 
 
 @dataclass(frozen=True)

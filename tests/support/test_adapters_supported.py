@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from adapter_rows import ADAPTERS, SITES
 from models import batch
 from oracle import assert_differs, assert_same_step, oracle_step, sparse_step, told, train_step
-from support.adapters import ADAPTERS, SITES
 
 THROUGH_AOT = ("all", "two_active", "modules_to_save")
 """Rows that go through AOTAutograd, which takes twice as long."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from adapter_rows import SITES
 from models import DecoderConfig, Fp64Decoder, LoRALinear, batch, masked_sites
 from oracle import Step, assert_same_step, sparse_step, told, train_step
 from sparse_compile.reference import masked_dense, output_mask_from_labels
-from support.adapters import SITES
 
 Formula = Callable[["InColumns", Tensor], Tensor]
 

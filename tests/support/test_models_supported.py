@@ -1,6 +1,6 @@
 """The support matrix, models: each row trains sparsely as the oracle says, and with nothing asked for as it is.
 
-`docs/support.md` is written from these rows (`table.py`).
+`docs/support.md` is written from these rows (`support_table.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import fx
 
+import held_rows
+from model_zoo import DECLINED, MODELS, ModelRow
 from oracle import assert_same_step, sparse_step, told, train_step
-from sparse_compile.backend import sparselora
+from sparse_compile.compiler.backend import sparselora
 from sparse_compile.reference import masked_dense
-from sparse_compile.session import session_for
-from support import held
-from support.rows import exists
-from support.table import PAGE, support_page
-from support.zoo import DECLINED, MODELS, ModelRow
+from sparse_compile.training.session import session_for
+from support_rows import exists
+from support_table import PAGE, support_page
 from tolerances import Tolerance
 
 HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
@@ -109,5 +109,5 @@ def test_the_page_is_current() -> None:
 
 
 def test_rows_that_are_held_elsewhere_are_tests() -> None:
-    rows = (*held.ADAPTERS, *held.TRAINING, *held.SHAPES, *held.DISTRIBUTED)
+    rows = (*held_rows.ADAPTERS, *held_rows.TRAINING, *held_rows.SHAPES, *held_rows.DISTRIBUTED)
     assert [row.test for row in rows if not exists(row.test)] == []

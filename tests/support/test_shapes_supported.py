@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from adapter_rows import SITES, peft
 from models import batch, fp64_decoder
 from oracle import assert_same_step, oracle_step, sparse_step, told
-from support.adapters import SITES, peft
 
 OPTIONS = {"preset": "none", "layer_sparsity": SITES, "strict": True}
 

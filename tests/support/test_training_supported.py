@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from adapter_rows import SITES, peft
 from models import batch
 from oracle import told
 from sparse_compile import SparseLoRACallback
 from sparse_compile.kernels.channel_selection import record_channels
-from sparse_compile.session import session_for
-from support.adapters import SITES, peft
-from support.rows import cases
+from sparse_compile.training.session import session_for
+from support_rows import cases
 
 STEPS = 3
 FFN = "layers.0.mlp"

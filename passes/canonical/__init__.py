@@ -1,0 +1,1 @@
+"""Chapter 1: one flat graph in one spelling."""

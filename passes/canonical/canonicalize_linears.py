@@ -1,0 +1,144 @@
+"""Bring every spelling of a linear layer to one form, and drop what does nothing.
+
+Cases handled, each with the graph before and after:
+
+    matmul(x, W.t()), x @ W.T, x.matmul(W.t()), mm(x, W.t())    ->  linear(x, W, None)
+    matmul(x, V), x @ V       (V a parameter (in, out))         ->  linear(x, V.t(), None)
+    addmm(b, x, W.t()), addmm(b, x, V)  (Conv1D)                ->  linear(x, W, b), linear(x, V.t(), b)
+    linear(x.view(B*S, in), W, b).view(B, S, out)               ->  linear(x, W, b)
+    x.to(dtype) where x already has it                          ->  x
+    dropout(x, p, training=False), dropout(x, 0.0)              ->  x
+
+Legal because: each pair computes the same function; only the rounding of a fused bias addition may differ.
+Declines when: the second operand is no parameter, or alpha/beta are not 1. A captured graph that no later pass rewrites
+is compiled as it was captured: the canonical copy is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, strip_transposes, tensor_value
+from sparse_compile.graph.rewrite import Rewriter, forward_to, take_over
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import Numerics, PassOutcome
+
+_MATMULS = {"matmul", "mm", "__matmul__"}
+_VIEWS = {"view", "reshape"}
+
+
+@dataclass(frozen=True)
+class CanonicalizeLinears:
+    """Rewrite every spelling of a linear layer with a parameter to `linear(x, W, b)`."""
+
+    name: str = "canonicalize_linears"
+    requires: tuple[str, ...] = ("captured",)
+    ensures: tuple[str, ...] = ("canonical",)
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = False
+    optimises: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        rewriter = Rewriter(gm, self.name)
+        stats = {"linears": 0, "casts": 0, "dropouts": 0}
+        rejections: list[Rejection] = []
+        for node in list(gm.graph.nodes):
+            if not calls_torch(node):
+                continue
+            if op_name(node) in CASTS and _is_noop_cast(node):
+                forward_to(node, node.args[0])
+                stats["casts"] += 1
+            elif op_name(node) == "dropout" and _is_dead_dropout(node):
+                forward_to(node, node.args[0])
+                stats["dropouts"] += 1
+            else:
+                outcome = _as_linear(node, ctx, rewriter)
+                if isinstance(outcome, Rejection):
+                    rejections.append(outcome)
+                else:
+                    stats["linears"] += outcome
+        return PassOutcome(any(stats.values()), stats, tuple(rejections))
+
+
+def _is_noop_cast(node: fx.Node) -> bool:
+    before, after = tensor_value(node.args[0]), tensor_value(node)
+    if before is None or after is None or node.kwargs.get("copy") or node.kwargs.get("memory_format") is not None:
+        return False
+    # `to(dtype)` of the same dtype returns its input; a fifth positional argument would be `copy`.
+    return before.dtype == after.dtype and before.device == after.device and len(node.args) <= 3
+
+
+def _is_dead_dropout(node: fx.Node) -> bool:
+    # torch.dropout(x, p, train) and F.dropout(x, p, training, inplace) name their flags differently.
+    training = argument(node, 2, "training", node.kwargs.get("train", True))
+    return training is False or argument(node, 1, "p", 0.5) == 0.0
+
+
+def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rejection:
+    """Rewrite `node` where it is a product with a parameter; return how many were rewritten, or why not."""
+    if op_name(node) in _MATMULS:
+        x, weight, bias = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2")), None
+    elif op_name(node) == "addmm":
+        bias, x, weight = (argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
+    else:
+        return 0
+    x_value, weight_value = tensor_value(x), tensor_value(weight)
+    if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() < 2:
+        return 0
+    parameter, transposes = strip_transposes(weight)
+    if parameter.name not in ctx.parameters:
+        return 0
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return Rejection("canonicalize_linears", node.name, "addmm with alpha or beta other than 1")
+    bias_value = tensor_value(bias)
+    if bias is not None and (bias_value is None or bias_value.dim() != 1):
+        return Rejection("canonicalize_linears", node.name, "addmm with an input that is not a bias vector")
+    with rewriter.before(node):
+        # `weight` is (in, out); `linear` wants (out, in).
+        operand = parameter if transposes % 2 else rewriter.method("t", parameter)
+        if operand is not parameter:
+            operand.meta["example_value"] = _transposed(weight_value)
+        linear = rewriter.call(LINEAR, x, operand, bias)
+    take_over(node, linear)
+    _drop_flattening(linear, rewriter)
+    return 1
+
+
+def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
+    """Have a product read the tensor that was flattened for it, where its result is given back the shape."""
+    flat = linear.args[0]
+    if not isinstance(flat, fx.Node) or op_name(flat) not in _VIEWS or not isinstance(flat.args[0], fx.Node):
+        return
+    x = flat.args[0]
+    x_value, value = tensor_value(x), tensor_value(linear)
+    if x_value is None or value is None or x_value.dim() < 3 or x_value.shape[-1:] != _shape_of(flat)[-1:]:
+        return
+    # Sizes are compared as they are written: comparing symbols would add guards.
+    wanted = [*map(str, x_value.shape[:-1]), str(value.shape[-1])]
+    views = list(linear.users)
+    if not views or any(op_name(v) not in _VIEWS or [*map(str, _shape_of(v))] != wanted for v in views):
+        return
+    with rewriter.before(linear):
+        whole = rewriter.call(LINEAR, x, *linear.args[1:])
+    whole.meta["example_value"] = tensor_value(views[0])
+    for view in views:
+        forward_to(view, whole)
+    rewriter.graph.erase_node(linear)
+    if not flat.users:
+        rewriter.graph.erase_node(flat)
+
+
+def _shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """Return the shape of a tensor node, empty for anything else."""
+    value = tensor_value(node)
+    return () if value is None else tuple(value.shape)
+
+
+def _transposed(value: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return value.t()

@@ -1,0 +1,1 @@
+"""Chapter 4: the same loss and gradients for less work."""

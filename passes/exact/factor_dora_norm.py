@@ -1,0 +1,211 @@
+"""Compute DoRA's norm from the factors of its adapter, without forming their product.
+
+    %e = eye(in)                                         %n = sparselora.dora_norm(%W, detach(%A), detach(%B), s)
+    %p = linear(linear(%e, A), B).T      (out, in)
+    %v = add(%W, mul(s, detach(%p)))     (out, in)  ->
+    %n = norm(%v, dim=1)                 (out,)
+
+`B @ A` instead of the products with the identity is the same, in any order of operands, with casts, and with W stored
+either way round. PEFT multiplies with an identity of in x in, keeps B A, its transpose and the sum, each as large as W;
+the op forms a block of rows at a time (`kernels/dora_norm`).
+
+Legal because: the op computes the same norm, and no gradient flows through it: DoRA holds it constant (arXiv
+2402.09353, section 4.3). It computes in fp32 at least, where under autocast PEFT rounds B A to the lower precision.
+Declines when: a gradient flows through the norm, it is none of each row's L2 norms, or B has a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sparse_compile.graph.cost import step_flops
+from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.read import (
+    CASTS,
+    LINEAR,
+    argument,
+    calls_torch,
+    op_name,
+    stored_matrix,
+    strip_casts,
+    strip_transposes,
+    tensor_value,
+)
+from sparse_compile.graph.rewrite import Rewriter, take_over
+from sparse_compile.kernels.dtypes import at_least_fp32
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.read.lora_branch import MULS, is_sum
+
+_NORMS = {"norm", "linalg_norm", "linalg_vector_norm", "vector_norm"}
+_MATMULS = {"matmul", "mm", "__matmul__"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The product s B A beside a weight.
+
+    Attributes:
+        a: A (r, in), or A' where `a_transposed`.
+        b: B (out, r).
+        scale: s.
+        biased: whether something is added to the product with A or B.
+    """
+
+    a: fx.Node
+    b: fx.Node
+    a_transposed: bool
+    scale: float
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class FactorDoRANorm:
+    """Replace every norm of the rows of W + s B A."""
+
+    name: str = "factor_dora_norm"
+    requires: tuple[str, ...] = ("canonical",)
+    ensures: tuple[str, ...] = ()
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = False
+    optimises: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        rewriter = Rewriter(gm, self.name)
+        flops = step_flops(gm.graph)
+        rejections: list[Rejection] = []
+        norms = erased = 0
+        for node in list(gm.graph.nodes):
+            found = _match(node, ctx)
+            if found is None:
+                continue
+            reason = _reason(node, *found, ctx)
+            if reason:
+                rejections.append(Rejection(self.name, node.name, reason))
+                continue
+            norms += 1
+            erased += _rewrite(node, *found, rewriter)
+        stats = {"norms": norms, "erased": erased, "saved_flops": round(flops - step_flops(gm.graph))}
+        return PassOutcome(bool(norms), stats, tuple(rejections))
+
+
+def _match(norm: fx.Node, ctx: PassContext) -> tuple[fx.Node, _Product] | None:
+    """Return the weight and the product beside it where `norm` is a norm of their sum."""
+    if op_name(norm) not in _NORMS or not calls_torch(norm) or not isinstance(norm.args[0], fx.Node):
+        return None
+    total = strip_casts(norm.args[0])
+    if not is_sum(total) or not calls_torch(total):
+        return None
+    operands = [operand for operand in total.args if isinstance(operand, fx.Node)]
+    if len(operands) != 2:
+        return None
+    for weight, other in (operands, reversed(operands)):
+        product = _product(other) if stored_matrix(weight)[0].name in ctx.parameters else None
+        if product is not None and _shape(weight) == _shape(other):
+            return weight, product
+    return None
+
+
+def _product(node: fx.Node) -> _Product | None:
+    """Match s B A, (out, in), spelt as a product of two factors or as layers applied to an identity matrix."""
+    scale = 1.0
+    while calls_torch(node):
+        if op_name(node) in MULS:
+            numbers = [arg for arg in node.args if isinstance(arg, int | float)]
+            tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
+            if len(numbers) != 1 or len(tensors) != 1:
+                return None
+            scale, node = scale * numbers[0], tensors[0]
+        elif op_name(node) in CASTS or op_name(node) == "detach":
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            break
+    node, transposes = strip_transposes(node)
+    x, weight = argument(node, 0, "input"), argument(node, 1, "weight", node.kwargs.get("other"))
+    if node.target is LINEAR:
+        inner = strip_casts(x)
+        if transposes % 2 and inner.target is LINEAR and _is_identity(strip_casts(argument(inner, 0, "input"))):
+            biased = any(argument(layer, 2, "bias") is not None for layer in (inner, node))
+            return _Product(argument(inner, 1, "weight"), weight, False, scale, biased)
+        if transposes % 2 == 0 and _is_matrix(x):
+            return _Product(weight, x, True, scale, argument(node, 2, "bias") is not None)
+    elif op_name(node) in _MATMULS and transposes % 2 == 0 and _is_matrix(x) and _is_matrix(weight):
+        return _Product(weight, x, False, scale)
+    return None
+
+
+def _is_identity(node: fx.Node) -> bool:
+    shape = _shape(node)
+    return node.target is torch.eye and len(shape) == 2 and shape[0] == shape[1]
+
+
+def _is_matrix(node: object) -> bool:
+    return isinstance(node, fx.Node) and len(_shape(node)) == 2
+
+
+def _shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    value = tensor_value(node)
+    return () if value is None else tuple(value.shape)
+
+
+def _reason(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassContext) -> str:
+    """Say what forbids the rewrite, or return an empty string."""
+    order = argument(norm, 1, "ord", norm.kwargs.get("p"))
+    dim = argument(norm, 2, "dim")
+    dims = list(dim) if isinstance(dim, list | tuple) else [dim]
+    if order not in (None, 2, "fro") or dims not in ([1], [-1]) or argument(norm, 3, "keepdim", False):
+        return "it is not the L2 norm of each row"
+    value = tensor_value(norm)
+    operands = (_value(strip_casts(each)) for each in (stored_matrix(weight)[0], product.a, product.b))
+    if value is None or value.dim() != 1 or any(each.dtype not in _DTYPES for each in operands):
+        return "its operands are no floating-point matrices"
+    if value.requires_grad and not _is_detached(norm):
+        return "a gradient flows through the norm"
+    if product.biased:
+        return "an adapter with a bias is more than the product of its factors"
+    if ctx.parameters[stored_matrix(weight)[0].name].trained:
+        return "its weight is trained"
+    return ""
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """Tell whether every use of `node` is of a detached copy."""
+    return all(
+        op_name(user) == "detach" or (op_name(user) in CASTS and calls_torch(user) and _is_detached(user))
+        for user in node.users
+    )
+
+
+def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewriter) -> int:
+    stored, transposed = stored_matrix(weight)
+    value = tensor_value(norm)
+    assert value is not None
+    a, b = (strip_casts(each) for each in (product.a, product.b))
+    with rewriter.before(norm):
+        # Uncast: the op casts a block at a time.
+        matrix = _method(rewriter, "t", stored) if transposed else stored
+        a, b = (_method(rewriter, "detach", each) for each in (a, b))
+        a = _method(rewriter, "t", a) if product.a_transposed else a
+        norms = rewriter.call(torch.ops.sparselora.dora_norm.default, matrix, a, b, product.scale)
+        if at_least_fp32(*(_value(each) for each in (matrix, a, b))) != value.dtype:
+            norms = rewriter.method("to", norms, value.dtype)
+    return take_over(norm, norms)
+
+
+def _method(rewriter: Rewriter, name: str, operand: fx.Node) -> fx.Node:
+    """Insert a tensor method, with its example value: later analyses ask for shapes."""
+    node = rewriter.method(name, operand)
+    with torch.no_grad():
+        node.meta["example_value"] = getattr(_value(operand), name)()
+    return node
+
+
+def _value(node: fx.Node) -> Tensor:
+    value = tensor_value(node)
+    assert value is not None
+    return value

@@ -1,0 +1,123 @@
+"""Leave out the scores above the diagonal of attention whose mask forbids them, where the fused kernel computes them.
+
+    %a = scaled_dot_product_attention(%q, %k, %v, %mask)   ->   %m = where(%mask, 0.0, -inf)          once a mask
+                                                                %a = sparselora.causal_attention(%q, %k, %v, %m, s)[0]
+
+Models of transformers hand over a mask whenever they are compiled, so that not even `is_causal` is known to the kernel;
+and on a CPU the kernel skips blocks of 512 keys at the least (`kernels/causal_attention`).
+
+Legal because: a score that the mask sets to minus infinity has weight zero, forward and backward.
+Declines when: no provider is faster for the device, attention drops weights out, there are few tokens, keys are not as
+many as queries or fewer heads than queries have, or the mask cannot be shown to forbid every later key
+(`causal_mask`): it is an input of the graph, or of packed sequences with positions that are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.rewrite import Rewriter, take_over
+from sparse_compile.kernels.causal_attention import CAUSAL_ATTENTION
+from sparse_compile.kernels.providers import REFERENCE, OpCall
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.read.autocast import autocast_dtypes
+from sparse_compile.passes.read.causal_mask import CausalMasks
+from sparse_compile.passes.read.mutation import written_in_place
+from sparse_compile.torch_private.fake import size_expression
+
+_OPS = torch.ops.sparselora
+
+SHORTEST = 256
+"""Tokens from which on blocks of queries pay: for 256 they took 0.83 of the time."""
+
+
+@dataclass(frozen=True)
+class LowerCausalAttention:
+    """Replace attention under a causal mask by an op that skips what the mask forbids."""
+
+    name: str = "lower_causal_attention"
+    requires: tuple[str, ...] = ("canonical",)
+    ensures: tuple[str, ...] = ()
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = False
+    optimises: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Rewrite the graph in place."""
+        rewriter = Rewriter(gm, self.name)
+        casts = autocast_dtypes(gm.graph, ctx.autocast, "cpu")
+        attentions = [node for node in gm.graph.nodes if op_name(node) == "scaled_dot_product_attention"]
+        masks = CausalMasks(written_in_place(gm.graph) if attentions else ())
+        additive: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        stats: dict[str, int] = {}
+        rejections: list[Rejection] = []
+        for node in attentions:
+            query = tensor_value(node.args[0])
+            if query is None:
+                continue
+            choice = CAUSAL_ATTENTION.choose(OpCall(query.device.type, query.dtype))
+            reasons = [f"{name}: {reason}" for name, reason in choice.declined]
+            reason = reasons[0] if choice.provider == REFERENCE else _reason(node, casts[node.name], masks)
+            if reason:
+                rejections.append(Rejection(self.name, node.name, reason))
+                continue
+            _rewrite(node, choice.provider, rewriter, additive)
+            stats[choice.provider] = stats.get(choice.provider, 0) + 1
+        return PassOutcome(bool(stats), stats, tuple(rejections))
+
+
+def _mask(node: fx.Node) -> fx.Node | None:
+    mask = argument(node, 3, "attn_mask")
+    return mask if isinstance(mask, fx.Node) else None
+
+
+def _reason(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks) -> str:
+    """Say why an attention is left as it is, or return an empty string."""
+    values = [tensor_value(operand) for operand in node.args[:3]]
+    mask = _mask(node)
+    if argument(node, 4, "dropout_p", 0.0):
+        return "its weights are dropped out"
+    if mask is None:
+        return "it has no mask: the fused kernel knows by itself what it may skip"
+    allowed = tensor_value(mask)
+    if allowed is None or allowed.dtype != torch.bool or argument(node, 5, "is_causal", False):
+        return "its mask is not one of allowed keys"
+    if cast is not None or any(value is None or value.dim() != 4 for value in values):
+        return "autocast casts its operands, or they are not of (batch, heads, tokens, channels)"
+    shapes = {tuple(size_expression(size) for size in value.shape) for value in values if value is not None}
+    if len(shapes) > 1 or len({value.dtype for value in values if value is not None}) > 1:
+        return "queries, keys and values differ in their numbers of tokens, heads or channels"
+    length = shapes.pop()[2]
+    if allowed.dim() != 4 or [size_expression(size) for size in allowed.shape[2:]] != [length, length]:
+        return "its mask is not of (batch, heads, tokens, tokens)"
+    if hinted_shape(node)[2] < SHORTEST:
+        return f"fewer than {SHORTEST} tokens: blocks of queries would be too small"
+    return "" if masks.forbids_later_keys(mask) else "nothing shows that its mask forbids every later key"
+
+
+def _rewrite(
+    node: fx.Node, provider: str, rewriter: Rewriter, additive: dict[tuple[fx.Node, torch.dtype], fx.Node]
+) -> None:
+    query, key, value = node.args[:3]
+    mask, like = _mask(node), tensor_value(query)
+    assert mask is not None and like is not None
+    if (mask, like.dtype) not in additive:
+        # Behind the mask, before the first block: each of them reads it.
+        with rewriter.before(mask.next):
+            forbidden = rewriter.call(torch.logical_not, mask)
+            zeros = rewriter.call(torch.zeros_like, mask, dtype=like.dtype)
+            additive[mask, like.dtype] = rewriter.method("masked_fill", zeros, forbidden, float("-inf"))
+    scale = argument(node, 6, "scale")
+    with rewriter.before(node):
+        operands = (query, key, value, additive[mask, like.dtype])
+        scale = 1 / math.sqrt(hinted_shape(query)[-1]) if scale is None else scale  # type: ignore[arg-type]
+        pair = rewriter.call(_OPS.causal_attention.default, *operands, scale, provider=provider)
+        out, *_ = rewriter.items(pair, 1)
+    take_over(node, out)

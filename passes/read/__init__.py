@@ -1,0 +1,1 @@
+"""What only reads a graph, for several passes."""

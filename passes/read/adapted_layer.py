@@ -1,0 +1,130 @@
+"""A frozen layer and its one adapter, with nothing else between x and their sum: what can become a single product.
+
+    %base   = linear(%x, W, b)
+    %low    = linear(%x, A)
+    %up     = linear(%low, B)
+    %scaled = mul(%up, s)
+    %output = add(%base, %scaled)
+
+With casts between them where the adapter is of another dtype than the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import fx
+
+from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.sites import Projection
+from sparse_compile.passes.read.lora_branch import MULS
+from sparse_compile.passes.read.mutation import mutation_between
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """The operands of a layer and its one adapter, as a product of both takes them.
+
+    Attributes:
+        x: input of the layer, (..., in).
+        weight: W, (out, in).
+        a: A, (r, in).
+        b: B, (out, r).
+        bias: (out,), or None.
+        scale: s.
+        products: the nodes that multiply with W, A and B.
+        output: the sum.
+        cast: whether the layer and its adapter compute in different dtypes.
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    a: fx.Node
+    b: fx.Node
+    bias: fx.Node | None
+    scale: float
+    products: tuple[fx.Node, fx.Node, fx.Node]
+    output: fx.Node
+    cast: bool
+
+
+def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> AdaptedLayer | str:
+    """Return a layer with its adapter, or why they cannot become one product.
+
+    Args:
+        projection: a layer with at least one LoRA branch.
+        nodes: the nodes of the graph by name.
+    """
+    if len(projection.branches) > 1:
+        return "it has several adapters"
+    (branch,) = projection.branches
+    if branch.dropout is not None:
+        return "the adapter's input is dropped out: the layer's is not, so the two cannot be merged"
+    names = (projection.base, branch.a, branch.b, branch.output, projection.output)
+    base, low, up, scaled, output = (nodes[name] for name in names)
+    if low.target is not LINEAR:
+        return "the adapter is fused with others"
+    if any(argument(product, 2, "bias") is not None for product in (low, up)):
+        return "the adapter has a bias"
+    values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
+    if None in values:
+        return "its sizes are not known"
+    ways = ((scaled, up), (argument(up, 0, "input"), low), (_other(output, scaled), base))
+    chains = [_multiples(top, bottom) for top, bottom in ways]
+    between = {node for chain in chains for node in chain.nodes}
+    if any(len(node.users) != 1 for node in (base, low, up, *between)):
+        return "a product in between is read elsewhere"
+    if any(chain.scale is None for chain in chains) or chains[2].scale != 1.0:
+        return "the scale is no number"
+    x = argument(base, 0, "input")
+    if mutation_between(x, output) is not None:
+        return "its input may be written to in between"
+    marks = {(node.meta.get("ac_graph_id"), node.meta.get("recompute")) for node in (base, low, up, scaled, output)}
+    if len(marks) > 1:
+        return "the layer and its adapter stand in different checkpoints"
+    dtypes = {value.dtype for value in values if value is not None}
+    casts = any(op_name(node) in CASTS for node in between) or argument(low, 0, "input") is not x
+    return AdaptedLayer(
+        x=x,
+        weight=argument(base, 1, "weight"),
+        a=argument(low, 1, "weight"),
+        b=argument(up, 1, "weight"),
+        bias=argument(base, 2, "bias"),
+        scale=math.prod(chain.scale for chain in chains if chain.scale is not None),
+        products=(base, low, up),
+        output=output,
+        cast=casts or len(dtypes) > 1,
+    )
+
+
+class _Chain(NamedTuple):
+    """The casts and products with numbers by which a tensor is a multiple of another; no scale where it is none."""
+
+    scale: float | None
+    nodes: tuple[fx.Node, ...]
+
+
+def _multiples(top: fx.Node, bottom: fx.Node) -> _Chain:
+    """Follow `top` back to `bottom`."""
+    scale, node, nodes = 1.0, top, []
+    while node is not bottom:
+        nodes.append(node)
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        numbers = [arg for arg in node.args if isinstance(arg, int | float)]
+        if op_name(node) in CASTS and calls_torch(node) and operands:
+            node = operands[0]
+        elif op_name(node) in MULS and len(operands) == len(numbers) == 1:
+            node = operands[0]
+            scale *= float(numbers[0])
+        else:
+            return _Chain(None, tuple(nodes))
+    return _Chain(scale, tuple(nodes))
+
+
+def _other(addition: fx.Node, operand: fx.Node) -> fx.Node:
+    """Return what is added to `operand`."""
+    (other,) = (arg for arg in addition.args if isinstance(arg, fx.Node) and arg is not operand)
+    return other

@@ -1,0 +1,32 @@
+"""Which calls act on each element of a tensor alone: the ops an FFN's region may consist of."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sparse_compile.graph.read import calls_torch, op_name, tensor_value
+
+_UNARY = {
+    "abs", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "elu", "erf", "erfc", "exp", "expm1", "gelu",
+    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "logsigmoid", "mish", "neg", "negative",
+    "pow", "reciprocal", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign", "sqrt",
+    "square", "tanh",
+}  # fmt: skip
+_BINARY = {"add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "maximum", "minimum"}
+_IDENTITY = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "dropout"}
+_NAMES = _UNARY | _BINARY | _IDENTITY
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Tell whether `node` maps each element of its tensor operands on its own (dropout draws per element: it does)."""
+    if not calls_torch(node) or tensor_value(node) is None:
+        return False
+    name = op_name(node)
+    # `relu_`, `__mul__`, `imul`, `rsub` are spellings of the same functions.
+    spellings = (name, name.rstrip("_"), name.strip("_"), name.strip("_")[1:])
+    return any(spelling in _NAMES for spelling in spellings)
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the operands of `node` that hold tensors, in order, each once."""
+    return [operand for operand in node.all_input_nodes if tensor_value(operand) is not None]

@@ -1,0 +1,172 @@
+"""Follow the positions of labels and logits, to tell which label each row of a loss reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
+
+_VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
+
+
+_SAME = {"to", "contiguous", "clone", "long", "int", "float", "type", "double", "bfloat16", "half", "type_as", "detach"}
+
+
+_MOVES = {
+    "transpose", "permute", "swapaxes", "swapdims", "movedim", "flip", "roll", "index_select", "gather", "getitem",
+}  # fmt: skip
+"""Ops that may put rows elsewhere while the shape stays as it is."""
+
+
+_IGNORED = -1
+
+
+class UntraceableError(Exception):
+    """Carries the reason why positions cannot be followed."""
+
+
+def is_labels(node: fx.Node) -> bool:
+    """Tell whether a node holds an integer tensor (batch, tokens)."""
+    value = tensor_value(node)
+    return value is not None and value.dim() == 2 and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
+    """Return the labels (B, S) a cross-entropy reads, and the shift between a token and the label it predicts."""
+    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
+    target_value = tensor_value(target)
+    if target_value is None or target_value.is_floating_point():
+        raise UntraceableError("the loss has class probabilities as its target")
+    if len(hinted_shape(logits)) > 2:
+        raise UntraceableError("the classes of the loss are not its last dimension")
+    root, chain = label_root(target)
+    if not is_labels(root):
+        raise UntraceableError(f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
+    if not available_early(root):
+        raise UntraceableError(
+            f"the target {root.name} is computed from activations: it is not known before the blocks"
+        )
+    labels = _replay(chain, torch.arange(tensor_numel(root)).view(hinted_shape(root)), drop_last=False).reshape(-1)
+    tokens = _token_of_each_row(logits, hinted_shape(root)).reshape(-1)
+    assert labels.shape == tokens.shape, "a cross-entropy has a target for each row of logits"
+    read = labels != _IGNORED
+    length = hinted_shape(root)[1]
+    for shift in (1, 0):
+        # A row at the end of a sequence has no next label; if it reads one, it is another sequence's.
+        inside = (tokens[read] % length + shift) < length
+        if bool((labels[read] == tokens[read] + shift).all()) and bool(inside.all()):
+            return root, shift
+    raise UntraceableError("a row of the loss reads neither its own token's label nor the next one's")
+
+
+def label_root(node: object) -> tuple[fx.Node, list[fx.Node]]:
+    """Walk back through ops that only move labels; return the tensor they come from and the ops, in order."""
+    chain: list[fx.Node] = []
+    while isinstance(node, fx.Node) and op_name(node) in _VIEWS | _SAME | {"getitem", "pad", "slice"}:
+        if not isinstance(node.args[0], fx.Node) or tensor_value(node.args[0]) is None:
+            break
+        chain.append(node)
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or tensor_value(node) is None:
+        raise UntraceableError("the target is no tensor of the graph")
+    return node, chain[::-1]
+
+
+def available_early(node: fx.Node) -> bool:
+    """Tell whether `node` depends on inputs that are no floating-point tensors alone."""
+    seen: set[fx.Node] = set()
+    frontier = [node]
+    while frontier:
+        current = frontier.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        value = tensor_value(current)
+        if value is not None and value.is_floating_point():
+            return False
+        frontier += current.all_input_nodes
+    return True
+
+
+def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
+    """Return, for each row of logits that the loss reads, the flattened position of the token it was computed for."""
+    chain: list[fx.Node] = []
+    node, (batch, length) = logits, shape
+    while op_name(node) in _VIEWS | _SAME | {"getitem", "slice"} and tensor_value(node.args[0]) is not None:
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    size = hinted_shape(node)
+    if op_name(node) in _MOVES or size[:-1] not in ((batch, length), (batch * length,)):
+        raise UntraceableError(f"the rows of the logits cannot be followed through {node.name}")
+    return _replay(chain[::-1], torch.arange(batch * length).view(size[:-1]), drop_last=True)
+
+
+def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tensor:
+    """Apply ops that move rows to a tensor of positions, at the sizes seen at tracing.
+
+    Args:
+        chain: the ops, in order.
+        positions: what to move.
+        drop_last: the ops act on tensors with one more, last dimension (the vocabulary).
+    """
+    for node in chain:
+        shape = hinted_shape(node)[:-1] if drop_last else hinted_shape(node)
+        if op_name(node) in _SAME:
+            continue
+        if op_name(node) in _VIEWS:
+            positions = positions.reshape(shape)
+        elif op_name(node) == "pad":
+            pad, value = node.args[1], argument(node, 3, "value")
+            positions = torch.nn.functional.pad(positions, pad, value=_IGNORED)  # type: ignore[arg-type]
+            if value is None:
+                raise UntraceableError("the target is padded with label 0, not with ignore_index")
+        elif op_name(node) == "getitem":
+            positions = _sliced(positions, node, drop_last=drop_last)
+        else:
+            raise UntraceableError(f"positions cannot be followed through {node.name}")
+        if tuple(positions.shape) != shape:
+            raise UntraceableError(f"positions cannot be followed through {node.name}")
+    return positions
+
+
+def _sliced(positions: Tensor, node: fx.Node, *, drop_last: bool) -> Tensor:
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    parts: list[Any] = []
+    for part in index:
+        if isinstance(part, slice):
+            bounds = [_as_int(bound) for bound in (part.start, part.stop, part.step)]
+            parts.append(slice(*bounds))
+        elif part is None or part is Ellipsis or isinstance(part, int):
+            parts.append(part)
+        else:
+            raise UntraceableError(f"{node.name} picks rows by a tensor")
+    if drop_last:
+        positions = positions.unsqueeze(-1)
+        rank = positions.dim()
+        if Ellipsis not in parts and len([part for part in parts if part is not None]) < rank:
+            parts.append(Ellipsis)
+        return positions.expand(*positions.shape[:-1], hinted_shape(node.args[0])[-1])[tuple(parts)][..., 0]  # type: ignore[arg-type]
+    return positions[tuple(parts)]
+
+
+def _as_int(bound: object) -> int | None:
+    """Return a slice bound as the number seen at tracing."""
+    if isinstance(bound, fx.Node):
+        bound = bound.meta.get("example_value")
+    if bound is None or isinstance(bound, int):
+        return bound
+    hint = getattr(getattr(bound, "node", None), "hint", None)
+    if hint is None:
+        raise UntraceableError("a slice bound is not known at tracing")
+    return int(hint)
+
+
+def tensor_numel(node: fx.Node) -> int:
+    """Return the number of elements of a tensor node, as seen at tracing."""
+    count = 1
+    for size in hinted_shape(node):
+        count *= size
+    return count

@@ -1,0 +1,198 @@
+"""Find the part of a graph that only rows of the loss need.
+
+From the logits of the cross-entropy the climb goes against the flow of data, through every call that keeps rows apart
+(`row_wise.py`) and that nothing else reads, to where rows are mixed or a tensor is needed for all of its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.read import LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.read.label_positions import available_early
+from sparse_compile.passes.read.row_wise import (
+    SAME_ROWS,
+    VIEWS,
+    MixesRowsError,
+    RowOperand,
+    Sizes,
+    Slice,
+    row_operands,
+    sizes_of,
+)
+
+
+class DeclinedError(Exception):
+    """Carries the node and the reason why the pass does not apply."""
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """A numbering of rows.
+
+    Attributes:
+        slices: where it is not that of the loss: the slices of `lead` that give the rows of `inner`.
+        lead: sizes of the leading dimensions that are sliced.
+        inner: the numbering on the other side of the slices.
+    """
+
+    slices: tuple[Slice, ...] = ()
+    lead: Sizes = ()
+    inner: Numbering | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the leading dimensions of a tensor are: their sizes, and how the rows are numbered that they count."""
+
+    lead: Sizes
+    numbering: Numbering
+
+
+@dataclass(frozen=True)
+class LossSegment:
+    """The nodes to compute for rows of the loss alone.
+
+    Attributes:
+        loss: the cross-entropy.
+        places: for each node of the segment, what its rows were.
+        operands: for each node of the segment, the operands that have rows.
+        outputs: those that the graph returns, with their places among the outputs.
+        stops: where the climb ended because rows are mixed.
+    """
+
+    loss: fx.Node
+    places: dict[fx.Node, Place]
+    operands: dict[fx.Node, list[RowOperand]]
+    outputs: tuple[tuple[int, fx.Node], ...]
+    stops: tuple[Rejection, ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the nodes."""
+        return frozenset(node.name for node in self.places)
+
+    @property
+    def linears(self) -> int:
+        """Number of linear layers, adapters' included."""
+        return sum(node.target is LINEAR for node in self.places)
+
+
+def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
+    """Return the nodes to compute for rows of the loss alone.
+
+    Raises:
+        DeclinedError: where there are none.
+    """
+    if ctx.config.keep_logits:
+        raise DeclinedError("graph", "keep_logits asks for every row of the logits")
+    losses = [node for node in graph.nodes if op_name(node) == "cross_entropy" and calls_torch(node)]
+    if len(losses) != 1:
+        found = "no cross-entropy is" if not losses else f"{len(losses)} cross-entropies are"
+        raise DeclinedError("graph", f"{found} in the graph; the rows of exactly one can be told")
+    (loss,) = losses
+    logits = _checked_logits(loss)
+    returned = graph.output_node()
+    leaves = list(returned.args[0]) if isinstance(returned.args[0], tuple | list) else []
+    climb = _Climb(loss, returned)
+    climb.run(graph, logits)
+    # Beside the loss, the graph may return the very logits it was computed from, and nothing else of the segment.
+    chain = _logits_chain(logits)
+    outputs = [(index, node) for index, node in enumerate(leaves) if isinstance(node, fx.Node) and node in climb.places]
+    for _, node in outputs:
+        if node not in chain:
+            raise DeclinedError(node.name, "the graph returns it for all rows, beside the loss and its logits")
+    if not any(node.target is LINEAR or op_name(node) in ("matmul", "__matmul__") for node in climb.places):
+        reason = climb.stops[0].reason if climb.stops else f"{climb.reader or 'something else'} reads it for all rows"
+        raise DeclinedError(climb.stops[0].node if climb.stops else logits.name, reason)
+    return LossSegment(loss, climb.places, climb.operands, tuple(outputs), tuple(climb.stops))
+
+
+def _checked_logits(loss: fx.Node) -> fx.Node:
+    """Return the logits of a loss that may leave rows out, (N, V)."""
+    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
+    scores, labels = tensor_value(logits), tensor_value(target)
+    if scores is None or labels is None or scores.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
+        raise DeclinedError(loss.name, "the loss is not that of (N, classes) logits and N class numbers")
+    if argument(loss, 6, "reduction", "mean") not in ("mean", "sum") or argument(loss, 5, "reduce") is not None:
+        raise DeclinedError(loss.name, "the loss has a value for each row")
+    if not available_early(target):
+        raise DeclinedError(target.name, "the targets are computed from activations: not known before the blocks")
+    assert isinstance(logits, fx.Node)
+    return logits
+
+
+def _logits_chain(logits: fx.Node) -> set[fx.Node]:
+    """Return the tensors that are the logits of the loss, seen through casts, views and slices."""
+    chain = {logits}
+    node = logits
+    while op_name(node) in (VIEWS | SAME_ROWS | {"getitem"}) - {"dropout"} and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        chain.add(node)
+    return chain
+
+
+class _Climb:
+    """Walks from the logits of a loss towards the inputs, for as long as rows keep apart."""
+
+    def __init__(self, loss: fx.Node, returned: fx.Node) -> None:
+        self.readers = {loss, returned}
+        self.wanted: dict[fx.Node, Place | None] = {}
+        self.places: dict[fx.Node, Place] = {}
+        self.operands: dict[fx.Node, list[RowOperand]] = {}
+        self.stops: list[Rejection] = []
+        self.reader = ""
+
+    def run(self, graph: fx.Graph, logits: fx.Node) -> None:
+        """Fill in `places`, `operands` and `stops`. All users of a node are seen before it."""
+        self.wanted[logits] = Place(sizes_of(logits)[:1], Numbering())
+        for node in reversed(graph.nodes):
+            place = self.wanted.get(node)
+            if place is None:
+                continue
+            others = [user for user in node.users if user not in self.places and user not in self.readers]
+            if others:
+                self.reader = self.reader or others[0].name
+                continue
+            try:
+                operands = row_operands(node, place.lead)
+                _check_sizes(node, place, operands)
+            except MixesRowsError as stop:
+                self.stops.append(Rejection("select_loss_rows", node.name, str(stop)))
+                continue
+            self.places[node] = place
+            self.operands[node] = operands
+            for operand in operands:
+                self._want(operand, place.numbering)
+
+    def _want(self, operand: RowOperand, numbering: Numbering) -> None:
+        place = place_of(operand, numbering)
+        # Two readers with other rows in mind: the operand stays whole, and each takes its own.
+        known = self.wanted.setdefault(operand.node, place)
+        if known != place:
+            self.wanted[operand.node] = None
+
+
+def place_of(operand: RowOperand, numbering: Numbering) -> Place:
+    """Return what the leading dimensions of an operand are, given how the rows of the result are numbered."""
+    if operand.slices is not None:
+        numbering = Numbering(operand.slices, operand.lead, numbering)
+    return Place(operand.lead, numbering)
+
+
+def _check_sizes(node: fx.Node, place: Place, operands: list[RowOperand]) -> None:
+    """Stop at what would have to write a size into the graph that is no input's own."""
+    sliced = any(operand.slices is not None for operand in operands)
+    drawn = op_name(node) == "dropout"
+    lead = operands[0].lead if sliced else place.lead
+    if (sliced or drawn) and not all(size.is_Integer or size.is_Symbol for size in lead):
+        raise MixesRowsError(f"{op_name(node)} has a number of tokens that is computed")
+    bounds = [bound for operand in operands for part in operand.slices or () for bound in part]
+    if not all(available_early(bound) for bound in bounds if isinstance(bound, fx.Node)):
+        raise MixesRowsError(f"{op_name(node)} slices by a number that is computed from activations")
+    if drawn and any(not size.is_Integer for size in sizes_of(node)[len(place.lead) :]):
+        raise MixesRowsError("dropout has a number of channels that is not fixed")

@@ -1,0 +1,1 @@
+"""Chapter 5: another function, because an option asks for it."""

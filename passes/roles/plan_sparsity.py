@@ -1,0 +1,174 @@
+"""Decide for every matched site whether it becomes sparse and how many channels it keeps.
+
+    sites + roles + options + cost model  ->  plan (per site: sparsity, channels kept, reason where it stays dense)
+
+A site named in `layer_sparsity` is never declined for cost; a preset's site is, where the predictor and the movement of
+tokens cost more than the products they save. The predictor's factors are computed here, so that a weight that has none
+(NaN, infinite) leaves its site dense with its name in the reason.
+
+Declines a site when: nothing tells the roles of its tokens, its tokens are not those of the labels, one of its weights
+is trained or not finite, or (presets) it does not pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparse_compile.graph.cost import gain
+from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
+from sparse_compile.graph.read import hinted_shape, nodes_by_name
+from sparse_compile.graph.sites import AttentionSite, Projection, Site
+from sparse_compile.kernels.dtypes import at_least_fp32
+from sparse_compile.options.presets import kept_count, match_site, preset_sparsity
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import InvalidOptionError, Numerics, PassOutcome
+from sparse_compile.passes.read.token_space import token_space
+from sparse_compile.predictor.published import load_upstream_factors
+from sparse_compile.predictor.store import FactorStore
+from sparse_compile.predictor.svd import LowRankFactors
+
+
+@dataclass(frozen=True)
+class PlanSparsity:
+    """Record in `ctx.plan` what is to be done with each site, and in `ctx.factors` the predictor's factors."""
+
+    name: str = "plan_sparsity"
+    requires: tuple[str, ...] = ("ffn", "attention", "roles")
+    ensures: tuple[str, ...] = ("plan",)
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = True
+    optimises: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Read the graph's facts."""
+        nodes = nodes_by_name(gm.graph)
+        rejections: list[Rejection] = []
+        space = token_space(gm.graph, ctx.roles) if ctx.roles else set()
+        planner = _Planner(ctx, _token_shape(nodes, ctx), space, _factor_store(ctx))
+        plans = []
+        for site in sorted(ctx.sites, key=lambda site: _position(gm.graph, site)):
+            plan = planner.plan(site, hinted_shape(nodes[site.source]))
+            if not plan.sparse and plan.reason:
+                rejections.append(Rejection(self.name, site.name, plan.reason))
+            plans.append(plan)
+        ctx.plan = SparsityPlan(tuple(plans))
+        ctx.factors = planner.factors
+        sparse = len(ctx.plan.sparse_sites)
+        return PassOutcome(False, {"sparse": sparse, "dense": len(plans) - sparse}, tuple(rejections))
+
+
+def requested_sparsity(site: Site, ctx: PassContext) -> tuple[float, bool]:
+    """Return the sparsity the options ask for at a site, and whether they name it."""
+    config = ctx.config
+    if config.layer_sparsity is not None:
+        matches = [pattern for pattern in config.layer_sparsity if match_site(pattern, site.name)]
+        # The longest suffix is the most specific one.
+        return (config.layer_sparsity[max(matches, key=len)], True) if matches else (0.0, False)
+    position, graphs = ctx.stack
+    count = len(ctx.ffn_sites) if site.kind == "ffn" else len(ctx.attention_sites)
+    return preset_sparsity(config.preset, site.kind, position * count + site.index, graphs * count), False
+
+
+def predicted_projections(site: Site) -> tuple[Projection, ...]:
+    """Return the projections whose outputs the predictor estimates."""
+    return (site.query, site.key, site.value) if isinstance(site, AttentionSite) else site.inputs
+
+
+def _position(graph: fx.Graph, site: Site) -> int:
+    base = site.output.base
+    return next(position for position, node in enumerate(graph.nodes) if node.name == base)
+
+
+def _token_shape(nodes: dict[str, fx.Node], ctx: PassContext) -> tuple[int, ...] | None:
+    """Return the (B, S) of the labels, or None where the roles are given from outside."""
+    if ctx.roles is None or not ctx.roles.labels:
+        return None
+    return hinted_shape(nodes[ctx.roles.labels[0][0]])
+
+
+def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
+    config = ctx.config
+    try:
+        upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
+    except ValueError as error:
+        raise InvalidOptionError(f"predictor_path: {error}") from error
+    store = FactorStore(None, config.predictor_rank, config.seed, upstream)
+
+    def get(projection: Projection) -> LowRankFactors:
+        weight = ctx.frozen_weight(projection)
+        with torch.no_grad():
+            rows = weight.t() if projection.transposed else weight
+            rows = rows if projection.fused is None else projection.fused.take(rows)
+            return store.get(projection.name, rows)
+
+    return get
+
+
+class _Planner:
+    def __init__(
+        self,
+        ctx: PassContext,
+        token_shape: tuple[int, ...] | None,
+        space: set[str],
+        factors_of: Callable[[Projection], LowRankFactors],
+    ) -> None:
+        self.ctx = ctx
+        self.token_shape = token_shape
+        self.space = space
+        self.factors_of = factors_of
+        self.factors: dict[str, LowRankFactors] = {}
+
+    def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
+        """Return what is to be done with `site`."""
+        total = site.channels
+        sparsity, named = requested_sparsity(site, self.ctx)
+        kept = kept_count(total, sparsity)
+        if kept == total:
+            return SitePlan(site, 0.0, total, total)
+        reason = self._reason(site, source_shape)
+        note = ""
+        if not reason:
+            dtype, device = self.ctx.weight_kind(site.output)
+            tokens = math.prod(source_shape[:-1])
+            estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device, tokens)
+            if not estimate.pays:
+                note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
+                reason = "" if named else note
+        if not reason:
+            reason = self._compute_factors(site)
+        if reason:
+            return SitePlan(site, 0.0, total, total, reason)
+        return SitePlan(site, sparsity, kept, total, note)
+
+    def _reason(self, site: Site, source_shape: tuple[int, ...]) -> str:
+        """Say what forbids sparsity at `site`, or return an empty string."""
+        if self.ctx.roles is None:
+            return "nothing tells output tokens from context"
+        if site.source not in self.space:
+            return "the loss is computed for other tokens than this site's"
+        tokens = source_shape[:-1]
+        if self.token_shape is None:
+            return "" if len(tokens) == 2 else "its tokens have no (batch, sequence) shape for the given roles"
+        if tokens not in (self.token_shape, (self.token_shape[0] * self.token_shape[1],)):
+            return f"its tokens {tokens} are not those of the labels {self.token_shape}"
+        return ""
+
+    def _compute_factors(self, site: Site) -> str:
+        for projection in site.projections:
+            weight = self.ctx.frozen_weight(projection)
+            # A sum is finite exactly when no term is NaN or infinite, short of overflow: fp32 sums of a bf16 weight.
+            if not bool(torch.isfinite(weight.sum(dtype=at_least_fp32(weight)))):
+                return f"the weight of {projection.name} is not finite"
+        found = {}
+        for projection in predicted_projections(site):
+            try:
+                found[projection.name] = self.factors_of(projection)
+            except ValueError as error:
+                return f"no predictor: {error}"
+        self.factors.update(found)
+        return ""

@@ -1,0 +1,68 @@
+"""Give the output tokens, and the rows of the loss, a fixed number of slots: for graphs without a data-dependent size.
+
+    token_bucket=128, 300 output tokens    C = 384 slots for output tokens, N - 256 for context tokens, 384 for the loss
+    token_capacity=512                     C = 512 slots for output tokens, N for context tokens, 512 for the loss
+
+With a bucket the number of output tokens is known to lie in (C - bucket, C], so context tokens need no more than
+N - C + bucket slots: N + bucket together, whatever the split. A row of the loss is an output token, or the op says so.
+
+Declines when: neither option is set; nothing tells how many output tokens the batch has (`token_capacity.py`), or what
+was counted is not what the graph reads: several losses with labels of their own, another `ignore_index`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sparse_compile.graph.facts import Rejection, TokenSlots
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.training.token_capacity import capacity_for
+
+
+@dataclass(frozen=True)
+class PlanTokenSlots:
+    """Record in `ctx.slots` how many slots there are."""
+
+    name: str = "plan_token_slots"
+    requires: tuple[str, ...] = ("roles",)
+    ensures: tuple[str, ...] = ()
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = True
+    optimises: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Read the options and the count."""
+        bucket, capacity = ctx.config.token_bucket, ctx.config.token_capacity
+        if capacity is not None:
+            ctx.slots = TokenSlots(capacity, None)
+        elif bucket is not None and ctx.roles is not None:
+            count = _counted(ctx)
+            if isinstance(count, str):
+                return PassOutcome(False, {}, (Rejection(self.name, "graph", count),))
+            ctx.slots = TokenSlots(capacity_for(count, bucket), bucket)
+        return PassOutcome(False, {"slots": ctx.slots.capacity} if ctx.slots else {})
+
+
+def _counted(ctx: PassContext) -> int | str:
+    """Return the number of output tokens, or why it is not known."""
+    assert ctx.roles is not None
+    count = ctx.output_count
+    if count is None:
+        return (
+            "token_bucket: nothing tells how many output tokens a batch has before the graph runs. Open "
+            "token_roles(labels=...) around each step, with labels that are still on the CPU, or train with "
+            "SparseLoRACallback"
+        )
+    if ctx.roles.origin == "given":
+        return count.causal
+    if len(ctx.roles.labels) > 1:
+        return "token_bucket: the losses of this graph read several labels, whose output tokens cannot be told apart"
+    if count.ignore_index != ctx.roles.ignore_index:
+        return (
+            f"token_bucket: tokens were counted with ignore_index {count.ignore_index}, and the loss ignores "
+            f"{ctx.roles.ignore_index}"
+        )
+    return count.of(ctx.roles.labels[0][1])

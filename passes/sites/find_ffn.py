@@ -1,0 +1,135 @@
+"""Find feed-forward blocks: in-projections of one input, an elementwise region, one out-projection.
+
+    %gate = <projection>(%x)                      %up = <projection>(%x)
+    %act  = silu(%gate)                           %h  = gelu(%up)
+    %h    = mul(%act, %up)                        %y  = <projection>(%h)
+    %y    = <projection>(%h)
+
+Gate and up may be the parts of one fused layer (`fused_parts`).
+
+Found from the out-projection backwards: every path from its input leads through elementwise ops to projections that
+read one tensor. The names of modules play no part, nor does the activation. What must hold:
+
+* the in-projections are as wide as the out-projection's input, and read the same x;
+* the region is closed: nothing outside reads an in-projection's output or an intermediate;
+* tensors from outside that enter the region have one value a channel (a learned scale), or one in all.
+
+Declines when: one of these does not hold, with the node that is in the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.read import hinted_shape, nodes_by_name
+from sparse_compile.graph.sites import FFNSite, Projection
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
+from sparse_compile.passes.read.fused_parts import fused_parts, unread_parts
+from sparse_compile.passes.read.head_layout import initial_layout
+from sparse_compile.passes.read.projections import read_by, site_name
+
+
+@dataclass(frozen=True)
+class FindFFN:
+    """Record every feed-forward block in `ctx.ffn_sites`."""
+
+    name: str = "find_ffn"
+    requires: tuple[str, ...] = ("projections",)
+    ensures: tuple[str, ...] = ("ffn",)
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = True
+    optimises: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Read the graph."""
+        nodes = nodes_by_name(gm.graph)
+        order = {node: position for position, node in enumerate(gm.graph.nodes)}
+        by_output = {nodes[projection.output]: projection for projection in ctx.projections.values()}
+        for projection in ctx.projections.values():
+            for part in fused_parts(projection, nodes):
+                if part.layout == initial_layout(nodes[part.projection.output]):
+                    by_output[nodes[part.projection.output]] = part.projection
+        sites: list[FFNSite] = []
+        rejections: list[Rejection] = []
+        for projection in ctx.projections.values():
+            found = _match(projection, by_output, nodes, order, len(sites))
+            if isinstance(found, FFNSite):
+                sites.append(found)
+            elif found is not None:
+                rejections.append(Rejection(self.name, projection.name, found))
+        ctx.ffn_sites = tuple(sites)
+        return PassOutcome(False, {"sites": len(sites)}, tuple(rejections))
+
+
+def _match(
+    projection: Projection,
+    by_output: dict[fx.Node, Projection],
+    nodes: dict[str, fx.Node],
+    order: dict[fx.Node, int],
+    index: int,
+) -> FFNSite | str | None:
+    """Match the block that ends in `projection`; None where nothing suggests one, a reason where it nearly is one."""
+    hidden = nodes[projection.source]
+    region: set[fx.Node] = set()
+    inputs: dict[str, Projection] = {}
+    vectors: set[fx.Node] = set()
+    frontier = [hidden]
+    while frontier:
+        node = frontier.pop()
+        if node in region or node in vectors:
+            continue
+        if node in by_output:
+            found = by_output[node]
+            inputs[found.output] = found
+        elif node is not hidden and _is_vector(node, projection.in_features):
+            vectors.add(node)
+        elif is_elementwise(node):
+            region.add(node)
+            frontier += tensor_operands(node)
+        else:
+            # Every product that follows a norm or an attention ends here; only a mixed case is a near miss.
+            return None
+    projections = tuple(sorted(inputs.values(), key=lambda found: order[nodes[found.base]]))
+    if not projections or not region:
+        return None
+    return _reason(projection, projections, region, nodes) or FFNSite(
+        name=site_name((*projections, projection)),
+        index=index,
+        source=projections[0].source,
+        inputs=projections,
+        output=projection,
+        region=tuple(node.name for node in sorted(region, key=order.__getitem__)),
+        vectors=tuple(sorted(node.name for node in vectors)),
+    )
+
+
+def _is_vector(node: fx.Node, channels: int) -> bool:
+    """Tell whether `node` holds one value, or one a channel in its last dimension."""
+    shape = hinted_shape(node)
+    return shape == () or (
+        node.op in ("placeholder", "get_attr") and set(shape[:-1]) <= {1} and shape[-1] in (1, channels)
+    )
+
+
+def _reason(
+    output: Projection, inputs: tuple[Projection, ...], region: set[fx.Node], nodes: dict[str, fx.Node]
+) -> str | None:
+    """Say what keeps a nearly matched block from being one."""
+    if len({projection.source for projection in inputs}) > 1:
+        return "its in-projections read different tensors"
+    for projection in inputs:
+        if projection.out_features != output.in_features:
+            return f"{projection.name} is {projection.out_features} wide, the block's intermediate {output.in_features}"
+        if projection.fused is not None and (missing := unread_parts(projection.layer, inputs)):
+            return f"{projection.layer.name} is fused with {missing} more channels than the block reads"
+    inside = region | read_by(output, nodes)
+    for node in (*region, *(nodes[projection.output] for projection in inputs)):
+        strangers = [user for user in node.users if user not in inside]
+        if strangers:
+            return f"its intermediate {node.name} is also read by {strangers[0].name}"
+    return None

@@ -1,0 +1,190 @@
+"""Find the frozen linear layers and the LoRA branches beside them.
+
+    %base   = linear(%x, W, b)                     W frozen
+    %a      = linear(dropout(%x), A)               A trained          one branch; there may be several,
+    %b      = linear(%a, B)                        B trained          with casts and a scale anywhere between
+    %scaled = mul(%b, s)
+    %output = add(%base, %scaled)
+
+A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
+
+The weight may be a dequantisation of one that is stored in 4 bits. A projection without a branch is a projection all
+the same: SparseLoRA prunes the MLP of a model whose adapters are on the attention alone. Anything else that is added to
+the base product is left to the analyses that read the output.
+
+Declines when: the weight is trained, holds several experts, is stored in 8 bits or in a tensor subclass, is no 2-D
+parameter of the graph, or is not at hand (the graph was given stand-ins).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, strip_casts, tensor_value
+from sparse_compile.graph.sites import DoRATerm, LoRABranch, Projection
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.read.dora_term import dora_term
+from sparse_compile.passes.read.four_bit import calls_bitsandbytes
+from sparse_compile.passes.read.lora_branch import is_sum, match_branch
+
+EXPERTS = (
+    "its weight holds several experts: tokens are sorted by expert before they are multiplied, so that their places no "
+    "longer tell their roles. Routed experts stay dense"
+)
+EIGHT_BITS = (
+    "its weight is stored in 8 bits and dequantised within the layer, where channels cannot be picked: it stays dense. "
+    "Load the model in 4 bits (`load_in_4bit`, for example NF4) or in 16 bits to have it sparse"
+)
+WRAPPED = (
+    "its weight is a tensor of a class of its own ({}, as torchao's quantised weights are), which this backend's "
+    "operators cannot read: it stays dense. Load the model in 4 bits with bitsandbytes or in 16 bits to have it sparse"
+)
+DEQUANTISED_AGAIN = (
+    "a DoRA adapter with dropout dequantises the 4-bit weight to another dtype than the layer computes in, so it is "
+    "not matched. Set bnb_4bit_compute_dtype to the dtype that the model is loaded in, or lora_dropout=0.0"
+)
+_ADAPTER_WRAPPERS = {"base_layer", "weight", "parametrizations", "original"}
+
+
+@dataclass(frozen=True)
+class FindProjections:
+    """Record every frozen linear layer with its LoRA branches in `ctx.projections`."""
+
+    name: str = "find_projections"
+    requires: tuple[str, ...] = ("canonical",)
+    ensures: tuple[str, ...] = ("projections",)
+    numerics: Numerics = Numerics.EXACT
+    analysis: bool = True
+    optimises: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        """Read the graph."""
+        ctx.projections = {}
+        rejections: list[Rejection] = []
+        taken: set[str] = set()
+        for node in gm.graph.nodes:
+            if node.target is not LINEAR or node.name in taken:
+                continue
+            found = _projection(node, ctx)
+            if isinstance(found, Projection):
+                ctx.projections[node.name] = found
+                taken.update(found.products)
+            elif found is not None:
+                rejections.append(found)
+        rejections += [*_experts(gm.graph, ctx), *_in_8_bits(gm.graph, ctx)]
+        branches = sum(len(projection.adapters) for projection in ctx.projections.values())
+        return PassOutcome(False, {"projections": len(ctx.projections), "branches": branches}, tuple(rejections))
+
+
+@dataclass
+class _Chain:
+    """What is added behind a base product, as far as it was followed."""
+
+    output: fx.Node
+    branches: list[LoRABranch] = field(default_factory=list)
+    dora: list[DoRATerm] = field(default_factory=list)
+
+
+def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | None:
+    source, operand = argument(node, 0, "input"), argument(node, 1, "weight")
+    bias = argument(node, 2, "bias")
+    transposed = False
+    weight = strip_casts(operand)
+    if op_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
+        transposed, weight = True, strip_casts(weight.args[0])
+    parameter = ctx.parameters.get(weight.name)
+    quantized = ctx.quantized_weights.get(weight.name)
+    value = tensor_value(operand)
+    if (parameter is None and quantized is None) or value is None or value.dim() != 2:
+        if calls_bitsandbytes(weight, "dequantize_4bit"):
+            return Rejection("find_projections", node.name, DEQUANTISED_AGAIN)
+        return Rejection("find_projections", node.name, "its weight is computed in the graph, not a parameter")
+    if parameter is not None and parameter.trained:
+        return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
+    if parameter is not None and parameter.value is None:
+        return Rejection("find_projections", parameter.path, "its weight is not at hand while compiling")
+    path = parameter.path if parameter is not None else ctx.quantized_weights[weight.name].path
+    if parameter is not None and parameter.is_wrapper:
+        return Rejection("find_projections", _module_name(path), WRAPPED.format(type(parameter.value).__name__))
+    chain = _branches(node, source, ctx)
+    out_features, in_features = (int(size) for size in value.shape)
+    return Projection(
+        name=_module_name(path),
+        base=node.name,
+        source=source.name,
+        weight=weight.name,
+        transposed=transposed,
+        bias=bias.name if isinstance(bias, fx.Node) else None,
+        branches=tuple(chain.branches),
+        output=chain.output.name,
+        in_features=in_features,
+        out_features=out_features,
+        dora=tuple(chain.dora),
+    )
+
+
+def _in_8_bits(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:
+    """Name the frozen matrices whose elements are bytes: bitsandbytes' int8, and the fp8 of others."""
+    found = []
+    for node in graph.nodes:
+        parameter, value = ctx.parameters.get(node.name), tensor_value(node)
+        if parameter is None or parameter.trained or value is None or value.dim() != 2:
+            continue
+        # What is packed more tightly is held in unsigned bytes.
+        if value.dtype.itemsize == 1 and value.dtype not in (torch.uint8, torch.bool):
+            found.append(Rejection("find_projections", _module_name(parameter.path), EIGHT_BITS))
+    return found
+
+
+def _experts(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:
+    """Name the frozen weights that hold a matrix for each of several experts."""
+    found = []
+    for node in graph.nodes:
+        parameter, value = ctx.parameters.get(node.name), tensor_value(node)
+        stacked = parameter is not None and not parameter.trained and value is not None and value.dim() == 3
+        # A convolution's weight has three dimensions too.
+        if stacked and parameter is not None and not any("conv" in op_name(user) for user in node.users):
+            found.append(Rejection("find_projections", _module_name(parameter.path), EXPERTS))
+    return found
+
+
+def _module_name(path: str) -> str:
+    parts = path.split(".")
+    while len(parts) > 1 and parts[-1] in _ADAPTER_WRAPPERS:
+        parts.pop()
+    return ".".join(parts)
+
+
+def _branches(base: fx.Node, source: fx.Node, ctx: PassContext) -> _Chain:
+    """Follow the additions behind a base product for as long as adapters of the same input are added."""
+    chain = _Chain(base)
+    while True:
+        branch = _added_branch(chain.output, source, ctx)
+        if branch is not None:
+            chain.output, found = branch
+            chain.branches.append(found)
+            continue
+        term = dora_term(chain.output, base, source, ctx)
+        if term is None:
+            return chain
+        chain.output, decomposed = term
+        chain.dora.append(decomposed)
+
+
+def _added_branch(running: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, LoRABranch] | None:
+    """Return the addition that is all that reads a running sum, and the LoRA branch that it adds."""
+    # PEFT casts the sum back to the base dtype between two adapters.
+    step = running
+    while len(step.users) == 1 and op_name(user := next(iter(step.users))) in CASTS and calls_torch(user):
+        step = user
+    addition = next(iter(step.users)) if len(step.users) == 1 else None
+    if addition is None or not is_sum(addition):
+        return None
+    others = [arg for arg in addition.args if arg is not step]
+    branch = match_branch(others[0], source, ctx) if len(others) == 1 and isinstance(others[0], fx.Node) else None
+    return None if branch is None else (addition, branch)

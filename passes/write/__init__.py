@@ -1,0 +1,1 @@
+"""What inserts nodes into a graph, for several passes."""

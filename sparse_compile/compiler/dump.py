@@ -1,0 +1,60 @@
+"""Write graphs as text that can be read and compared.
+
+One node a line: name, dtype and shape, call, operands. Parameters are named by their path in the user's model. The text
+depends on the graph alone, so that two runs give the same text and `diff -u` between two passes shows what one did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from sparse_compile.graph.sites import Parameter
+from sparse_compile.graph.text import render_graph
+
+
+class GraphDump:
+    """The folder of one compiled graph: a text for each pass, `kernels/`, `plan.json`, `manifest.json`.
+
+    Args:
+        root: folder of all dumps, made if need be.
+        compile_id: Dynamo's name of the compilation, such as `"0/1"`.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], compile_id: str) -> None:
+        stem = re.sub(r"[^\w.-]", "_", compile_id)
+        folder, count = Path(root) / stem, 1
+        # A folder of an earlier run is left as it is.
+        while folder.exists():
+            folder = Path(root) / f"{stem}-{count}"
+            count += 1
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._count = 0
+
+    def graph(self, name: str, graph: fx.Graph, parameters: Mapping[str, Parameter]) -> None:
+        """Write the graph as it stands after the step `name`."""
+        (self.folder / f"{self._count:02d}_{name}.txt").write_text(render_graph(graph, parameters), encoding="utf-8")
+        self._count += 1
+
+    def kernel(self, name: str, source: str) -> None:
+        """Write the source of a generated kernel as `kernels/<name>`."""
+        folder = self.folder / "kernels"
+        folder.mkdir(exist_ok=True)
+        (folder / re.sub(r"[^\w.-]", "_", name)).write_text(source, encoding="utf-8")
+
+    def data(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write `<name>.json`."""
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def dump_root(dump_dir: str | None) -> str | None:
+    """Return the folder asked for by the option or by `SPARSELORA_DUMP`; None for no dump."""
+    return dump_dir or os.environ.get("SPARSELORA_DUMP") or None

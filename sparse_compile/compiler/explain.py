@@ -1,0 +1,83 @@
+"""Say what the backend would do to a model, without running or training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
+from sparse_compile.compiler.capture import capture_context, count_tokens, trained_parameters
+from sparse_compile.compiler.model_part import part_of
+from sparse_compile.compiler.peft_support import make_dora_traceable
+from sparse_compile.compiler.pipeline import run_pipeline
+from sparse_compile.compiler.report import GraphReport, Report, graph_report
+from sparse_compile.graph.read import hinted_shape, tensor_value
+from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.torch_private.dynamo import compile_id, without_recompile_limit
+from sparse_compile.torch_private.modules import uncompiled
+from sparse_compile.training.sharded import any_in_parts
+
+
+def explain(
+    model: nn.Module | Callable[..., Any],
+    *args: Any,
+    config: SparseLoRAConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Trace one training step and report every site, what was declined, and the FLOPs before and after each pass.
+
+    Nothing is computed and nothing is trained: each captured graph is answered by zeros of the right shapes. A model
+    that was compiled before stays as it was.
+
+    Args:
+        model: the model, or a function.
+        *args: what a training step passes to it.
+        config: the options; None for the defaults. The schedule plays no part: a sparse step is reported.
+        **kwargs: what a training step passes to it, `labels` among them.
+
+    Returns:
+        The report, one entry for each graph that TorchDynamo captured.
+
+    Raises:
+        ValueError: an invalid option.
+    """
+    options = config if isinstance(config, SparseLoRAConfig) else SparseLoRAConfig.from_options(config)
+    graphs: list[GraphReport] = []
+    make_dora_traceable()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        ctx = capture_context(gm, example_inputs, options, part_of(gm))
+        trains = torch.is_grad_enabled() and bool(trained_parameters(gm, example_inputs, ctx))
+        trains = trains and not any_in_parts(example_inputs)
+        result = run_pipeline(gm, ctx) if trains else None
+        seen = False
+
+        def stand_in(*inputs: Any) -> list[Any]:
+            nonlocal seen
+            if result is not None and not seen:
+                seen = True
+                tokens = count_tokens(result.canonical, inputs, ctx)
+                graphs.append(graph_report(result, ctx, compile_id(gm), tokens))
+            return [_zeros(node) for node in _outputs(gm)]
+
+        return stand_in
+
+    with uncompiled(model), torch.enable_grad(), without_recompile_limit():
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    return Report(tuple(graphs))
+
+
+def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    values = output.args[0]
+    return values if isinstance(values, tuple | list) else (values,)
+
+
+def _zeros(node: Any) -> Any:
+    value = tensor_value(node)
+    if value is None:
+        return node if not isinstance(node, fx.Node) else int(getattr(node.meta["example_value"], "node", None).hint)  # type: ignore[union-attr]
+    return torch.zeros(hinted_shape(node), dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)

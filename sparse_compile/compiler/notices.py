@@ -1,0 +1,154 @@
+"""What the backend tells its users, once each: what was asked for and is not there, why, and what to do about it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Hashable
+
+from torch import fx, nn
+
+from sparse_compile.compiler.capture import is_whole_step
+from sparse_compile.compiler.peft_support import are_disabled
+from sparse_compile.compiler.pipeline import passes
+from sparse_compile.compiler.report import GraphReport, summary_of
+from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.passes.context import PassContext
+from sparse_compile.training.session import Session
+
+_matched: set[SparseLoRAConfig] = set()
+_told: set[Hashable] = set()
+
+
+def asks_for_sparsity(config: SparseLoRAConfig) -> bool:
+    """Tell whether any site may become sparse."""
+    if config.layer_sparsity is not None:
+        return any(config.layer_sparsity.values())
+    return config.preset in ("o1", "o2")
+
+
+def tell_about_sites(
+    gm: fx.GraphModule, ctx: PassContext, session: Session, report: GraphReport, *, failed: bool
+) -> None:
+    """Warn, once each, about what was asked for and is not there."""
+    config = ctx.config
+    session.add_site_names(site.name for site in ctx.sites)
+    if config.layer_sparsity is not None:
+        session.expect_sites(config.layer_sparsity)
+        if is_whole_step(gm, ctx):
+            session.check_sites_now()
+    if ctx.plan.sparse_sites:
+        _matched.add(config)
+        _tell_declined(session, report)
+    elif failed:
+        session.once("nothing matched")  # the pipeline has said why
+    elif is_whole_step(gm, ctx):
+        _tell_if_nothing_matched(session, config)
+
+
+def _tell_declined(session: Session, report: GraphReport) -> None:
+    """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse."""
+    dense = [site for site in report.sites if site.kept == site.total and site.provider == "dense"]
+    sites = {site.name: site.reason for site in dense if site.reason}
+    lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
+    if lines:
+        if not report.roles:
+            lines += summary_of(tuple(each for each in report.rejections if each.rule == "trace_roles"), most=2)
+        warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)
+
+
+def tell_about_slots(session: Session, report: GraphReport) -> None:
+    """Warn where a graph was to have fixed sizes and has none."""
+    for rejection in report.rejections:
+        if rejection.rule == "plan_token_slots" and session.once((rejection.rule, rejection.reason)):
+            reason = f"{rejection.reason}. Until then sizes depend on data, which waits for the device"
+            warnings.warn(f"sparselora: {reason}", stacklevel=2)
+
+
+def tell_when_all_is_compiled(session: Session, report: GraphReport, config: SparseLoRAConfig) -> None:
+    """Warn of what only the last graph of a training step can settle: no part of the model has what was asked for."""
+    if config in _matched:
+        _tell_declined(session, report)
+    else:
+        _tell_if_nothing_matched(session, config)
+
+
+def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None:
+    """Warn once where sparsity was asked for and no graph of the model has a sparse site."""
+    graphs: list[GraphReport] = session.reports
+    matched = any(site.kept < site.total for graph in graphs for site in graph.sites)
+    if matched or not asks_for_sparsity(config) or not session.once("nothing matched"):
+        return
+    wanted = "layer_sparsity" if config.layer_sparsity is not None else f"preset {config.preset!r}"
+    kinds = Counter(site.kind for graph in graphs for site in graph.sites)
+    roles = sorted({graph.roles for graph in graphs if graph.roles})
+    # What an exact pass leaves alone is no reason for a site to stay dense.
+    optimising = {each.name for each in passes() if each.optimises}
+    declined = (rejection for graph in graphs for rejection in graph.rejections)
+    reasons = summary_of(tuple(rejection for rejection in declined if rejection.rule not in optimising), most=6)
+    skipped = {
+        each.record.name: each.record.skipped for graph in graphs for each in graph.passes if each.record.skipped
+    }
+    reasons += [f"  {name}: {reason}" for name, reason in skipped.items()]
+    if kinds and not reasons:
+        reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow for it, or names no site"]
+    found = (
+        f"{sum(graph.projections for graph in graphs)} frozen linear layers with "
+        f"{sum(graph.adapters for graph in graphs)} adapters, {kinds['ffn']} feed-forward and {kinds['attention']} "
+        f"attention blocks, token roles from {' and '.join(roles) or 'nowhere'}"
+    )
+    lines = [
+        f"sparselora: {wanted} asks for sparsity and no site became sparse, so training runs dense.",
+        "Looked for: feed-forward and attention blocks of frozen linear layers, and labels that mark output tokens.",
+        f"Found: {found}.",
+        "Declined:",
+        *(reasons or ["  nothing: there was nothing to match"]),
+    ]
+    warnings.warn("\n".join(lines), stacklevel=2)
+
+
+def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None) -> None:
+    """Warn once where something was asked for that the graph cannot have, because nothing of it is trained.
+
+    Silent where PEFT's adapters are switched off: the forward of the base alone (the reference model of preference
+    tuning, say) is what was asked for.
+    """
+    sparsity, requested = asks_for_sparsity(ctx.config), ctx.config.requested
+    if not sparsity and not requested:
+        return
+    if any(parameter.trained for parameter in ctx.parameters.values()):
+        without = f"dense, without {', '.join(requested)}" if requested else "dense"
+        tell_once(
+            f"TorchDynamo handed over a graph without its parameters, so it runs {without}. Its DDP optimizer does "
+            "that, which cuts a graph into buckets of trained parameters: set "
+            "torch._dynamo.config.optimize_ddp = False before the first step (adapters have few gradients, so little "
+            "is lost), or train with SparseLoRACallback in transformers' Trainer, which does so"
+        )
+    elif sparsity and is_whole_step(gm, ctx):
+        paths = frozenset(parameter.path for parameter in ctx.parameters.values())
+        if model is not None and any(parameter.requires_grad for parameter in model.parameters()):
+            tell_once(
+                "no trained parameter of this model takes part in this forward, so it runs dense: its adapters are "
+                "merged into the base or switched off. Call model.unmerge_adapter() (PEFT) before training goes on; "
+                "evaluate under torch.no_grad(), which runs dense without this warning",
+                ("merged", paths),
+            )
+        elif model is None or not are_disabled(model):
+            tell_once(
+                "no parameter of this model is trained (no adapter, or all frozen), so it runs dense. Add an adapter, "
+                "for example with peft.get_peft_model, before training",
+                paths,
+            )
+
+
+def tell_once(reason: str, model: object = None) -> None:
+    """Warn of something that no session can remember: once in this process, or once for each model named."""
+    if once((reason, model)):
+        warnings.warn(f"sparselora: {reason}.", stacklevel=3)
+
+
+def once(key: Hashable) -> bool:
+    """Return True the first time that `key` is asked for, by any model: for models that have no session."""
+    is_first = key not in _told
+    _told.add(key)
+    return is_first

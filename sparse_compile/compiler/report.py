@@ -1,0 +1,318 @@
+"""What was found in one compiled graph, and what was done about it, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+from sparse_compile.compiler.capture import TokenCounts
+from sparse_compile.compiler.pipeline import PassRecord, PipelineResult
+from sparse_compile.graph.cost import (
+    CONTEXT,
+    LOSS,
+    OUTPUT,
+    frozen_products,
+    loss_row_flops,
+    node_flops,
+    predictor_flops,
+    saved_flops,
+    step_flops,
+)
+from sparse_compile.graph.facts import MaskedLayer, ProductOrder, Rejection, SitePlan, SparsityPlan
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.exact.select_loss_rows import ON_LOSS_ROWS
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One matched site, dense or sparse.
+
+    Attributes:
+        name: site name, as `layer_sparsity` takes it.
+        kind: `"ffn"` or `"attention"`.
+        sparsity: fraction of channels not computed for context tokens; 0 where dense.
+        kept: channels kept.
+        total: channels to choose from.
+        provider: what runs its products, `"dense"` where nothing was rewritten, `"loss_rows"` where only rows of the
+            loss are left of a block that was to be sparse.
+        reason: why it stays dense although it was asked for, or a note.
+        adapters: number of LoRA branches at the site.
+    """
+
+    name: str
+    kind: str
+    sparsity: float
+    kept: int
+    total: int
+    provider: str
+    reason: str
+    adapters: int
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass: what it did (`record`) and the FLOPs of a training step before and after it."""
+
+    record: PassRecord
+    flops_before: float
+    flops_after: float
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph.
+
+    Attributes:
+        compile_id: Dynamo's name of the compilation.
+        roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
+        tokens: what FLOPs are given for.
+        projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
+        sites: every matched site.
+        passes: every pass.
+        masks: the pruned layers with an adapter, where their zeros are to be kept.
+        orders: the order of the products of each layer that could have another.
+        rejections: every place where a pass looked and did not apply.
+        flops_before, flops_after: FLOPs of the matrix products of a training step.
+        weight_flops_before, weight_flops_after: those of the products with frozen weights alone.
+    """
+
+    compile_id: str
+    roles: str | None
+    tokens: TokenCounts
+    projections: int
+    adapters: int
+    sites: tuple[SiteReport, ...]
+    passes: tuple[PassReport, ...]
+    masks: tuple[MaskedLayer, ...]
+    orders: tuple[ProductOrder, ...]
+    rejections: tuple[Rejection, ...]
+    flops_before: float
+    flops_after: float
+    weight_flops_before: float
+    weight_flops_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self)
+
+
+def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, tokens: TokenCounts) -> GraphReport:
+    """Summarise a run of the pipeline.
+
+    Args:
+        result: its outcome.
+        ctx: its facts.
+        compile_id: Dynamo's name of the compilation.
+        tokens: numbers of tokens to give FLOPs for.
+    """
+    dense = step_flops(result.canonical.graph)
+    frozen = frozen_products(ctx.projections.values())
+    of_weights = sum(node_flops(node) for node in result.canonical.graph.nodes if node.name in frozen)
+    counts = {CONTEXT: tokens.context, OUTPUT: tokens.output, LOSS: tokens.loss}
+    passes, current = [], dense
+    for record in result.records:
+        change = _flops_change(record, ctx) if record.changed else sympy.Integer(0)
+        after = current + float(change.subs(counts))
+        passes.append(PassReport(record, current, after))
+        current = after
+    return GraphReport(
+        compile_id=compile_id,
+        roles=ctx.roles.origin if ctx.roles else None,
+        tokens=tokens,
+        projections=len(ctx.projections),
+        adapters=sum(len(projection.adapters) for projection in ctx.projections.values()),
+        sites=_sites(result, ctx),
+        passes=tuple(passes),
+        masks=ctx.masked_layers,
+        orders=ctx.product_orders,
+        rejections=result.rejections,
+        flops_before=dense,
+        flops_after=current,
+        weight_flops_before=of_weights,
+        weight_flops_after=of_weights - float(_saved_on_weights(result, ctx).subs(counts)),
+    )
+
+
+def _saved_on_weights(result: PipelineResult, ctx: PassContext) -> sympy.Expr:
+    """Return the FLOPs of products with frozen weights that the passes save: no pass adds any."""
+    ran = {record.name for record in result.records if record.changed}
+    saved = [saved_flops(ctx.plan, kind) for kind in ("ffn", "attention") if f"sparsify_{kind}" in ran]
+    saved += [loss_row_flops(ctx.loss_rows)[1]] if ctx.loss_rows is not None else []
+    return sum(saved, sympy.Integer(0))
+
+
+def _flops_change(record: PassRecord, ctx: PassContext) -> sympy.Expr:
+    name = record.name
+    if name == "insert_predictors":
+        return predictor_flops(ctx.plan, ctx.config.predictor_rank)
+    if name == "factor_dora_norm":
+        return sympy.Integer(-record.stats["saved_flops"])
+    if name == "select_loss_rows" and ctx.loss_rows is not None:
+        return -loss_row_flops(ctx.loss_rows)[0]
+    if name == "preserve_weight_mask":
+        return sympy.Float(sum(layer.added_flops for layer in ctx.masked_layers))
+    if name == "order_adapter_products":
+        return sympy.Float(-sum(order.saved_flops for order in ctx.product_orders))
+    kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
+    return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
+
+
+def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
+    ran = {record.name for record in result.records if record.changed}
+    sites = []
+    for plan in ctx.plan.sites:
+        rewrite = f"sparsify_{plan.site.kind}"
+        left_out = plan.sparse and rewrite not in ran
+        sites.append(
+            SiteReport(
+                name=plan.site.name,
+                kind=plan.site.kind,
+                sparsity=0.0 if left_out else plan.sparsity,
+                kept=plan.total if left_out else plan.kept,
+                total=plan.total,
+                provider=_provider(plan, ctx),
+                reason=f"{rewrite} did not run" if left_out else plan.reason,
+                adapters=sum(len(projection.adapters) for projection in plan.site.projections),
+            )
+        )
+    return tuple(sites)
+
+
+def _provider(plan: SitePlan, ctx: PassContext) -> str:
+    if plan.reason == ON_LOSS_ROWS:
+        return "loss_rows"
+    return "+".join(ctx.providers.get(plan.site.name, ())) or "dense"
+
+
+def plan_data(plan: SparsityPlan, orders: tuple[ProductOrder, ...] = ()) -> dict[str, Any]:
+    """Return the decisions as plain data for JSON, with their cost over symbolic numbers of tokens."""
+    return {
+        "sites": [asdict(each) for each in plan.sites],
+        "saved_flops": {kind: str(saved_flops(plan, kind)) for kind in ("ffn", "attention")},
+        "product_orders": [asdict(order) | {"costs": dict(order.costs)} for order in orders],
+    }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found: one training step of a model, which may arrive in several graphs.
+
+    Attributes:
+        graphs: one report per graph.
+    """
+
+    graphs: tuple[GraphReport, ...]
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """Every matched site of every graph."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """Every place where a pass looked and did not apply."""
+        return tuple(rejection for graph in self.graphs for rejection in graph.rejections)
+
+    @property
+    def flops_before(self) -> float:
+        """FLOPs of the matrix products of the training step as captured."""
+        return sum(graph.flops_before for graph in self.graphs)
+
+    @property
+    def flops_after(self) -> float:
+        """FLOPs of the training step as it will run."""
+        return sum(graph.flops_after for graph in self.graphs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return {
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "graphs": [graph.to_dict() for graph in self.graphs],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report: `.json` as data, `.txt` as the table.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        target = Path(path)
+        if target.suffix == ".json":
+            target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        elif target.suffix == ".txt":
+            target.write_text(str(self) + "\n", encoding="utf-8")
+        else:
+            raise ValueError(f"a report is saved as .json or .txt, not as {target.suffix or 'a file without suffix'!r}")
+
+    def __str__(self) -> str:
+        return "\n\n".join(_graph_text(graph) for graph in self.graphs) or "no graph was captured"
+
+
+def _graph_text(graph: GraphReport) -> str:
+    counts = (
+        f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
+    )
+    lines = [
+        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {counts}",
+        "",
+        table(
+            ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),
+            [
+                (s.name, s.kind, f"{s.sparsity:g}", f"{s.kept}/{s.total}", str(s.adapters), s.provider, s.reason)
+                for s in graph.sites
+            ],
+        ),
+        "",
+        table(
+            ("pass", "changed", "nodes", "ms", "GFLOPs a step"),
+            [
+                (
+                    each.record.name,
+                    each.record.skipped or ("yes" if each.record.changed else "no"),
+                    f"{each.record.nodes_before} -> {each.record.nodes_after}",
+                    f"{each.record.milliseconds:.0f}",
+                    f"{each.flops_before / 1e9:.3f} -> {each.flops_after / 1e9:.3f}",
+                )
+                for each in graph.passes
+            ],
+        ),
+    ]
+    if graph.masks:
+        layers: list[tuple[str, ...]] = [
+            (m.projection, f"{m.sparsity:.1%}", m.pattern, m.reason or "kept") for m in graph.masks
+        ]
+        lines += ["", table(("pruned layer", "zeros", "pattern", "mask"), layers)]
+    if graph.orders:
+        groups = Counter((order.order, order.break_even) for order in graph.orders)
+        rows: list[tuple[str, ...]] = [(order, str(count), condition) for (order, condition), count in groups.items()]
+        lines += ["", table(("products", "layers", "merging pays for"), rows)]
+    if graph.rejections:
+        lines += ["", "declined:", *summary_of(graph.rejections)]
+    return "\n".join(lines)
+
+
+def summary_of(rejections: tuple[Rejection, ...], most: int = 12) -> list[str]:
+    """Return a line for each reason, with how often it was met and the first place."""
+    counts = Counter((rejection.rule, rejection.reason) for rejection in rejections)
+    first: Mapping[tuple[str, str], str] = {(r.rule, r.reason): r.node for r in reversed(rejections)}
+    lines = [
+        f"  {rule}: {reason} ({first[rule, reason]}" + (f" and {count - 1} more)" if count > 1 else ")")
+        for (rule, reason), count in counts.most_common(most)
+    ]
+    left = len(counts) - most
+    return lines if left <= 0 else [*lines, f"  and {left} more reasons"]
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return aligned columns of text."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)

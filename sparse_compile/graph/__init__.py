@@ -1,0 +1,1 @@
+"""FX graphs: how they are read, walked, rewritten and printed, the facts found in them, and what they cost."""

@@ -1,0 +1,137 @@
+"""Small helpers for reading and rewriting the FX graphs that Dynamo hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from sparse_compile.torch_private.aten import LINEAR as LINEAR
+from sparse_compile.torch_private.aten import is_op, overload, overload_name
+from sparse_compile.torch_private.fake import size_hint
+
+TAG = "sparselora"
+"""Key of `node.meta` under which a rewrite records its pass and site."""
+
+
+CASTS = frozenset({"to", "type", "float", "double", "half", "bfloat16", "type_as"})
+"""Names of the calls that change the dtype (or the device) of a tensor and nothing else."""
+
+
+TRANSPOSES = frozenset({"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"})
+"""Names of the calls that may exchange the two dimensions of a matrix."""
+
+
+def value_of(node: fx.Node) -> Any:
+    """Return the example value Dynamo recorded for `node` (a FakeTensor for a tensor), or None."""
+    return node.meta.get("example_value")
+
+
+def tensor_value(node: Any) -> Tensor | None:
+    """Return the example tensor of `node`, or None where it is not a node that holds a tensor."""
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def hinted_shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of the tensor `node`, symbolic sizes replaced by their hints, without adding a guard."""
+    value = tensor_value(node)
+    assert value is not None, f"{node} holds no tensor"
+    return tuple(size_hint(size) for size in value.shape)
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the bare name of what `node` calls: `"view"`, `"silu"`, `"add"`; empty for anything but a call."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if (op := overload(node.target)) is not None:
+        return overload_name(op)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+_TENSOR_NAMESPACES = ("torch", "_operator", "operator")
+
+
+def calls_torch(node: fx.Node) -> bool:
+    """Tell whether `node` is a method of a tensor or a function of PyTorch, whose name then says what it does."""
+    if node.op == "call_method":
+        return tensor_value(node.args[0]) is not None if node.args else False
+    if node.op != "call_function":
+        return False
+    if is_op(node.target):
+        return True
+    module = getattr(node.target, "__module__", None) or ""
+    # Builtins of torch (torch.matmul, torch._C._nn.gelu) report no module or a private one.
+    return module.split(".")[0] in _TENSOR_NAMESPACES or torch.overrides.is_tensor_method_or_property(
+        cast("Callable[..., Any]", node.target)
+    )
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def strip_casts(node: fx.Node) -> fx.Node:
+    """Follow dtype casts back to what they cast."""
+    while calls_torch(node) and op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
+    """Follow transposes of a matrix back to what they transpose; return it and their number."""
+    count = 0
+    while True:
+        is_transpose = (calls_torch(node) and op_name(node) in TRANSPOSES) or (
+            node.target is getattr and node.args[1] in ("T", "mT")
+        )
+        value = tensor_value(node)
+        if not is_transpose or value is None or value.dim() != 2:
+            return node, count
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        source_value = tensor_value(source)
+        if source_value is None or source_value.dim() != 2:
+            return node, count
+        # `permute(0, 1)` and `transpose(0, 0)` move nothing.
+        count += _swaps(node)
+        node = source
+
+
+def _swaps(node: fx.Node) -> int:
+    """Return 1 where `node` exchanges the two dimensions, 0 where it moves nothing."""
+    if op_name(node) == "permute":
+        order: Any = argument(node, 1, "dims")
+        if isinstance(order, int):
+            order = node.args[1:]
+        return int([dim % 2 for dim in order] == [1, 0])
+    if op_name(node) in ("transpose", "swapaxes", "swapdims"):
+        # `transpose` names its dimensions dim0 and dim1, `swapaxes` axis0 and axis1.
+        first, second = (*node.args[1:], *node.kwargs.values())
+        return int(first % 2 != second % 2)  # type: ignore[operator]
+    return 1
+
+
+def stored_matrix(node: fx.Node) -> tuple[fx.Node, bool]:
+    """Follow casts, detaches and transposes of a matrix back to what is stored; tell whether that is the transpose."""
+    count = 0
+    while True:
+        matrix, transposes = strip_transposes(strip_casts(node))
+        count += transposes
+        if op_name(matrix) == "detach" and isinstance(matrix.args[0], fx.Node):
+            matrix = matrix.args[0]
+        if matrix is node:
+            return node, count % 2 == 1
+        node = matrix
+
+
+def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return the nodes of `graph` by name; names are how the facts of `ir.py` refer to nodes."""
+    return {node.name: node for node in graph.nodes}

@@ -1,0 +1,177 @@
+"""Rewrite the FX graphs that Dynamo hands over."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.node import Argument
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sparse_compile.graph.read import (
+    TAG,
+    tensor_value,
+    value_of,
+)
+from sparse_compile.torch_private.aten import LINEAR as LINEAR
+from sparse_compile.torch_private.dynamo import copy_dynamo_attributes, take_source
+from sparse_compile.torch_private.fx import is_erased
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a GraphModule so that the copy's graph can be rewritten: same node names and metadata, shared attributes."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copied = graph.node_copy(node, mapping.__getitem__)
+        copied.meta = dict(node.meta)
+        take_source(copied, node)
+        mapping[node] = copied
+    assert [node.name for node in graph.nodes] == [node.name for node in gm.graph.nodes], "a copy keeps node names"
+    copied_module = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copy_dynamo_attributes(gm, copied_module)
+    return copied_module
+
+
+class Rewriter:
+    """Inserts nodes into a graph, tagged with the pass and site they come from.
+
+    Args:
+        gm: the module whose graph is rewritten.
+        pass_name: recorded in `node.meta["sparselora"]`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, pass_name: str) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.pass_name = pass_name
+        self.inserted = 0
+        self._site = ""
+        self._anchor: fx.Node | None = None
+
+    @contextmanager
+    def before(self, anchor: fx.Node, site: str = "") -> Iterator[None]:
+        """Insert before `anchor`; new nodes take over its stack trace, module stack and checkpoint tags."""
+        previous = self._anchor, self._site
+        self._anchor, self._site = anchor, site or self._site
+        try:
+            with self.graph.inserting_before(anchor):
+                yield
+        finally:
+            self._anchor, self._site = previous
+
+    def call(self, target: Callable[..., Any], *args: Argument, **kwargs: Argument) -> fx.Node:
+        """Insert a function call."""
+        return self._tagged(self.graph.call_function(target, args, kwargs))
+
+    def method(self, name: str, *args: Argument, **kwargs: Argument) -> fx.Node:
+        """Insert a tensor-method call."""
+        return self._tagged(self.graph.call_method(name, args, kwargs))
+
+    def items(self, node: fx.Node, count: int) -> tuple[fx.Node, ...]:
+        """Insert the `getitem` nodes of a call that returns a tuple."""
+        return tuple(self.call(operator.getitem, node, index) for index in range(count))
+
+    def buffer(self, name: str, value: Tensor) -> fx.Node:
+        """Insert a read of a tensor constant of the graph; the tensor is registered under `name` on the first use."""
+        from sparse_compile.torch_private.dynamo import register_graph_buffer
+
+        if not hasattr(self.gm, name):
+            register_graph_buffer(self.gm, name, value)
+        return self._tagged(self.graph.get_attr(name))
+
+    def copy(self, node: fx.Node, arg_map: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Insert a copy of `node` with its node arguments replaced."""
+        copied = self.graph.node_copy(node, arg_map)
+        copied.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
+        self._tagged(copied)
+        if (value := tensor_value(node)) is not None:
+            copied.meta[TAG]["dtype"] = value.dtype  # what is copied for fewer rows keeps it
+        return copied
+
+    def _tagged(self, node: fx.Node) -> fx.Node:
+        self.inserted += 1
+        if self._anchor is not None:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
+                if key in self._anchor.meta and key not in node.meta:
+                    node.meta[key] = self._anchor.meta[key]
+        node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
+        return node
+
+
+def forward_to(old: fx.Node, existing: fx.Node) -> None:
+    """Give the users of `old` the node `existing`, which holds the same value, and erase `old`."""
+    old.replace_all_uses_with(existing)
+    old.graph.erase_node(old)
+
+
+def take_over(old: fx.Node, new: fx.Node) -> int:
+    """Put the inserted node `new` in the place of `old`; erase what only `old` used; return how many nodes that were.
+
+    `new` takes over the name as well: facts refer to nodes by name, and diffs between dumps stay small.
+    """
+    new.meta["example_value"] = value_of(old)
+    old.replace_all_uses_with(new)
+    name = old.name
+    erased = erase_unused(old)
+    new.name = name
+    return erased
+
+
+def hoist(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Return `node`, or a copy of it and of all it is computed from, at the place of insertion.
+
+    Args:
+        rewriter: where to insert.
+        node: what is wanted there.
+        copies: the copies made so far, which are used again.
+    """
+    if node.op == "placeholder":
+        return node
+    if node not in copies:
+        for operand in node.all_input_nodes:
+            hoist(rewriter, operand, copies)
+        copies[node] = rewriter.copy(node, lambda operand: copies.get(operand, operand))
+    return copies[node]
+
+
+def save_what_precedes(end: fx.Node) -> None:
+    """Mark every call before `end` to be saved for the backward, whatever checkpoint it took its marks from.
+
+    What stands at the top of a graph is of the forward: read again in the backward, roles may have closed, and a
+    data-dependent size would be another symbol.
+    """
+    for node in takewhile(lambda node: node is not end, end.graph.nodes):
+        if node.op != "placeholder":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            node.meta.pop("ac_graph_id", None)
+
+
+def set_argument(node: fx.Node, position: int, name: str, value: Argument) -> None:
+    """Set an argument of a call, by position where it was given so, else by name."""
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def erase_unused(root: fx.Node) -> int:
+    """Erase `root` and the calls that only it used.
+
+    Only what is reached from `root` is erased: a call without users elsewhere may have an effect.
+    """
+    erased = 0
+    frontier = [root]
+    while frontier:
+        node = frontier.pop()
+        if node.op not in ("call_function", "call_method") or node.users or is_erased(node):
+            continue
+        operands = node.all_input_nodes
+        node.graph.erase_node(node)
+        erased += 1
+        frontier += operands
+    return erased

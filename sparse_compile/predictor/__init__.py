@@ -1,0 +1,1 @@
+"""Low-rank factors of frozen weights, from which the channels of a batch are predicted."""

@@ -1,0 +1,376 @@
+"""Run every example as a user does, in a tiny configuration, and use what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from graphs import aot_eager
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--steps",
+    "3",
+    "--start-step",
+    "1",
+    "--end-step",
+    "2",
+    "--problems",
+    "64",
+    "--pretrain-steps",
+    "2",
+    "--layers",
+    "3",
+)
+TINY += ("--hidden", "128", "--eval-examples", "8", "--timing-rounds", "2")
+SPARSE_ARMS = ("o2", "o2-all-sparse", "o2-random-dense")
+
+
+def run_example(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run an example as a user does: a program of its own, compiled by Inductor, in a folder of its own."""
+    # Sparse arms need factors, which belong into no cache but the test's.
+    environment = {**os.environ, "SPARSELORA_CACHE_DIR": str(folder / "factors")}
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+class Ran(NamedTuple):
+    """What a program that ran in this process left: as `subprocess.CompletedProcess` has it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(script: str, *arguments: str, folder: Path) -> Ran:
+    """Run an example in this process, its graphs op by op behind AOTAutograd, whichever the backend.
+
+    That every line of it works needs neither imports anew nor C++; `test_train_with_trainer` has both.
+    """
+    path, out, err, code = ROOT / "examples" / script, StringIO(), StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, settings_of_transformers(), warnings.catch_warnings():
+        patch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: aot_eager(gm, inputs))
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.syspath_prepend(str(path.parent))
+        patch.setenv("SPARSELORA_CACHE_DIR", str(folder / "factors"))
+        patch.chdir(folder)
+        torch._dynamo.reset()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as end:
+                # As the interpreter ends: a message goes to stderr and is a failure.
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                print(end.code if isinstance(end.code, str) else "", file=err)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def settings_of_transformers() -> Iterator[None]:
+    """Put verbosity and progress bars back as they were."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the demo with two dense seeds, o2 and its two ablations; return its output folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run_here(
+        "finetune.py", *TINY, "--preset", "o2", "--seeds", "0,1", "--ablations", "--out", "out", folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vs dense" in done.stdout and "dense over 2 seeds" in done.stdout
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def arms(demo: Path) -> dict[str, dict[str, Any]]:
+    """Return what `results.json` says about each arm."""
+    document = json.loads((demo / "results.json").read_text())
+    assert document["environment"]["versions"]["torch"] == torch.__version__
+    return {arm["name"]: arm for arm in document["arms"]}
+
+
+@pytest.mark.slow
+def test_demo_reports_every_arm(demo: Path, arms: Mapping[str, dict[str, Any]]) -> None:
+    assert list(arms) == ["dense", "dense-seed1", *SPARSE_ARMS]
+    for name, arm in arms.items():
+        assert 0 < arm["held_out_loss"] < 10
+        assert 0 <= arm["exact_match"] <= 1
+        # Other seeds of an arm run the same code and are not timed again.
+        assert (arm["step_seconds"] is None) == (name == "dense-seed1")
+    assert arms["dense"]["step_seconds"]["speedup"] == 1.0
+    assert (demo / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    with (demo / "losses.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["arm"] == "o2"] == ["1", "2", "3"]
+
+
+@pytest.mark.slow
+def test_demo_arms_start_alike_and_part_where_sparsity_starts(demo: Path) -> None:
+    with (demo / "losses.csv").open(newline="") as file:
+        losses = {(row["arm"], row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    for name in SPARSE_ARMS:
+        assert losses[name, "1"] == pytest.approx(losses["dense", "1"], rel=1e-5)
+        assert losses[name, "2"] != pytest.approx(losses["dense", "2"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_demo_sparse_arms_save_work(arms: Mapping[str, dict[str, Any]]) -> None:
+    assert arms["dense"]["sparse_sites"] == arms["dense"]["sparse_steps"] == 0
+    for name in SPARSE_ARMS:
+        assert arms[name]["sparse_steps"] == 1
+        assert arms[name]["sparse_sites"] > 0
+        assert arms[name]["flops_of_step"] < arms[name]["flops_of_dense_step"] == arms["dense"]["flops_of_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "o2"])
+def test_demo_adapter_loads_into_plain_peft(demo: Path, name: str) -> None:
+    from safetensors.torch import load_file
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(demo / "base")
+    model = peft.PeftModel.from_pretrained(base, demo / name / "adapter").eval()
+    stored = load_file(demo / name / "adapter" / "adapter_model.safetensors")
+    loaded = peft.get_peft_model_state_dict(model)
+    assert stored.keys() == loaded.keys()
+    assert not any("_orig_mod" in key for key in stored)
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in stored.items())
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            plain = model(input_ids=ids).logits
+    assert torch.isfinite(adapted).all()
+    assert not torch.equal(adapted, plain)  # something was learned, and it arrived
+
+
+@pytest.mark.slow
+def test_own_model_and_chat_data(demo: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant : {% endif %}"
+    base = transformers.AutoModelForCausalLM.from_pretrained(demo / "base")
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "How many ?"}, {"role": "assistant", "content": "1 + 1 = 2 . #### 2"}]
+    write_rows(tmp_path / "chat.jsonl", [{"messages": turns * 2}] * 12)
+    sizes = ("--steps", "1", "--batch-size", "2", "--eval-examples", "2", "--timing-rounds", "1")
+    source = ("--model", "model", "--data", "chat.jsonl", "--presets", "dense")
+    done = run_here("finetune.py", *source, *sizes, "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["data"] == {
+        "train": 10,
+        "held_out": 2,
+        "too_long": 0,
+    }
+
+
+@pytest.mark.slow
+def test_train_with_trainer(tmp_path: Path) -> None:
+    # One step: the second batch has another length, which compiles a second time.
+    sizes = ("--steps", "1", "--pretrain-steps", "1", "--layers", "4")
+    done = run_example("train_with_trainer.py", *sizes, "--out", "adapter", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").r == 16
+
+
+@pytest.mark.slow
+def test_inspect_passes(tmp_path: Path) -> None:
+    done = run_here("inspect_passes.py", "--dump", "dump", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "layers.1.mlp" in done.stdout
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("+++ ") and line.endswith("_sparsify_ffn.txt") for line in lines)
+    assert any(line.startswith("+") and "sparselora" in line for line in lines)
+    unknown = run_here("inspect_passes.py", "--dump", "dump", "--pass", "nonsense", folder=tmp_path)
+    assert unknown.returncode == 1
+    assert "no pass 'nonsense'" in unknown.stderr and "sparsify_attention" in unknown.stderr
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> None:
+    """Write a .jsonl file; a string is written as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "m"), "--model and --data go together"),
+        (("--presets", "dense,o9"), "'o9'"),
+        (("--presets", "dense", "--ablations"), "ablations need a sparse preset"),
+        (("--start-step", "1.5"), "start_step"),
+        (("--hidden", "100"), "--hidden is a multiple of 32"),
+        (("--model", "m", "--data", "absent.jsonl"), "absent.jsonl: no such file"),
+    ],
+)
+def test_wrong_options_are_said(
+    records: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    from finetune import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([*options, "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module that reads data."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from finetuning import records
+
+    return records
+
+
+@pytest.fixture
+def demo_model(records: Any) -> Any:
+    """Return the module that makes the demo's model."""
+    from finetuning import demo_model
+
+    return demo_model
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{nonsense", "not JSON"),
+        (["a"], "this is list"),
+        ({"text": "a"}, "expected 'prompt' and 'completion' or 'question' and 'answer' or 'messages', found ['text']"),
+        ({"prompt": "a", "completion": " "}, "'completion' is empty or no text"),
+        ({"question": 1, "answer": "b"}, "'question' is empty or no text"),
+        ({"messages": []}, "list of messages"),
+        ({"messages": [{"content": "a"}]}, "'role' and 'content'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "the last message is the assistant's, this one is 'user'"),
+    ],
+)
+def test_bad_rows_are_named_by_their_line(records: Any, tmp_path: Path, row: object, message: str) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    write_rows(tmp_path / "data.jsonl", [good, "", row, good])
+    with pytest.raises(records.DataError, match="1 bad rows") as caught:
+        records.read_records(str(tmp_path / "data.jsonl"))
+    assert "data.jsonl:3: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_many_bad_rows_are_counted(records: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data.jsonl", [{}] * 15)
+    with pytest.raises(records.DataError, match=r"(?s)15 bad rows.*data.jsonl:10: .*\.\.\. and 5 more") as caught:
+        records.read_records(str(tmp_path / "data.jsonl"))
+    assert "data.jsonl:11: " not in str(caught.value)
+
+
+def test_loss_lies_on_the_answer_only(records: Any, demo_model: Any) -> None:
+    problems = demo_model.generate("owners", 4, seed=0)
+    tokenizer = demo_model.build_tokenizer(problems)
+    examples, too_long = records.tokenize(demo_model.as_records(problems, "owners"), tokenizer, max_length=64)
+    assert too_long == 0
+    for example, problem in zip(examples, problems, strict=True):
+        learned = [label for label in example.labels if label != records.IGNORE_INDEX]
+        assert tokenizer.decode(learned) == f"{problem.answer} </s>"
+        assert tokenizer.decode(example.input_ids[: example.prompt_length]) == f"<s> {problem.question}"
+        assert example.labels[example.prompt_length :] == example.input_ids[example.prompt_length :]
+
+
+def test_chat_loss_lies_on_every_answer(records: Any, demo_model: Any) -> None:
+    tokenizer = demo_model.build_tokenizer([demo_model.Problem("user : assistant q1 q2", "a1 a2")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    messages = [
+        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["q1", "a1", "q2", "a2"], strict=True)
+    ]
+    record = records.Record("a2", "here:1", messages=tuple(messages))
+    (example,), _ = records.tokenize([record], tokenizer, max_length=64)
+    learned = [label for label in example.labels if label != records.IGNORE_INDEX]
+    assert tokenizer.decode(learned) == "a1 </s> a2 </s>"
+    assert tokenizer.decode(example.input_ids[: example.prompt_length]).endswith("user : q2 </s> assistant :")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        # Only the last answer is shown: what was said before is rewritten.
+        ("{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }} {% endfor %}", "only append"),
+    ],
+)
+def test_unusable_chat_template_is_said(records: Any, demo_model: Any, template: str | None, message: str) -> None:
+    tokenizer = demo_model.build_tokenizer([demo_model.Problem("q1 q2", "a1 a2")])
+    tokenizer.chat_template = template
+    messages = [
+        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["q1", "a1", "q2", "a2"], strict=True)
+    ]
+    with pytest.raises(records.DataError, match=message) as caught:
+        records.tokenize([records.Record("a2", "here:1", messages=tuple(messages))], tokenizer, max_length=64)
+    assert "here:1" in str(caught.value)
+
+
+def test_rows_that_are_too_long_are_left_out(records: Any, demo_model: Any) -> None:
+    tokenizer = demo_model.build_tokenizer([demo_model.Problem("a b c d e f", "g")])
+    rows = [records.Record("g", "here:1", prompt="a"), records.Record("g", "here:2", prompt="a b c d e f")]
+    examples, too_long = records.tokenize(rows, tokenizer, max_length=5)
+    assert (len(examples), too_long) == (1, 1)
+    with pytest.raises(records.DataError, match="none of 2 rows fits into 2 tokens"):
+        records.tokenize(rows, tokenizer, max_length=2)
+
+
+@pytest.mark.parametrize(("longest", "length"), [(1, 4), (4, 4), (5, 8), (9, 10)])
+def test_batches_are_padded_to_few_lengths(records: Any, longest: int, length: int) -> None:
+    short = records.Example((7,), (7,), prompt_length=0, answer="")
+    long = records.Example((7,) * longest, (records.IGNORE_INDEX,) * longest, prompt_length=0, answer="")
+    batch = records.Collator(pad_token_id=0, multiple_of=4, max_length=10)([short, long])
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+        "input_ids": (2, length),
+        "attention_mask": (2, length),
+        "labels": (2, length),
+    }
+    assert batch["attention_mask"].sum(1).tolist() == [1, longest]
+    assert (batch["labels"] != records.IGNORE_INDEX).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), [("1 + 1 = 2 . #### 2", "2"), ("so\n#### 1,234 ", "1234"), (" It is\nParis. ", "It is Paris.")]
+)
+def test_final_answer(records: Any, text: str, answer: str) -> None:
+    assert records.final_answer(text) == answer
+
+
+def test_worked_answers_are_right(demo_model: Any) -> None:
+    for kind in ("owners", "stories"):
+        problems = demo_model.generate(kind, 200, seed=3)
+        assert problems == demo_model.generate(kind, 200, seed=3)
+        assert len({problem.question for problem in problems}) == 200
+        for problem in problems:
+            steps, _, result = problem.answer.rpartition("####")
+            words = steps.split()
+            for index in (i for i, word in enumerate(words) if word == "="):
+                left, sign, right, total = (words[index + offset] for offset in (-3, -2, -1, 1))
+                assert int(left) + int(right) * (1 if sign == "+" else -1) == int(total)
+            assert int(result) == int(total)
+    with pytest.raises(ValueError, match="owners, stories"):
+        demo_model.generate("nonsense", 1, seed=0)

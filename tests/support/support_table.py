@@ -1,0 +1,91 @@
+"""Write `docs/support.md` from the rows of the support matrix: `python tests/support/support_table.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent.parent
+PAGE = TESTS.parent / "docs" / "support.md"
+
+HEAD = """# What is supported
+
+Written from the tests by `make support`; do not edit. Each row is a test that passes: of a model that stays dense, that
+it trains as without this backend and that one warning has the words of the last column.
+
+## Models
+
+Each is a model of one block, of random weights: its loss and the gradient of every adapter equal those of the
+masked-dense oracle at sparsity 0.5, and its frozen layers outside of sparse sites are those of the last column (its
+embeddings and its head aside). Where nothing is asked for, Inductor gets the very graph that was captured of it: it
+trains bit-equal to a compilation without this backend.
+
+| model | sparse feed-forward sites | sparse attention sites | layers that stay dense |
+|---|---|---|---|
+"""
+
+SECTIONS = {
+    "Adapters": "On two blocks of a Llama, against the masked-dense oracle; what is dense, against the eager model.",
+    "Training": "Every training forward is sparse, and nothing is warned of; or all are dense, and a warning says why.",
+    "Shapes": "Against the masked-dense oracle.",
+    "Distributed": "Two processes on CPUs, through gloo, against single ones. See [distributed.md](distributed.md).",
+}
+
+
+def support_page() -> str:
+    """Return the text of the page."""
+    import held_rows
+    from adapter_rows import ADAPTERS
+    from test_adapters_declined import DECLINED_BASES
+    from test_hand_written_adapters import SPELLINGS
+    from test_training_supported import DENSE_TRAINING, TRAINING
+
+    parts = [HEAD, *_models()]
+    own = {
+        "Adapters": [
+            *_rows(ADAPTERS, "test_adapters_supported.py::test_an_adapter_trains_as_the_oracle_says"),
+            *_rows(SPELLINGS, "test_hand_written_adapters.py::test_a_spelling_trains_as_the_oracle_says"),
+            *_rows(DECLINED_BASES, "test_adapters_declined.py::test_a_base_that_is_declined_trains_dense_and_says_so"),
+        ],
+        "Training": [
+            *_rows(TRAINING, "test_training_supported.py::test_a_way_to_train_is_sparse_at_every_step"),
+            *_rows(DENSE_TRAINING, "test_training_supported.py::test_labels_that_leave_the_model_are_told_of"),
+        ],
+    }
+    elsewhere = {
+        "Adapters": held_rows.ADAPTERS,
+        "Training": held_rows.TRAINING,
+        "Shapes": held_rows.SHAPES,
+        "Distributed": held_rows.DISTRIBUTED,
+    }
+    for section, text in SECTIONS.items():
+        lines = [
+            *own.get(section, ()),
+            *(f"| {row.title} | {row.outcome} | `{row.test}` |\n" for row in elsewhere[section]),
+        ]
+        parts += [f"\n## {section}\n\n{text}\n\n| | sparse | test |\n|---|---|---|\n", *lines]
+    return "".join(parts)
+
+
+def _models() -> Iterable[str]:
+    from model_zoo import DECLINED, MODELS
+
+    for row in (*MODELS.values(), *DECLINED.values()):
+        ffn = sum(isinstance(form, str) for form in row.sites.values())
+        kinds = ["yes" if count else "none" for count in (ffn, len(row.sites) - ffn)]
+        stays = ", ".join(f"`{part}`" + (f" ({words})" if words else "") for part, words in row.stays.items())
+        stays = f'all: "{row.declined}"' if row.declined else stays or "none"
+        yield f"| {row.title} | {' | '.join(kinds)} | {stays} |\n"
+
+
+def _rows(rows: Mapping[str, Any], test: str) -> Iterable[str]:
+    for name, row in rows.items():
+        outcome = f'dense: "{words}"' if (words := getattr(row, "declined", "")) else "yes"
+        yield f"| {row.title} | {outcome} | `support/{test}[{name}]` |\n"
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS / "helpers")]
+    PAGE.write_text(support_page(), encoding="utf-8")
