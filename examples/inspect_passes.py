@@ -17,8 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_compile import SparseLoRAConfig
-from sparse_compile.compiler import explain
+from sparse_compile import SparseLoRAConfig, explain
 
 SPARSITY = {"layers.1.mlp": 0.9, "layers.1.self_attn": 0.5}
 """Named sites are made sparse even where, as in a model this small, that saves no time."""

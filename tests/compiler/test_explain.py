@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphs import Head, frozen, lora, tokens
 from models import batch, fp64_decoder, tiny_llama, with_lora
-from sparse_compile import SparseLoRAConfig
-from sparse_compile.compiler import explain
+from sparse_compile import SparseLoRAConfig, explain
 from sparse_compile.compiler.report import Report
 from sparse_compile.passes import PASS_NAMES
 

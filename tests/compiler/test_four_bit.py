@@ -18,7 +18,7 @@ from four_bit import pair, quantized
 from graphs import capture, rejections, run_passes
 from models import ALL_TARGETS, batch, with_lora
 from oracle import SPARSITY, assert_differs, assert_same_step, oracle_step, sparse_step, told, train_step
-from sparse_compile.compiler import explain
+from sparse_compile import explain
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.kernels.dequantize_4bit import dequantize_4bit, reference
 from tolerances import Tolerance

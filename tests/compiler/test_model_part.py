@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 
 from decoder import fp64_decoder
 from graphs import gradients_of
-from sparse_compile import SparseLoRAConfig, token_roles
-from sparse_compile.compiler import explain
+from sparse_compile import SparseLoRAConfig, explain, token_roles
 from sparse_compile.compiler.model_part import ModelPart, part_of
 from sparse_compile.training.label_roles import LabelRoles
 from sparse_compile.training.roles import current_roles

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from models import ALL_TARGETS, batch, gradients, tiny_llama, with_lora
 from oracle import train_step
-from sparse_compile.compiler import explain, peft_support
+from sparse_compile import explain
+from sparse_compile.compiler import peft_support
 from sparse_compile.compiler.peft_support import make_dora_traceable
 
 

@@ -29,8 +29,7 @@ from oracle import (
     told,
     train_step,
 )
-from sparse_compile import SparseLoRACallback, SparseLoRAConfig, token_roles
-from sparse_compile.compiler import explain
+from sparse_compile import SparseLoRACallback, SparseLoRAConfig, explain, token_roles
 from sparse_compile.ecosystem.checkpointing import without_input_hooks
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.torch_private.modules import forward_hooks

@@ -31,7 +31,8 @@ from graphs import (
     tokens,
 )
 from models import batch, normal
-from sparse_compile.compiler import backend, explain
+from sparse_compile import explain
+from sparse_compile.compiler import backend
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.pipeline import passes, run_pipeline
 from sparse_compile.compiler.report import plan_data

@@ -29,7 +29,7 @@ from graphs import (
     tokens,
 )
 from models import normal, random_mask
-from sparse_compile.compiler import explain
+from sparse_compile import explain
 from sparse_compile.compiler.pipeline import evaluation_passes, passes, run_pipeline
 from sparse_compile.kernels.masked_linear.pattern import mask_pattern, zero_fraction
 from sparse_compile.options.config import SparseLoRAConfig
