@@ -1,4 +1,4 @@
-"""Semantic ops that tell output tokens from context tokens (DESIGN: token roles)."""
+"""Semantic ops that tell output tokens from context tokens (docs/semantics.md, "Roles: output and context")."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.roles import reference
-from sparse_compile.training.roles import current_roles
+from sparse_compile.kernels.roles.given import current_roles
 
 
 @torch.library.custom_op("sparselora::output_mask", mutates_args=())

@@ -13,6 +13,7 @@ from sparse_compile.compiler.model_part import ModelPart
 from sparse_compile.graph.cost import ASSUMED_CONTEXT_SHARE
 from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_value
 from sparse_compile.graph.sites import Parameter
+from sparse_compile.kernels.roles.given import current_roles
 from sparse_compile.kernels.roles.reference import output_mask
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
@@ -92,7 +93,7 @@ def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext)
     Where the labels are no input of the graph, or only a stand-in is at hand, the share that the cost model assumes is
     taken of the tokens seen at tracing. The graph is one that the passes went over, in which sites are found by name.
     """
-    mask = roles.current_roles() if ctx.roles and ctx.roles.origin == "given" else None
+    mask = current_roles() if ctx.roles and ctx.roles.origin == "given" else None
     loss = None
     if ctx.roles is not None and ctx.roles.labels:
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]

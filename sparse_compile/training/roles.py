@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from types import TracebackType
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.roles import reference
+from sparse_compile.kernels.roles.given import pop_roles, push_roles
 from sparse_compile.training.token_capacity import announce, withdraw
 
-__all__ = ["ROLES_GIVEN", "current_roles", "token_roles"]
+__all__ = ["ROLES_GIVEN", "token_roles"]
 
 ROLES_GIVEN: bool = False
 """Whether any `token_roles` block is open in this process.
 
 A graph that reads roles and one that does not are two graphs, so this is what Dynamo guards on. The roles themselves
-are kept in a ContextVar, which Dynamo can neither trace nor guard; this mirror is a plain module attribute, which a
-guard compares without running any Python. It is coarser by design: it spans all threads. A thread without roles of its
-own may therefore run a graph that asks for roles, and `current_roles` answers None there.
+are kept in a ContextVar (`kernels/roles/given.py`), which Dynamo can neither trace nor guard; this mirror is a plain
+module attribute, which a guard compares without running any Python. It is coarser by design: it spans all threads. A
+thread without roles of its own may therefore run a graph that asks for roles, and `current_roles` answers None there.
 """
 
-_STACK: ContextVar[tuple[Tensor, ...]] = ContextVar("sparse_compile_token_roles", default=())
 _open_blocks = 0
 _OPEN_LOCK: Final = threading.Lock()
 
@@ -61,7 +61,7 @@ def token_roles(
     if (labels is None) == (output_mask is None):
         raise ValueError("token_roles takes exactly one of labels= and output_mask=")
     if labels is not None:
-        return _RolesBlock(_output_tokens(_checked(labels, "labels"), ignore_index))
+        return _RolesBlock(reference.output_mask(_checked(labels, "labels"), ignore_index, shift=1))
     assert output_mask is not None
     mask = _checked(output_mask, "output_mask")
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
@@ -69,30 +69,20 @@ def token_roles(
     return _RolesBlock(mask.to(torch.bool))
 
 
-def current_roles() -> Tensor | None:
-    """Return the mask of output tokens that is in force in this thread, bool of shape (B, S); None outside a block."""
-    stack = _STACK.get()
-    return stack[-1] if stack else None
-
-
 class _RolesBlock(AbstractContextManager[Tensor]):
-    """Put a mask in force.
-
-    The stack is an immutable tuple inside the ContextVar: no token is kept here, so that one block can be entered
-    several times and from several threads.
-    """
+    """Put a mask in force; nothing is kept of an entry, so a block can be entered again, and by several threads."""
 
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask
 
     def __enter__(self) -> Tensor:
-        _STACK.set((*_STACK.get(), self._mask))
+        push_roles(self._mask)
         _count_open(+1)
         announce(self._mask, None)
         return self._mask
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _STACK.set(_STACK.get()[:-1])
+        pop_roles()
         _count_open(-1)
         withdraw(self._mask)
 
@@ -119,10 +109,3 @@ def _checked(tensor: Tensor, name: str) -> Tensor:
         wanted = "integers" if name == "labels" else "bools, or integers 0 and 1"
         raise ValueError(f"token_roles: {name} must hold {wanted}, got {tensor.dtype}")
     return tensor
-
-
-def _output_tokens(labels: Tensor, ignore_index: int) -> Tensor:
-    """Mark the positions that carry a label or predict one: (B, S) integers to (B, S) bools."""
-    mask = labels != ignore_index
-    mask[:, :-1] |= mask[:, 1:].clone()
-    return mask

@@ -18,6 +18,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.roles.reference import output_mask
+
 __all__ = [
     "CAPACITIES",
     "OutputCount",
@@ -140,8 +142,6 @@ def _count(tensor: Tensor, ignore_index: int | None) -> OutputCount:
     if ignore_index is None:
         outputs = int(tensor.sum())
         return OutputCount(outputs, outputs)
-    from sparse_compile.kernels.roles.reference import output_mask
-
     shifted, causal = torch.stack([output_mask(tensor, ignore_index, shift).sum() for shift in (0, 1)]).tolist()
     return OutputCount(shifted, causal, ignore_index)
 

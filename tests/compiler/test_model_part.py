@@ -13,8 +13,8 @@ from decoder import fp64_decoder
 from graphs import gradients_of
 from sparse_compile import SparseLoRAConfig, explain, token_roles
 from sparse_compile.compiler.model_part import ModelPart, part_of
+from sparse_compile.kernels.roles.given import current_roles
 from sparse_compile.training.label_roles import LabelRoles
-from sparse_compile.training.roles import current_roles
 from sparse_compile.training.session import session_for
 
 SPARSE = SparseLoRAConfig(layer_sparsity={"layers.0.mlp": 0.75, "layers.1.self_attn": 0.5}, start_step=0).to_options()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sparse_compile import reference
+from sparse_compile.kernels.roles.given import current_roles
 from sparse_compile.training import roles
-from sparse_compile.training.roles import current_roles, token_roles
+from sparse_compile.training.roles import token_roles
 
 
 def _labels(*rows: list[int]) -> torch.Tensor:
