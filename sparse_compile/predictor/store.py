@@ -14,11 +14,13 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
@@ -26,7 +28,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compile.options.presets import match_site
-from sparse_compile.predictor.file_lock import held_lock
 from sparse_compile.predictor.svd import (
     LowRankFactors,
     NonFiniteWeight,
@@ -40,6 +41,8 @@ from sparse_compile.torch_private.modules import WRAPPER_NAMES
 ALGORITHM_VERSION = 1
 """Part of every cache key: raise it whenever :func:`factorize` would give other numbers."""
 
+PATIENCE_S = 600.0
+"""Longest wait for another process that computes the same factors, in seconds; after that they are computed twice."""
 
 _HASH_CHUNK_BYTES = 2**24
 
@@ -126,7 +129,7 @@ class FactorStore:
         if (factors := _read(path, weight, self.rank)) is not None:
             return factors
         # The processes of a distributed job come by at the same time, but not surely all of them: no collective here.
-        with held_lock(self.cache_dir, path.stem):
+        with held_lock(path.with_suffix(".lock")):
             if (factors := _read(path, weight, self.rank)) is None:
                 factors = factorize(weight, self.rank, self.seed)
                 self._write(path, factors)
@@ -156,6 +159,28 @@ class FactorStore:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+@contextmanager
+def held_lock(file: Path, patience: float = PATIENCE_S) -> Iterator[None]:
+    """Hold the lock of a file for the duration of the block, waiting for other processes that hold it.
+
+    The lock saves work and guards nothing: where it cannot be had (a folder that cannot be written, a file system
+    without locks, no patience left), the block runs without it. The system frees it when its holder dies.
+
+    Args:
+        file: what is locked, made if need be. It stays, empty: who removed it could remove the lock of another process.
+        patience: longest wait, in seconds.
+    """
+    # A lock file that merely exists would outlive a holder that dies on another machine.
+    lock = FileLock(file, timeout=patience, fallback_to_soft=False)
+    with suppress(OSError):  # among them filelock's Timeout
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.release()
 
 
 def _layer_name(name: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_compile.predictor import store as factors
-from sparse_compile.predictor.file_lock import held_lock
+from sparse_compile.predictor import svd
 from sparse_compile.predictor.published import load_upstream_factors
-from sparse_compile.predictor.store import FactorStore
+from sparse_compile.predictor.store import FactorStore, held_lock
 from sparse_compile.predictor.svd import LowRankFactors, NonFiniteWeight, factorize
 from tolerances import assert_close_rms
 
@@ -46,8 +47,8 @@ def identical(left: LowRankFactors, right: LowRankFactors) -> bool:
 
 
 def entries(cache: Path) -> list[Path]:
-    """What a cache folder holds, beside the file that processes lock."""
-    return [path for path in cache.iterdir() if path.name != ".lock"]
+    """What a cache folder holds, beside the files that processes lock."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ class TestFactorize:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_16_bit_weight_equals_its_wide_copy(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         # Blocks of 7 rows: several, the last of them shorter.
-        monkeypatch.setattr(factors, "_BLOCK_ELEMENTS", 7 * 96)
+        monkeypatch.setattr(svd, "_BLOCK_ELEMENTS", 7 * 96)
         weight = low_rank_weight(65, 96, rank=40, dtype=dtype)
         found = factorize(weight, rank=8, seed=0)
         assert found.a.dtype == torch.float32
@@ -356,7 +357,7 @@ class TestFactorStore:
 CHILD = """
 import sys, time, torch
 from pathlib import Path
-from sparse_compile.predictor.store import FactorStore
+from sparse_compile.predictor.store import FactorStore, held_lock
 cache, ready, go = map(Path, sys.argv[1:])
 weights = [torch.randn(64, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
 ready.touch()
@@ -489,32 +490,56 @@ def test_factors_must_fit_each_other() -> None:
 
 
 def test_a_lock_is_held_by_one_process_at_a_time_and_patience_ends(tmp_path: Path) -> None:
-    key, other = "ab" * 10, "cd" * 10
+    file, other = tmp_path / "one.lock", tmp_path / "other.lock"
     code = (
-        "import sys, time; from pathlib import Path; from sparse_compile.predictor.file_lock import held_lock\n"
-        f"with held_lock(Path({str(tmp_path)!r}), {key!r}): print('held', flush=True); time.sleep(60)"
+        "import time; from pathlib import Path; from sparse_compile.predictor.store import held_lock\n"
+        f"with held_lock(Path({str(file)!r})): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         start = time.monotonic()
-        with held_lock(tmp_path, other):
+        with held_lock(other):
             pass
-        with held_lock(tmp_path, key, patience=0.2):
+        with held_lock(file, patience=0.2):
             waited = time.monotonic() - start
     finally:
         holder.kill()
         holder.wait()
     assert 0.2 <= waited < 30
-    with held_lock(tmp_path, key):  # the system freed it
+    with held_lock(file):  # the system freed it
         pass
 
 
 def test_a_folder_that_cannot_be_made_needs_no_lock(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with held_lock(tmp_path / "file" / "folder", "ab" * 10):
+    with held_lock(tmp_path / "file" / "folder" / "one.lock"):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EROFS])
+def test_a_file_system_without_locks_needs_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, code: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        with held_lock(tmp_path / "one.lock"):
+            pass
+    assert not recwarn.list
+
+
+def test_an_error_under_the_lock_is_the_callers_and_frees_it(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the block"), held_lock(tmp_path / "one.lock"):
+        raise OSError("of the block")
+    start = time.monotonic()
+    with held_lock(tmp_path / "one.lock", patience=10):
+        assert time.monotonic() - start < 5
 
 
 def test_what_another_process_wrote_meanwhile_is_read_not_computed(
@@ -527,7 +552,7 @@ def test_what_another_process_wrote_meanwhile_is_read_not_computed(
     written.unlink()
 
     @contextmanager
-    def lock_after_another(folder: Path, key: str) -> Iterator[None]:
+    def lock_after_another(file: Path) -> Iterator[None]:
         written.write_bytes(content)
         yield
 
