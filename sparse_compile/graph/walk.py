@@ -1,0 +1,26 @@
+"""Walk a graph: every search of the passes along edges is one call here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+__all__ = ["reach"]
+
+
+def reach(starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> dict[fx.Node, None]:
+    """Return the nodes that a walk meets, each once, in the order in which it meets them (depth first).
+
+    Args:
+        starts: where the walk begins; they are met as well.
+        step: for a node, the nodes to go on to. Raise in it to end the walk.
+    """
+    met: dict[fx.Node, None] = {}
+    frontier = list(starts)
+    while frontier:
+        node = frontier.pop()
+        if node not in met:
+            met[node] = None
+            frontier += step(node)
+    return met
