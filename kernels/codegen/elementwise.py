@@ -13,7 +13,8 @@ import sympy
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import CASTS, op_name
+from sparse_compile.graph.read import op_name
+from sparse_compile.graph.vocabulary import CASTS
 from sparse_compile.kernels.codegen.formula import number, select, sigmoid, softplus
 
 

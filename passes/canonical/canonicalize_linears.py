@@ -22,13 +22,11 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, strip_transposes, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, strip_transposes, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, forward_to, take_over
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
-
-_MATMULS = {"matmul", "mm", "__matmul__"}
-_VIEWS = {"view", "reshape"}
 
 
 @dataclass(frozen=True)
@@ -74,17 +72,15 @@ def _is_noop_cast(node: fx.Node) -> bool:
 
 
 def _is_dead_dropout(node: fx.Node) -> bool:
-    # torch.dropout(x, p, train) and F.dropout(x, p, training, inplace) name their flags differently.
-    training = argument(node, 2, "training", node.kwargs.get("train", True))
-    return training is False or argument(node, 1, "p", 0.5) == 0.0
+    return argument(node, "training", True) is False or argument(node, "p", 0.5) == 0.0
 
 
 def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rejection:
     """Rewrite `node` where it is a product with a parameter; return how many were rewritten, or why not."""
-    if op_name(node) in _MATMULS:
-        x, weight, bias = argument(node, 0, "input"), argument(node, 1, "other", node.kwargs.get("mat2")), None
+    if op_name(node) in MATMULS:
+        x, weight, bias = argument(node, "input"), argument(node, "other"), None
     elif op_name(node) == "addmm":
-        bias, x, weight = (argument(node, i, name) for i, name in enumerate(("input", "mat1", "mat2")))
+        bias, x, weight = (argument(node, name) for name in ("input", "mat1", "mat2"))
     else:
         return 0
     x_value, weight_value = tensor_value(x), tensor_value(weight)
@@ -112,7 +108,11 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rej
 def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
     """Have a product read the tensor that was flattened for it, where its result is given back the shape."""
     flat = linear.args[0]
-    if not isinstance(flat, fx.Node) or op_name(flat) not in _VIEWS or not isinstance(flat.args[0], fx.Node):
+    if (
+        not isinstance(flat, fx.Node)
+        or op_name(flat) not in ("view", "reshape")
+        or not isinstance(flat.args[0], fx.Node)
+    ):
         return
     x = flat.args[0]
     x_value, value = tensor_value(x), tensor_value(linear)
@@ -121,7 +121,7 @@ def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
     # Sizes are compared as they are written: comparing symbols would add guards.
     wanted = [*map(str, x_value.shape[:-1]), str(value.shape[-1])]
     views = list(linear.users)
-    if not views or any(op_name(v) not in _VIEWS or [*map(str, _shape_of(v))] != wanted for v in views):
+    if not views or any(op_name(v) not in ("view", "reshape") or [*map(str, _shape_of(v))] != wanted for v in views):
         return
     with rewriter.before(linear):
         whole = rewriter.call(LINEAR, x, *linear.args[1:])

@@ -25,8 +25,9 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import CASTS, LINEAR, calls_torch, op_name, strip_casts, tensor_value
+from sparse_compile.graph.read import calls_torch, op_name, strip_casts, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, erase_unused, forward_to, take_over
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, SUMS
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
@@ -254,7 +255,7 @@ def _are_scales(node: fx.Node, weight: QuantizedWeight) -> bool:
         return node.name in weight.operands
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     # Quantised scales are stored without their mean.
-    is_sum = calls_torch(node) and op_name(node) in ("add", "iadd", "__iadd__") and len(operands) == len(node.args) == 2
+    is_sum = calls_torch(node) and op_name(node) in SUMS and len(operands) == len(node.args) == 2
     is_dequantised = calls_bitsandbytes(node, "dequantize_blockwise")
     return (is_sum or is_dequantised) and all(_are_scales(each, weight) for each in operands)
 

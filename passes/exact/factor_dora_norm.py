@@ -24,8 +24,6 @@ from torch import Tensor, fx
 from sparse_compile.graph.cost import step_flops
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import (
-    CASTS,
-    LINEAR,
     argument,
     calls_torch,
     op_name,
@@ -35,13 +33,12 @@ from sparse_compile.graph.read import (
     tensor_value,
 )
 from sparse_compile.graph.rewrite import Rewriter, take_over
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS, MULTIPLICATIONS, VECTOR_NORMS
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
-from sparse_compile.passes.read.lora_branch import MULS, is_sum
+from sparse_compile.passes.read.lora_branch import is_sum
 
-_NORMS = {"norm", "linalg_norm", "linalg_vector_norm", "vector_norm"}
-_MATMULS = {"matmul", "mm", "__matmul__"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -96,7 +93,7 @@ class FactorDoRANorm:
 
 def _match(norm: fx.Node, ctx: PassContext) -> tuple[fx.Node, _Product] | None:
     """Return the weight and the product beside it where `norm` is a norm of their sum."""
-    if op_name(norm) not in _NORMS or not calls_torch(norm) or not isinstance(norm.args[0], fx.Node):
+    if op_name(norm) not in VECTOR_NORMS or not calls_torch(norm) or not isinstance(norm.args[0], fx.Node):
         return None
     total = strip_casts(norm.args[0])
     if not is_sum(total) or not calls_torch(total):
@@ -115,7 +112,7 @@ def _product(node: fx.Node) -> _Product | None:
     """Match s B A, (out, in), spelt as a product of two factors or as layers applied to an identity matrix."""
     scale = 1.0
     while calls_torch(node):
-        if op_name(node) in MULS:
+        if op_name(node) in MULTIPLICATIONS:
             numbers = [arg for arg in node.args if isinstance(arg, int | float)]
             tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
             if len(numbers) != 1 or len(tensors) != 1:
@@ -126,15 +123,15 @@ def _product(node: fx.Node) -> _Product | None:
         else:
             break
     node, transposes = strip_transposes(node)
-    x, weight = argument(node, 0, "input"), argument(node, 1, "weight", node.kwargs.get("other"))
+    x, weight = argument(node, "input"), argument(node, "weight" if node.target is LINEAR else "other")
     if node.target is LINEAR:
         inner = strip_casts(x)
-        if transposes % 2 and inner.target is LINEAR and _is_identity(strip_casts(argument(inner, 0, "input"))):
-            biased = any(argument(layer, 2, "bias") is not None for layer in (inner, node))
-            return _Product(argument(inner, 1, "weight"), weight, False, scale, biased)
+        if transposes % 2 and inner.target is LINEAR and _is_identity(strip_casts(argument(inner, "input"))):
+            biased = any(argument(layer, "bias") is not None for layer in (inner, node))
+            return _Product(argument(inner, "weight"), weight, False, scale, biased)
         if transposes % 2 == 0 and _is_matrix(x):
-            return _Product(weight, x, True, scale, argument(node, 2, "bias") is not None)
-    elif op_name(node) in _MATMULS and transposes % 2 == 0 and _is_matrix(x) and _is_matrix(weight):
+            return _Product(weight, x, True, scale, argument(node, "bias") is not None)
+    elif op_name(node) in MATMULS and transposes % 2 == 0 and _is_matrix(x) and _is_matrix(weight):
         return _Product(weight, x, False, scale)
     return None
 
@@ -155,10 +152,10 @@ def _shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
 
 def _reason(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassContext) -> str:
     """Say what forbids the rewrite, or return an empty string."""
-    order = argument(norm, 1, "ord", norm.kwargs.get("p"))
-    dim = argument(norm, 2, "dim")
+    order = argument(norm, "ord")
+    dim = argument(norm, "dim")
     dims = list(dim) if isinstance(dim, list | tuple) else [dim]
-    if order not in (None, 2, "fro") or dims not in ([1], [-1]) or argument(norm, 3, "keepdim", False):
+    if order not in (None, 2, "fro") or dims not in ([1], [-1]) or argument(norm, "keepdim", False):
         return "it is not the L2 norm of each row"
     value = tensor_value(norm)
     operands = (_value(strip_casts(each)) for each in (stored_matrix(weight)[0], product.a, product.b))

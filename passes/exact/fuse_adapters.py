@@ -29,9 +29,10 @@ from torch import fx
 
 from sparse_compile.graph.cost import fused_adapters_pay
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import LINEAR, argument, hinted_shape, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.adapter_inputs import Adapter, adapters_by_input
@@ -108,7 +109,7 @@ def _reason_not_to_fuse(adapters: list[Adapter]) -> str:
     written = mutation_between(root, last)
     if written is not None:
         return f"{root.name}, which they read, may be written to in between ({written.name})"
-    x = argument(first, 0, "input")
+    x = argument(first, "input")
     *leading, width = hinted_shape(x)
     value = tensor_value(x)
     assert value is not None
@@ -122,13 +123,13 @@ def _fuse(adapters: list[Adapter], rewriter: Rewriter) -> None:
     products = [adapter.product for adapter in adapters]
     first = products[0]
     with rewriter.before(first, site_name(tuple(adapter.projection for adapter in adapters))):
-        factors = [_available_before(first, argument(product, 1, "weight"), rewriter) for product in products]
+        factors = [_available_before(first, argument(product, "weight"), rewriter) for product in products]
         stacked_factors = rewriter.call(torch.cat, factors)
-        stacked = rewriter.call(LINEAR, argument(first, 0, "input"), stacked_factors, None)
+        stacked = rewriter.call(LINEAR, argument(first, "input"), stacked_factors, None)
         ranks = [hinted_shape(product)[-1] for product in products]
         # Its gradient is one `cat`; the gradients of slices would be padded with zeros and added up.
         slices = rewriter.items(rewriter.call(torch.split_with_sizes, stacked, ranks, -1), len(ranks))
-    _set_shape(stacked_factors, argument(first, 1, "weight"), 0, sum(ranks))
+    _set_shape(stacked_factors, argument(first, "weight"), 0, sum(ranks))
     _set_shape(stacked, first, -1, sum(ranks))
     for product, part in zip(products, slices, strict=True):
         take_over(product, part)

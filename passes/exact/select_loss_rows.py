@@ -40,9 +40,10 @@ from torch import Tensor, fx
 
 from sparse_compile.graph.cost import frozen_products, node_flops
 from sparse_compile.graph.facts import LossRows, NarrowedOutput, Rejection, SitePlan, SparsityPlan, TokenSlots
-from sparse_compile.graph.read import LINEAR, TAG, argument, hinted_shape, op_name, tensor_value, value_of
-from sparse_compile.graph.rewrite import Rewriter, erase_unused, hoist, save_what_precedes, set_argument
+from sparse_compile.graph.read import argument, hinted_shape, op_name, set_argument, tensor_value, value_of
+from sparse_compile.graph.rewrite import Rewriter, erase_unused, hoist, save_what_precedes
 from sparse_compile.graph.sites import FFNSite
+from sparse_compile.graph.vocabulary import LINEAR, TAG, VIEWS
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
@@ -54,7 +55,7 @@ from sparse_compile.passes.read.loss_segment import (
     find_loss_segment,
     place_of,
 )
-from sparse_compile.passes.read.row_wise import SAME_ROWS, VIEWS, RowOperand, Sizes, sizes_of, with_negative_dims
+from sparse_compile.passes.read.row_wise import SAME_ROWS, RowOperand, Sizes, sizes_of, with_negative_dims
 from sparse_compile.torch_private.fake import evaluate_on_stand_ins
 
 _OPS = torch.ops.sparselora
@@ -128,7 +129,7 @@ class _Narrowing:
         loss, places = self.segment.loss, self.segment.places
         flops = {node.name: node_flops(node) / _row_count(node, places[node]) for node in places if node in self.shapes}
         of_weights = sum(flops[name] for name in flops.keys() & self.frozen)
-        target, ignored = argument(loss, 1, "target"), argument(loss, 4, "ignore_index", -100)
+        target, ignored = argument(loss, "target"), argument(loss, "ignore_index", -100)
         value = tensor_value(target)
         assert value is not None
         with self.rewriter.before(self.top):
@@ -142,7 +143,7 @@ class _Narrowing:
         self.rows[Numbering()] = rows
         for node in [node for node in self.rewriter.graph.nodes if node in places]:
             self._narrow(node, places[node])
-        set_argument(loss, 1, "target", kept)
+        set_argument(loss, "target", kept)
         kept.meta["example_value"] = self._fewer_rows(value, 1)
         outputs = self._add_outputs()
         # The first node may be a checkpoint's, whose marks these have taken over.
@@ -270,7 +271,7 @@ class _Narrowing:
         """
         value = tensor_value(node)
         assert value is not None
-        x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+        x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
         # A linear layer casts its operands under autocast, a product of elements does not.
         x, weight, bias = (
             operand if tensor_value(operand) is None or tensor_value(operand).dtype == value.dtype  # type: ignore[union-attr]

@@ -25,25 +25,17 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import (
-    CASTS,
-    LINEAR,
-    TAG,
-    argument,
-    calls_torch,
-    op_name,
-    stored_matrix,
-    tensor_value,
-)
+from sparse_compile.graph.read import argument, calls_torch, op_name, stored_matrix, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MULTIPLICATIONS, TAG
 from sparse_compile.kernels.codegen.elementwise import NotLiftableError
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext, declined_providers
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
-from sparse_compile.passes.read.lora_branch import MULS, is_adapter_product, is_sum
+from sparse_compile.passes.read.lora_branch import is_adapter_product, is_sum
 from sparse_compile.passes.read.mutation import mutation_between
 from sparse_compile.passes.write.product_region import ProductRegion
 
@@ -81,7 +73,7 @@ class FuseAdaptedLayers:
             if isinstance(found, str):
                 rejections[Rejection(self.name, projection.name, found)] = None
                 continue
-            x = argument(base, 0, "input")
+            x = argument(base, "input")
             with rewriter.before(end, projection.name):
                 y = found.insert(rewriter, _dtype(end), choice.provider, cast)
                 take_over(end, _shaped(rewriter, y, end, x, projection.out_features))
@@ -94,7 +86,7 @@ def _layer(node: fx.Node, layers: dict[str, Projection]) -> Projection | None:
     """Return the frozen layer whose whole weight a node multiplies with."""
     if node.target is not LINEAR:
         return None
-    weight = argument(node, 1, "weight")
+    weight = argument(node, "weight")
     return layers.get(weight.name) or layers.get(stored_matrix(weight)[0].name)
 
 
@@ -115,26 +107,26 @@ def _end(base: fx.Node, ctx: PassContext) -> fx.Node | None:
 
 def _unscaled(node: fx.Node) -> fx.Node:
     """Follow casts and products with a number back to what they scale."""
-    while len(node.all_input_nodes) == 1 and calls_torch(node) and op_name(node) in CASTS | MULS:
+    while len(node.all_input_nodes) == 1 and calls_torch(node) and op_name(node) in CASTS | MULTIPLICATIONS:
         (node,) = node.all_input_nodes
     return node
 
 
 def _region(base: fx.Node, end: fx.Node, cast: torch.dtype | None, ctx: PassContext) -> ProductRegion | str:
     """Return what is to be one kernel, or why it is not."""
-    if argument(base, 1, "weight").name in ctx.quantized_weights:
+    if argument(base, "weight").name in ctx.quantized_weights:
         return "its weight is stored in 4 bits: used whole, it is dequantised once, before the product"
     try:
         found = ProductRegion(end, frozenset({base}))
     except NotLiftableError as error:
         return str(error)
     # Autocast has all of them compute in one dtype; without it, each computes in that of its weight.
-    dtypes = {_dtype(weight) for weight in (argument(base, 1, "weight"), *(thin.factor for thin in found.thins))}
+    dtypes = {_dtype(weight) for weight in (argument(base, "weight"), *(thin.factor for thin in found.thins))}
     if cast is None and len(dtypes) > 1:
         return "the layer and its adapter compute in different dtypes"
     if len({(node.meta.get("ac_graph_id"), node.meta.get("recompute")) for node in found.nodes}) > 1:
         return "the layer and its adapter stand in different checkpoints"
-    read: Sequence[fx.Node] = [argument(base, 0, "input"), *(thin.thin for thin in found.thins)]
+    read: Sequence[fx.Node] = [argument(base, "input"), *(thin.thin for thin in found.thins)]
     if any(mutation_between(node, end) is not None for node in read):
         return "its input may be written to in between"
     return found

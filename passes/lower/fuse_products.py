@@ -30,9 +30,10 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection, SitePlan
-from sparse_compile.graph.read import LINEAR, TAG, argument, tensor_value
+from sparse_compile.graph.read import argument, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
+from sparse_compile.graph.vocabulary import LINEAR, TAG
 from sparse_compile.kernels.codegen.elementwise import NotLiftableError
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE
@@ -90,7 +91,7 @@ def _ends(plan: SitePlan, graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[s
     if isinstance(plan.site, FFNSite):
         yield from _ends_of_ffn(plan, graph)
     for product in list(_products_in_4bit(plan, graph)):
-        dense = argument(product, 1, "weight")
+        dense = argument(product, "weight")
         path = ctx.parameters[dense.args[0].name].path.removesuffix(".weight")
         yield path.removeprefix(f"{plan.site.name}."), product, dense.args[8]
 
@@ -101,7 +102,7 @@ def _ends_of_ffn(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node
     assert result is not None
     products = [node for node in inside if _gathers_inputs(node)]
     if len(products) == 1:
-        hidden = argument(products[0], 0, "input" if products[0].target is LINEAR else "h")
+        hidden = argument(products[0], "input" if products[0].target is LINEAR else "h")
         while "dtype" not in hidden.meta[TAG]:
             hidden = hidden.args[0]  # a cast as autocast would make it, behind the region's last call
         yield "intermediate", hidden, hidden.meta[TAG]["dtype"]
@@ -124,4 +125,4 @@ def _gathers_inputs(node: fx.Node) -> bool:
     chosen = chosen_of_4bit(node)
     if chosen is None:
         return node.target is _OPS.gathered_input_linear.default
-    return bool(argument(chosen, 10, "dim") == 1)
+    return bool(argument(chosen, "dim") == 1)

@@ -28,9 +28,10 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import TAG, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph.read import nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
+from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.kernels.channel_selection import PREDICTED_SCORES
 from sparse_compile.kernels.codegen.elementwise import NotLiftableError, constant, lift
 from sparse_compile.kernels.codegen.formula import Formula

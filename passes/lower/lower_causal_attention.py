@@ -74,7 +74,7 @@ class LowerCausalAttention:
 
 
 def _mask(node: fx.Node) -> fx.Node | None:
-    mask = argument(node, 3, "attn_mask")
+    mask = argument(node, "attn_mask")
     return mask if isinstance(mask, fx.Node) else None
 
 
@@ -82,12 +82,12 @@ def _reason(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks) -> str:
     """Say why an attention is left as it is, or return an empty string."""
     values = [tensor_value(operand) for operand in node.args[:3]]
     mask = _mask(node)
-    if argument(node, 4, "dropout_p", 0.0):
+    if argument(node, "dropout_p", 0.0):
         return "its weights are dropped out"
     if mask is None:
         return "it has no mask: the fused kernel knows by itself what it may skip"
     allowed = tensor_value(mask)
-    if allowed is None or allowed.dtype != torch.bool or argument(node, 5, "is_causal", False):
+    if allowed is None or allowed.dtype != torch.bool or argument(node, "is_causal", False):
         return "its mask is not one of allowed keys"
     if cast is not None or any(value is None or value.dim() != 4 for value in values):
         return "autocast casts its operands, or they are not of (batch, heads, tokens, channels)"
@@ -114,7 +114,7 @@ def _rewrite(
             forbidden = rewriter.call(torch.logical_not, mask)
             zeros = rewriter.call(torch.zeros_like, mask, dtype=like.dtype)
             additive[mask, like.dtype] = rewriter.method("masked_fill", zeros, forbidden, float("-inf"))
-    scale = argument(node, 6, "scale")
+    scale = argument(node, "scale")
     with rewriter.before(node):
         operands = (query, key, value, additive[mask, like.dtype])
         scale = 1 / math.sqrt(hinted_shape(query)[-1]) if scale is None else scale  # type: ignore[arg-type]

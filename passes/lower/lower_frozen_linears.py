@@ -19,8 +19,9 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import LINEAR, argument, op_name, tensor_value
+from sparse_compile.graph.read import argument, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.kernels.frozen_linear import FROZEN_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext
@@ -67,7 +68,7 @@ def _frozen_weight(node: fx.Node, ctx: PassContext) -> fx.Node | None:
     """Return the weight where `node` is a product with a frozen one as it is stored, or stored transposed."""
     if node.target is not LINEAR:
         return None
-    weight = argument(node, 1, "weight")
+    weight = argument(node, "weight")
     stored = weight.args[0] if op_name(weight) == "t" else weight
     parameter = ctx.parameters.get(stored.name)
     is_plain = parameter is not None and not parameter.trained and not parameter.is_wrapper
@@ -75,9 +76,9 @@ def _frozen_weight(node: fx.Node, ctx: PassContext) -> fx.Node | None:
 
 
 def _rewrite(node: fx.Node, weight: fx.Node, provider: str, rewriter: Rewriter) -> None:
-    bias = argument(node, 2, "bias")
+    bias = argument(node, "bias")
     with rewriter.before(node):
-        x = argument(node, 0, "input")
+        x = argument(node, "input")
         y = rewriter.call(_OPS.frozen_linear.default, x, weight, provider=provider)
         if bias is not None:
             y = rewriter.call(torch.add, y, bias)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import TAG
+from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.kernels.channel_selection import PREDICTED_NORMS, PREDICTED_SCORES, TOP_CHANNELS
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.gathered_linear import GATHERED_INPUT_LINEAR, GATHERED_LINEAR

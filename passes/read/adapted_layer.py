@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from torch import fx
 
-from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.sites import Projection
-from sparse_compile.passes.read.lora_branch import MULS
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MULTIPLICATIONS
 from sparse_compile.passes.read.mutation import mutation_between
 
 
@@ -67,32 +67,32 @@ def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> Adapt
     base, low, up, scaled, output = (nodes[name] for name in names)
     if low.target is not LINEAR:
         return "the adapter is fused with others"
-    if any(argument(product, 2, "bias") is not None for product in (low, up)):
+    if any(argument(product, "bias") is not None for product in (low, up)):
         return "the adapter has a bias"
     values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
     if None in values:
         return "its sizes are not known"
-    ways = ((scaled, up), (argument(up, 0, "input"), low), (_other(output, scaled), base))
+    ways = ((scaled, up), (argument(up, "input"), low), (_other(output, scaled), base))
     chains = [_multiples(top, bottom) for top, bottom in ways]
     between = {node for chain in chains for node in chain.nodes}
     if any(len(node.users) != 1 for node in (base, low, up, *between)):
         return "a product in between is read elsewhere"
     if any(chain.scale is None for chain in chains) or chains[2].scale != 1.0:
         return "the scale is no number"
-    x = argument(base, 0, "input")
+    x = argument(base, "input")
     if mutation_between(x, output) is not None:
         return "its input may be written to in between"
     marks = {(node.meta.get("ac_graph_id"), node.meta.get("recompute")) for node in (base, low, up, scaled, output)}
     if len(marks) > 1:
         return "the layer and its adapter stand in different checkpoints"
     dtypes = {value.dtype for value in values if value is not None}
-    casts = any(op_name(node) in CASTS for node in between) or argument(low, 0, "input") is not x
+    casts = any(op_name(node) in CASTS for node in between) or argument(low, "input") is not x
     return AdaptedLayer(
         x=x,
-        weight=argument(base, 1, "weight"),
-        a=argument(low, 1, "weight"),
-        b=argument(up, 1, "weight"),
-        bias=argument(base, 2, "bias"),
+        weight=argument(base, "weight"),
+        a=argument(low, "weight"),
+        b=argument(up, "weight"),
+        bias=argument(base, "bias"),
         scale=math.prod(chain.scale for chain in chains if chain.scale is not None),
         products=(base, low, up),
         output=output,
@@ -116,7 +116,7 @@ def _multiples(top: fx.Node, bottom: fx.Node) -> _Chain:
         numbers = [arg for arg in node.args if isinstance(arg, int | float)]
         if op_name(node) in CASTS and calls_torch(node) and operands:
             node = operands[0]
-        elif op_name(node) in MULS and len(operands) == len(numbers) == 1:
+        elif op_name(node) in MULTIPLICATIONS and len(operands) == len(numbers) == 1:
             node = operands[0]
             scale *= float(numbers[0])
         else:

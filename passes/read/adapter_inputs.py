@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.sites import LoRABranch, Projection
+from sparse_compile.graph.vocabulary import CASTS, LINEAR
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.mutation import (
     MODE_SWITCHES,
@@ -50,14 +51,14 @@ def adapters_by_input(graph: fx.Graph, ctx: PassContext) -> list[list[Adapter]]:
         # An adapter that an earlier pass fused or merged is no product with A any more.
         if node.name not in branches or node.target is not LINEAR:
             continue
-        x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        x, weight = argument(node, "input"), argument(node, "weight")
         values = tensor_value(x), tensor_value(weight), tensor_value(node)
         if None in values:
             continue
         root, casts = _without_casts(x)
         dtypes = tuple(value.dtype for value in values if value is not None)
         key = (root, casts, dtypes, region, node.meta.get("ac_graph_id"), node.meta.get("recompute"))
-        adapter = Adapter(*branches[node.name], node, root, argument(node, 2, "bias") is not None)
+        adapter = Adapter(*branches[node.name], node, root, argument(node, "bias") is not None)
         groups.setdefault(key, []).append(adapter)
     return list(groups.values())
 

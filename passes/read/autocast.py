@@ -30,10 +30,10 @@ def autocast_dtypes(graph: fx.Graph, ambient: Mapping[str, object], device: str)
     for node in graph.nodes:
         if op_name(node) == "_enter_autocast":
             stack.append(current)
-            dtype = argument(node, 1, "dtype")
-            if argument(node, 0, "device_type") == device:
+            dtype = argument(node, "dtype")
+            if argument(node, "device_type") == device:
                 default = torch.get_autocast_dtype(device)
-                enabled = argument(node, 2, "enabled", True)
+                enabled = argument(node, "enabled", True)
                 current = (dtype if isinstance(dtype, torch.dtype) else default) if enabled else None
         elif op_name(node) == "_exit_autocast":
             current = stack.pop() if stack else None

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import CASTS, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.vocabulary import CASTS, CONJUNCTIONS, COPIES, NOT_AFTER, NOT_BEFORE
 from sparse_compile.torch_private.fake import size_expression
 
-_ANDS = {"and_", "__and__", "logical_and", "bitwise_and"}
-_NOT_AFTER = {"le", "__le__", "lt", "__lt__", "less", "less_equal"}
-_NOT_BEFORE = {"ge", "__ge__", "gt", "__gt__", "greater", "greater_equal"}
-_SAME = CASTS | {"contiguous", "clone", "detach", "expand"}
+_SAME = CASTS | COPIES | {"expand"}
 _EXACT_INTEGERS = {torch.int32, torch.int64}
 
 
@@ -43,14 +41,14 @@ class CausalMasks:
         if value is None or value.dim() < 2 or not calls_torch(mask) or mask in self.written:
             return False
         name, operands = op_name(mask), [arg for arg in mask.args if isinstance(arg, fx.Node)]
-        if name in _ANDS:
+        if name in CONJUNCTIONS:
             return any(self._forbids_at(operand, mask) for operand in operands)
-        if name in _NOT_AFTER | _NOT_BEFORE and len(operands) == 2:
-            keys, queries = operands if name in _NOT_AFTER else reversed(operands)
+        if name in NOT_AFTER | NOT_BEFORE and len(operands) == 2:
+            keys, queries = operands if name in NOT_AFTER else reversed(operands)
             along = self.position_along(keys), self.position_along(queries)
             return along == (-1, -2) and _size(keys, -1) == _size(mask, -1) and _size(queries, -2) == _size(mask, -2)
         if name == "tril":
-            diagonal = argument(mask, 1, "diagonal", 0)
+            diagonal = argument(mask, "diagonal", 0)
             return isinstance(diagonal, int) and diagonal <= 0
         is_same = name in _SAME or (name == "getitem" and _keeps_last_two(mask.args[1], operands[0]))
         if name == "unsqueeze":
@@ -109,7 +107,7 @@ def _counts_from_zero(node: fx.Node) -> bool:
 
 
 def _new_dimension(node: fx.Node) -> int:
-    value, dim = tensor_value(node), argument(node, 1, "dim")
+    value, dim = tensor_value(node), argument(node, "dim")
     assert value is not None
     return int(dim) % value.dim()
 

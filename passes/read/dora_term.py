@@ -18,8 +18,6 @@ from dataclasses import replace
 from torch import fx
 
 from sparse_compile.graph.read import (
-    CASTS,
-    LINEAR,
     argument,
     calls_torch,
     hinted_shape,
@@ -29,10 +27,9 @@ from sparse_compile.graph.read import (
     tensor_value,
 )
 from sparse_compile.graph.sites import DoRATerm
+from sparse_compile.graph.vocabulary import CASTS, DIFFERENCES, LINEAR, MULTIPLICATIONS
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.read.lora_branch import MULS, is_sum, match_branch
-
-_SUBS = {"sub", "__sub__", "isub"}
+from sparse_compile.passes.read.lora_branch import is_sum, match_branch
 
 
 def dora_term(running: fx.Node, base: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, DoRATerm] | None:
@@ -95,7 +92,7 @@ def _without_channel_scale(node: fx.Node, width: int, ctx: PassContext) -> tuple
     products: list[fx.Node] = []
     per_channel = False
     scaled = strip_casts(node)
-    while calls_torch(scaled) and op_name(scaled) in MULS:
+    while calls_torch(scaled) and op_name(scaled) in MULTIPLICATIONS:
         tensors = [arg for arg in scaled.args if isinstance(arg, fx.Node) and tensor_value(arg) is not None]
         inner = [arg for arg in tensors if not _is_channel_vector(arg, width, ctx)]
         if len(inner) != 1:
@@ -125,15 +122,15 @@ def _is_channel_vector(node: fx.Node, width: int, ctx: PassContext) -> bool:
 
 def _is_product_of(node: fx.Node, base: fx.Node, read: str) -> bool:
     """Tell whether `node` is the layer's product with the tensor `read`, without its bias."""
-    weights = [stored_matrix(argument(each, 1, "weight")) for each in (node, base)]
-    x = strip_casts(argument(node, 0, "input"))
-    return weights[0] == weights[1] and argument(node, 2, "bias") is None and x.name == read
+    weights = [stored_matrix(argument(each, "weight")) for each in (node, base)]
+    x = strip_casts(argument(node, "input"))
+    return weights[0] == weights[1] and argument(node, "bias") is None and x.name == read
 
 
 def _is_unbiased(node: fx.Node, running: fx.Node, base: fx.Node) -> bool:
     """Tell whether `node` takes the layer's bias off the output so far."""
-    bias = argument(base, 2, "bias")
-    if op_name(node) not in _SUBS or not calls_torch(node) or node.kwargs or len(node.args) != 2 or bias is None:
+    bias = argument(base, "bias")
+    if op_name(node) not in DIFFERENCES or not calls_torch(node) or node.kwargs or len(node.args) != 2 or bias is None:
         return False
     minuend, subtrahend = (strip_casts(each) if isinstance(each, fx.Node) else each for each in node.args)
     return minuend is running and subtrahend is strip_casts(bias)

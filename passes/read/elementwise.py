@@ -5,16 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from sparse_compile.graph.read import calls_torch, op_name, tensor_value
-
-_UNARY = {
-    "abs", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "elu", "erf", "erfc", "exp", "expm1", "gelu",
-    "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "logsigmoid", "mish", "neg", "negative",
-    "pow", "reciprocal", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign", "sqrt",
-    "square", "tanh",
-}  # fmt: skip
-_BINARY = {"add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "maximum", "minimum"}
-_IDENTITY = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "dropout"}
-_NAMES = _UNARY | _BINARY | _IDENTITY
+from sparse_compile.graph.vocabulary import ELEMENTWISE
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -24,7 +15,7 @@ def is_elementwise(node: fx.Node) -> bool:
     name = op_name(node)
     # `relu_`, `__mul__`, `imul`, `rsub` are spellings of the same functions.
     spellings = (name, name.rstrip("_"), name.strip("_"), name.strip("_")[1:])
-    return any(spelling in _NAMES for spelling in spellings)
+    return any(spelling in ELEMENTWISE for spelling in spellings)
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:

@@ -23,11 +23,11 @@ from torch import fx
 
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value, value_of
 from sparse_compile.graph.sites import FusedRows, Projection
-from sparse_compile.passes.read.head_layout import MIXED, REGROUPINGS, Axis, Layout, Untraceable, follow, initial_layout
+from sparse_compile.graph.vocabulary import REGROUPINGS, SPLITS
+from sparse_compile.passes.read.head_layout import MIXED, Axis, Layout, Untraceable, follow, initial_layout
 from sparse_compile.torch_private.fake import size_hint
 
 _STEM = REGROUPINGS | {"transpose", "swapaxes", "swapdims", "permute", "contiguous"}
-_SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def unread_parts(layer: Projection, parts: tuple[Projection, ...]) -> int:
 def _slices(stem: fx.Node) -> list[_Slice] | None:
     """Return the slices that `stem` is read by, in order, where they are all that reads it and leave nothing out."""
     users = list(stem.users)
-    if len(users) == 1 and op_name(users[0]) in _SPLITS:
+    if len(users) == 1 and op_name(users[0]) in SPLITS:
         found = _split_slices(users[0], len(hinted_shape(stem)))
     else:
         found = [_index_slice(user, stem) for user in users]
@@ -96,7 +96,7 @@ def _slices(stem: fx.Node) -> list[_Slice] | None:
 def _split_slices(split: fx.Node, rank: int) -> list[_Slice | None]:
     """Return the parts of a `chunk`, `split` or `unbind`; None for each that is read in another way, or not at all."""
     name = op_name(split)
-    dim = int(argument(split, 1 if name == "unbind" else 2, "dim", 0)) % rank
+    dim = int(argument(split, "dim", 0)) % rank
     values = value_of(split)
     sizes = [1 if name == "unbind" else size_hint(value.shape[dim]) for value in values]
     picked = {user.args[1]: user for user in split.users if op_name(user) == "getitem"}

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from sparse_compile.graph.read import argument, calls_torch, hinted_shape, op_name, tensor_value, value_of
+from sparse_compile.graph.vocabulary import NORMALISATIONS, REDUCTIONS, REGROUPINGS, SPLITS
 from sparse_compile.passes.read.elementwise import is_elementwise
 from sparse_compile.torch_private.fake import size_hint
 
@@ -83,14 +84,14 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
     name = op_name(node)
     operands = [operand for operand in node.all_input_nodes if operand in layouts]
     before = layouts[operands[0]]
-    if name in _SPLITS:
+    if name in SPLITS - {"unbind"}:
         return _split(node, before)
     if tensor_value(node) is None:
         raise Untraceable(node, "returns no tensor")
     shape = hinted_shape(node)
     if name in ("cat", "concat", "stack"):
         return _joined(node, layouts)
-    if name in REGROUPINGS:
+    if name in REGROUPINGS - {"unsqueeze"}:
         return _regroup(node, before, shape)
     if name in ("transpose", "swapaxes", "swapdims", "permute", "t"):
         return _permuted(node, before)
@@ -101,23 +102,18 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
         return before if tensor_value(operands[0]) is None else _indexed(node, before, shape)
     if is_elementwise(node):
         return _combined(node, [layouts[operand] for operand in operands], shape)
-    if name in _REDUCTIONS and shape[:-1] == hinted_shape(operands[0])[:-1]:
+    if name in REDUCTIONS and shape[:-1] == hinted_shape(operands[0])[:-1]:
         return (*before[:-1], _mixed(before[-1], shape[-1]))
-    if name in ("rms_norm", "layer_norm") and len(argument(node, 1, "normalized_shape")) == 1:
+    if name in NORMALISATIONS and len(argument(node, "normalized_shape")) == 1:
         return (*before[:-1], _mixed(before[-1], shape[-1]))
     raise Untraceable(node, f"`{name}` may mix heads or channels")
-
-
-REGROUPINGS = {"view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as"}
-_REDUCTIONS = {"mean", "sum", "var", "norm", "vector_norm"}
-_SPLITS = {"chunk", "split", "tensor_split"}
 
 
 def _split(node: fx.Node, before: Layout) -> Layout:
     """Handle a split of the last dimension into equal parts (rotary embedding); the parts share one layout."""
     parts = value_of(node)
     sizes = {size_hint(part.shape[-1]) for part in parts}
-    if int(argument(node, 2, "dim", 0)) % len(before) != len(before) - 1 or len(sizes) != 1:
+    if int(argument(node, "dim", 0)) % len(before) != len(before) - 1 or len(sizes) != 1:
         raise Untraceable(node, "splits tokens or heads, or a head unevenly")
     return (*before[:-1], _mixed(before[-1], sizes.pop()))
 
@@ -165,7 +161,7 @@ def _permuted(node: fx.Node, before: Layout) -> Layout:
     elif op_name(node) == "t":
         dims.reverse()
     else:
-        a, b = (int(argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))
+        a, b = (int(argument(node, dim)) % rank for dim in ("dim0", "dim1"))
         dims[a], dims[b] = dims[b], dims[a]
     return tuple(before[dim] for dim in dims)
 
@@ -174,7 +170,7 @@ def _repeated(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
     """Handle ops that add dimensions of size 1, or repeat along one dimension."""
     name = op_name(node)
     if name == "unsqueeze":
-        position = int(argument(node, 1, "dim")) % len(shape)
+        position = int(argument(node, "dim")) % len(shape)
         return (*before[:position], (), *before[position:])
     padded: Layout = ((),) * (len(shape) - len(before)) + before
     after: list[tuple[Axis, ...]] = []
@@ -226,7 +222,7 @@ def _joined(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
     first = layouts[parts[0]]  # type: ignore[index]
     if len(parts) == 1 and op_name(node) != "stack":
         return first
-    dim = int(argument(node, 1, "dim", 0)) % len(shape)
+    dim = int(argument(node, "dim", 0)) % len(shape)
     if dim != len(shape) - 1:
         raise Untraceable(node, "joins tensors along tokens or heads")
     if op_name(node) == "stack":

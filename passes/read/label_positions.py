@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.vocabulary import CASTS, COPIES, VIEWS
 
-_VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
-
-
-_SAME = {"to", "contiguous", "clone", "long", "int", "float", "type", "double", "bfloat16", "half", "type_as", "detach"}
+_SAME = CASTS | COPIES | {"long", "int"}
 
 
 _MOVES = {
@@ -36,7 +34,7 @@ def is_labels(node: fx.Node) -> bool:
 
 def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
     """Return the labels (B, S) a cross-entropy reads, and the shift between a token and the label it predicts."""
-    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
+    logits, target = argument(loss, "input"), argument(loss, "target")
     target_value = tensor_value(target)
     if target_value is None or target_value.is_floating_point():
         raise UntraceableError("the loss has class probabilities as its target")
@@ -65,7 +63,7 @@ def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
 def label_root(node: object) -> tuple[fx.Node, list[fx.Node]]:
     """Walk back through ops that only move labels; return the tensor they come from and the ops, in order."""
     chain: list[fx.Node] = []
-    while isinstance(node, fx.Node) and op_name(node) in _VIEWS | _SAME | {"getitem", "pad", "slice"}:
+    while isinstance(node, fx.Node) and op_name(node) in VIEWS | _SAME | {"getitem", "pad", "slice"}:
         if not isinstance(node.args[0], fx.Node) or tensor_value(node.args[0]) is None:
             break
         chain.append(node)
@@ -95,7 +93,7 @@ def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
     """Return, for each row of logits that the loss reads, the flattened position of the token it was computed for."""
     chain: list[fx.Node] = []
     node, (batch, length) = logits, shape
-    while op_name(node) in _VIEWS | _SAME | {"getitem", "slice"} and tensor_value(node.args[0]) is not None:
+    while op_name(node) in VIEWS | _SAME | {"getitem", "slice"} and tensor_value(node.args[0]) is not None:
         chain.append(node)
         node = node.args[0]  # type: ignore[assignment]
     size = hinted_shape(node)
@@ -116,10 +114,10 @@ def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tens
         shape = hinted_shape(node)[:-1] if drop_last else hinted_shape(node)
         if op_name(node) in _SAME:
             continue
-        if op_name(node) in _VIEWS:
+        if op_name(node) in VIEWS:
             positions = positions.reshape(shape)
         elif op_name(node) == "pad":
-            pad, value = node.args[1], argument(node, 3, "value")
+            pad, value = node.args[1], argument(node, "value")
             positions = torch.nn.functional.pad(positions, pad, value=_IGNORED)  # type: ignore[arg-type]
             if value is None:
                 raise UntraceableError("the target is padded with label 0, not with ignore_index")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from sparse_compile.graph.read import LINEAR, argument, calls_torch, op_name, strip_casts, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, strip_casts, tensor_value
 from sparse_compile.graph.sites import LoRABranch
+from sparse_compile.graph.vocabulary import LINEAR, MULTIPLICATIONS, SUMS
 from sparse_compile.passes.context import PassContext
-
-ADDS = frozenset({"add", "iadd", "add_", "__add__", "__iadd__"})
-MULS = frozenset({"mul", "__mul__", "imul"})
 
 
 def is_sum(node: fx.Node) -> bool:
     """Tell whether `node` adds its two operands, neither of them scaled."""
-    return op_name(node) in ADDS and bool(node.kwargs.get("alpha", 1) == 1)
+    return op_name(node) in SUMS and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def match_branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABranch | None:
@@ -22,10 +20,10 @@ def match_branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABran
     b = strip_scale(output)
     if not is_adapter_product(b, ctx):
         return None
-    a = strip_scale(argument(b, 0, "input"))
+    a = strip_scale(argument(b, "input"))
     if not is_adapter_product(a, ctx):
         return None
-    x, dropout = strip_casts(argument(a, 0, "input")), None
+    x, dropout = strip_casts(argument(a, "input")), None
     shared = strip_casts(source)
     # A dropout that the base product reads as well belongs to the block, not to the adapter.
     if x is not shared and calls_torch(x) and op_name(x) == "dropout":
@@ -39,7 +37,7 @@ def strip_scale(node: fx.Node) -> fx.Node:
     """Follow casts and products with a number back to what they scale."""
     while True:
         node = strip_casts(node)
-        if not (calls_torch(node) and op_name(node) in MULS):
+        if not (calls_torch(node) and op_name(node) in MULTIPLICATIONS):
             return node
         tensors = [arg for arg in node.args if isinstance(arg, fx.Node) and tensor_value(arg) is not None]
         if len(tensors) != 1:
@@ -55,7 +53,7 @@ def is_adapter_product(node: fx.Node, ctx: PassContext) -> bool:
     """
     if node.target is not LINEAR:
         return False
-    weight = strip_casts(argument(node, 1, "weight"))
+    weight = strip_casts(argument(node, "weight"))
     if op_name(weight) == "t":
         weight = strip_casts(weight.args[0])  # type: ignore[arg-type]
     parameter = ctx.parameters.get(weight.name)

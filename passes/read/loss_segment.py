@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.vocabulary import LINEAR, MATMULS, VIEWS
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.label_positions import available_early
 from sparse_compile.passes.read.row_wise import (
     SAME_ROWS,
-    VIEWS,
     MixesRowsError,
     RowOperand,
     Sizes,
@@ -106,7 +106,7 @@ def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
     for _, node in outputs:
         if node not in chain:
             raise DeclinedError(node.name, "the graph returns it for all rows, beside the loss and its logits")
-    if not any(node.target is LINEAR or op_name(node) in ("matmul", "__matmul__") for node in climb.places):
+    if not any(node.target is LINEAR or op_name(node) in MATMULS for node in climb.places):
         reason = climb.stops[0].reason if climb.stops else f"{climb.reader or 'something else'} reads it for all rows"
         raise DeclinedError(climb.stops[0].node if climb.stops else logits.name, reason)
     return LossSegment(loss, climb.places, climb.operands, tuple(outputs), tuple(climb.stops))
@@ -114,11 +114,11 @@ def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
 
 def _checked_logits(loss: fx.Node) -> fx.Node:
     """Return the logits of a loss that may leave rows out, (N, V)."""
-    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
+    logits, target = argument(loss, "input"), argument(loss, "target")
     scores, labels = tensor_value(logits), tensor_value(target)
     if scores is None or labels is None or scores.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         raise DeclinedError(loss.name, "the loss is not that of (N, classes) logits and N class numbers")
-    if argument(loss, 6, "reduction", "mean") not in ("mean", "sum") or argument(loss, 5, "reduce") is not None:
+    if argument(loss, "reduction", "mean") not in ("mean", "sum") or argument(loss, "reduce") is not None:
         raise DeclinedError(loss.name, "the loss has a value for each row")
     if not available_early(target):
         raise DeclinedError(target.name, "the targets are computed from activations: not known before the blocks")

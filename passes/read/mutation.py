@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from sparse_compile.graph.read import LINEAR, op_name
+from sparse_compile.graph.read import op_name
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.torch_private.aten import overload, overload_writes
 
 _WORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})

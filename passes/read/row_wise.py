@@ -15,7 +15,8 @@ from typing import Any
 import sympy
 from torch import fx
 
-from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, set_argument, tensor_value
+from sparse_compile.graph.vocabulary import CASTS, COPIES, LINEAR, MATMULS, NORMALISATIONS, REDUCTIONS, VIEWS
 from sparse_compile.passes.read.elementwise import is_elementwise
 from sparse_compile.torch_private.fake import size_expression
 
@@ -23,11 +24,10 @@ Sizes = tuple[sympy.Expr, ...]
 Slice = tuple[Any, Any, Any]
 """Start, stop and step: numbers, nodes that hold numbers, or None."""
 
-VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"})
-SAME_ROWS = CASTS | {"contiguous", "clone", "dropout", "detach"}
-_REDUCTIONS = {"mean", "sum", "var", "std", "amax", "amin", "norm", "vector_norm", "logsumexp"}
-_ALONG_LAST = {"softmax", "log_softmax", "chunk", "split"}
-_NORMS = {"layer_norm", "rms_norm"}
+SAME_ROWS = CASTS | COPIES | {"dropout"}
+_CUTS = frozenset({"chunk", "split"})
+_ALONG_SOME = REDUCTIONS | _CUTS | {"softmax", "log_softmax"}
+"""Calls that keep rows apart where the dimensions that they work along are no leading ones."""
 _WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
@@ -74,7 +74,7 @@ def row_operands(node: fx.Node, lead: Sizes) -> list[RowOperand]:
         raise MixesRowsError(f"{name or node.op} is not known to keep tokens apart")
     if _writes(node):
         raise MixesRowsError(f"{name} writes into its operand")
-    if _is_product(node) or name in SAME_ROWS or name in _NORMS or name in _REDUCTIONS | _ALONG_LAST:
+    if _is_product(node) or name in SAME_ROWS or name in NORMALISATIONS or name in _ALONG_SOME:
         return [_first(node, lead)]
     if name in VIEWS:
         return [_viewed(node, lead)]
@@ -98,7 +98,7 @@ def _writes(node: fx.Node) -> bool:
 def _is_product(node: fx.Node) -> bool:
     if node.target is LINEAR:
         return True
-    if op_name(node) not in ("matmul", "__matmul__"):
+    if op_name(node) not in MATMULS:
         return False
     other = tensor_value(node.args[1])
     return other is not None and other.dim() == 2
@@ -106,29 +106,26 @@ def _is_product(node: fx.Node) -> bool:
 
 def _picks_part(node: fx.Node) -> bool:
     """Tell whether `node` takes an element of what `chunk` or `split` returned."""
-    return op_name(node) == "getitem" and op_name(node.args[0]) in ("chunk", "split")  # type: ignore[arg-type]
+    return op_name(node) == "getitem" and op_name(node.args[0]) in _CUTS  # type: ignore[arg-type]
 
 
 def _first(node: fx.Node, lead: Sizes) -> RowOperand:
     """Return the first operand, which has the same leading sizes, where the call works within rows."""
-    operand = argument(node, 0, "input")
+    operand = argument(node, "input")
     if not isinstance(operand, fx.Node) or tensor_value(operand) is None or sizes_of(operand)[: len(lead)] != lead:
         raise MixesRowsError(f"{op_name(node)} changes what tokens its result has")
     rank = len(sizes_of(operand))
-    if op_name(node) in _REDUCTIONS | _ALONG_LAST and min(_dims(node, rank), default=-1) < len(lead):
+    if op_name(node) in _ALONG_SOME and min(_dims(node, rank), default=-1) < len(lead):
         raise MixesRowsError(f"{op_name(node)} works across tokens")
-    if op_name(node) in _NORMS and len(argument(node, 1, "normalized_shape")) > rank - len(lead):
+    if op_name(node) in NORMALISATIONS and len(argument(node, "normalized_shape")) > rank - len(lead):
         raise MixesRowsError(f"{op_name(node)} works across tokens")
     return RowOperand(operand, lead)
-
-
-_DIM_AT = {"norm": 2, "vector_norm": 2, "chunk": 2, "split": 2}
 
 
 def _dims(node: fx.Node, rank: int) -> list[int]:
     """Return the dimensions that a reduction, softmax or split works along, none of them negative."""
     name = op_name(node)
-    given = argument(node, _DIM_AT.get(name, 1), "dim", 0 if name in ("chunk", "split") else None)
+    given = argument(node, "dim", 0 if name in _CUTS else None)
     dims = given if isinstance(given, Sequence) else (given,)
     if not dims or not all(isinstance(dim, int) for dim in dims):
         raise MixesRowsError(f"{name} works along all dimensions, tokens included")
@@ -137,15 +134,11 @@ def _dims(node: fx.Node, rank: int) -> list[int]:
 
 def with_negative_dims(node: fx.Node, rank: int) -> None:
     """Write the dimensions of a reduction, softmax or split counted from the end: the leading ones are about to go."""
-    position = _DIM_AT.get(op_name(node), 1)
-    given = argument(node, position, "dim")
-    if given is None or op_name(node) not in _REDUCTIONS | _ALONG_LAST:
+    given = argument(node, "dim")
+    if given is None or op_name(node) not in _ALONG_SOME:
         return
     negative: Any = [d % rank - rank for d in given] if isinstance(given, Sequence) else given % rank - rank
-    if len(node.args) > position:
-        node.update_arg(position, negative)
-    else:
-        node.update_kwarg("dim", negative)
+    set_argument(node, "dim", negative)
 
 
 def _viewed(node: fx.Node, lead: Sizes) -> RowOperand:

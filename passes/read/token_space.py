@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from torch import Tensor, fx
 
 from sparse_compile.graph.facts import TokenRoles
-from sparse_compile.graph.read import LINEAR, argument, nodes_by_name, op_name, value_of
+from sparse_compile.graph.read import argument, nodes_by_name, op_name, value_of
+from sparse_compile.graph.vocabulary import LINEAR, MATMULS
 
-_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
+_PRODUCTS = MATMULS | {"baddbmm"}
 
 
 def token_space(graph: fx.Graph, roles: TokenRoles) -> set[str]:
@@ -25,7 +26,7 @@ def token_space(graph: fx.Graph, roles: TokenRoles) -> set[str]:
     """
     nodes = nodes_by_name(graph)
     if roles.loss:
-        starts = [argument(nodes[name], 0, "input") for name in roles.loss]
+        starts = [argument(nodes[name], "input") for name in roles.loss]
     else:
         starts = graph.output_node().all_input_nodes
     seen: set[fx.Node] = set()
@@ -40,9 +41,9 @@ def token_space(graph: fx.Graph, roles: TokenRoles) -> set[str]:
 
 def _operands_with_the_same_tokens(node: fx.Node) -> Iterable[fx.Node]:
     if op_name(node) == "scaled_dot_product_attention":
-        return [argument(node, 0, "query")]
+        return [argument(node, "query")]
     if node.target is LINEAR:
-        return [argument(node, 0, "input")]
+        return [argument(node, "input")]
     if op_name(node) in _PRODUCTS:
         # Written-out attention: the rows of `q @ k^T` are the query's, those of `weights @ v` the weights'.
         first = node.args[0]

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from sparse_compile.graph.facts import Rejection, TokenRoles
 from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.vocabulary import EQUALITIES
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.label_positions import (
@@ -71,7 +72,7 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
             continue
         labels[root.name, shift] = None
         losses.append(node.name)
-        ignored.add(int(argument(node, 4, "ignore_index", -100)))
+        ignored.add(int(argument(node, "ignore_index", -100)))
     # A loss we could not follow may need rows that the others ignore: then nothing may be pruned.
     if rejections or not losses:
         return None
@@ -84,7 +85,7 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
 def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> TokenRoles | None:
     """Find labels (B, S) that the graph compares with `ignore_index`, themselves or shifted by one."""
     for node in graph.nodes:
-        if op_name(node) not in ("ne", "eq", "__ne__", "__eq__") or ctx.config.ignore_index not in node.args[1:2]:
+        if op_name(node) not in EQUALITIES or ctx.config.ignore_index not in node.args[1:2]:
             continue
         try:
             root, _ = label_root(node.args[0])
@@ -141,7 +142,7 @@ def _reads_as_mask(user: fx.Node) -> bool:
     value = tensor_value(user)
     if op_name(user) in ("to", "bool", "type") and value is not None:
         return value.dtype == torch.bool
-    if op_name(user) in ("eq", "ne", "__eq__", "__ne__"):
+    if op_name(user) in EQUALITIES:
         return any(isinstance(arg, int) and arg in (0, 1) for arg in user.args[1:])
     # `1 - mask`, the additive mask of older models.
     numbers = [arg for arg in user.args if not isinstance(arg, fx.Node)]

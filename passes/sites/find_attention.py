@@ -20,24 +20,15 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import (
-    CASTS,
-    argument,
-    calls_torch,
-    hinted_shape,
-    nodes_by_name,
-    op_name,
-    tensor_value,
-)
+from sparse_compile.graph.read import argument, calls_torch, hinted_shape, nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.sites import AttentionSite, Projection
+from sparse_compile.graph.vocabulary import CASTS, MATMULS, SOFTMAXES
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.read.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.read.head_layout import GROUP, Axis, Layout, Untraceable, follow, initial_layout, origin
 from sparse_compile.passes.read.projections import read_by, site_name
-
-_MATMULS = {"matmul", "__matmul__", "bmm"}
 
 
 @dataclass(frozen=True)
@@ -95,18 +86,18 @@ class FindAttention:
 def _sdpa(node: fx.Node) -> _Attention | None:
     if op_name(node) != "scaled_dot_product_attention":
         return None
-    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
-    mask = argument(node, 3, "attn_mask")
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    mask = argument(node, "attn_mask")
     return _Attention(query, key, value, node, mask, key_transposed=False)
 
 
 def _softmax_attention(node: fx.Node) -> _Attention | None:
     """Match `softmax(q @ k^T ...) @ v` around a softmax node: scaling, masking, casts and dropout may come between."""
-    if op_name(node) not in ("softmax", "_softmax", "_safe_softmax") or not calls_torch(node):
+    if op_name(node) not in SOFTMAXES or not calls_torch(node):
         return None
     masks: list[fx.Node] = []
-    scores = argument(node, 0, "input")
-    while isinstance(scores, fx.Node) and op_name(scores) not in _MATMULS:
+    scores = argument(node, "input")
+    while isinstance(scores, fx.Node) and op_name(scores) not in MATMULS:
         if not (is_elementwise(scores) or op_name(scores) in ("masked_fill", "where")):
             return None
         operands = [operand for operand in tensor_operands(scores) if operand.op != "get_attr"]
@@ -122,7 +113,7 @@ def _softmax_attention(node: fx.Node) -> _Attention | None:
     while len(weights.users) == 1 and is_elementwise(next(iter(weights.users))):
         weights = next(iter(weights.users))
     product = next(iter(weights.users)) if len(weights.users) == 1 else None
-    if not isinstance(scores, fx.Node) or product is None or op_name(product) not in _MATMULS:
+    if not isinstance(scores, fx.Node) or product is None or op_name(product) not in MATMULS:
         return None
     if product.args[0] is not weights:
         return None
@@ -136,7 +127,7 @@ def _softmax_attention(node: fx.Node) -> _Attention | None:
 def _leads_to_product(node: fx.Node) -> bool:
     while is_elementwise(node):
         node = tensor_operands(node)[0]
-    return op_name(node) in _MATMULS
+    return op_name(node) in MATMULS
 
 
 @dataclass

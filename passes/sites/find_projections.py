@@ -24,8 +24,9 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import CASTS, LINEAR, argument, calls_torch, op_name, strip_casts, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, strip_casts, tensor_value
 from sparse_compile.graph.sites import DoRATerm, LoRABranch, Projection
+from sparse_compile.graph.vocabulary import CASTS, LINEAR
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.dora_term import dora_term
@@ -91,8 +92,8 @@ class _Chain:
 
 
 def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | None:
-    source, operand = argument(node, 0, "input"), argument(node, 1, "weight")
-    bias = argument(node, 2, "bias")
+    source, operand = argument(node, "input"), argument(node, "weight")
+    bias = argument(node, "bias")
     transposed = False
     weight = strip_casts(operand)
     if op_name(weight) == "t" and isinstance(weight.args[0], fx.Node):

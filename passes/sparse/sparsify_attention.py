@@ -94,7 +94,7 @@ def _rewrite_input(
     site: str,
 ) -> None:
     """Have a product with the weight of q, k or v compute the kept channels alone, for context tokens."""
-    source = argument(product, 0, "input")
+    source = argument(product, "input")
     with rows.rewriter.before(product, site):
         output, context = segments or rows.split(source)
         dense = rows.dense(product, {source: output})
@@ -109,17 +109,17 @@ def _drop_bias(unbiased: fx.Node, projection: Projection, kept: fx.Node, rows: S
     with rows.rewriter.before(unbiased, site):
         source = rows.nodes[projection.source]
         roles = method("reshape", rows.roles, *rows.leading_sizes(source), 1)
-        bias = argument(unbiased, 1, "other")
+        bias = argument(unbiased, "other")
         channels = call(torch.zeros_like, bias, dtype=torch.bool)
         channels = call(torch.index_fill, channels, 0, kept, True)
         bias = call(torch.where, call(torch.logical_or, roles, channels), bias, 0.0)
-        less = call(torch.sub, argument(unbiased, 0, "input"), bias)
+        less = call(torch.sub, argument(unbiased, "input"), bias)
     take_over(unbiased, less)
 
 
 def _rewrite_output(product: fx.Node, projection: Projection, kept: fx.Node, rows: SparseRows, site: str) -> None:
     """Have a product with the weight of o read the kept channels alone, for context tokens."""
-    source = argument(product, 0, "input")
+    source = argument(product, "input")
     with rows.rewriter.before(product, site):
         output, context = rows.split(source, kept)
         dense = rows.dense(product, {source: output})

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import LINEAR, argument, hinted_shape, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite, Projection
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.write.sparse_rows import SparseRows
@@ -65,7 +66,7 @@ def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
         output.values[source], context.values[source] = rows.split(source)
         for projection in site.inputs:
             whole = [nodes[branch.a] for branch in projection.adapters]
-            whole += [argument(nodes[name], 0, "input") for name in projection.products[1:]]
+            whole += [argument(nodes[name], "input") for name in projection.products[1:]]
             for node in whole:
                 if node not in output.values:
                     output.values[node], context.values[node] = rows.split(node)
@@ -119,7 +120,7 @@ class _Segment:
             kept = self.rows.layer_channels([(part, self.kept) for part in parts])
             self.values[base] = self.rows.gathered(self.values[nodes[self.site.source]], base, layer, kept)
         self._copy_adapters(layer, kept, gather_outputs=True)
-        width = self.site.channels if self.kept is None else int(argument(self.kept, 1, "k"))
+        width = self.site.channels if self.kept is None else int(argument(self.kept, "k"))
         for part in parts:
             if part.fused is not None:
                 start = part.fused.offset // self.site.channels * width
@@ -153,7 +154,7 @@ class _Segment:
                 self._copy(node)
             elif node in products:
                 product = self.rows.gathered if gather_outputs else self.rows.gathered_input
-                x = self.values[argument(node, 0, "input")]
+                x = self.values[argument(node, "input")]
                 self.values[node] = product(x, node, projection, kept)
             else:
                 self.values[node] = self._gathered_adapter(node, kept, dim=0 if gather_outputs else 1)
@@ -179,8 +180,8 @@ class _Segment:
         """Insert an adapter's product with the kept rows (dim 0) or columns (dim 1) of its factor."""
         assert node.target is LINEAR
         call = self.rows.rewriter.call
-        x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
-        width = hinted_shape(weight)[-1] if dim == 0 else int(argument(kept, 1, "k"))
+        x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+        width = hinted_shape(weight)[-1] if dim == 0 else int(argument(kept, "k"))
         weight = call(torch.index_select, weight, dim, kept)
         if bias is not None and dim == 0:
             bias = call(torch.index_select, bias, 0, kept)

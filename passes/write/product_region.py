@@ -9,8 +9,9 @@ import sympy
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import LINEAR, argument, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.kernels.codegen.elementwise import NotLiftableError, constant, lift
 from sparse_compile.kernels.codegen.formula import Formula
 from sparse_compile.kernels.codegen.triton_source import gradient_source, product_source
@@ -53,9 +54,9 @@ def chosen_of_4bit(node: fx.Node) -> fx.Node | None:
     The call that dequantises them has as arguments the packed data, four tensors of scales, shape, blocksize, type,
     dtype, channels and their dimension.
     """
-    if node.target is not LINEAR or argument(node, 2, "bias") is not None:
+    if node.target is not LINEAR or argument(node, "bias") is not None:
         return None
-    dense = argument(node, 1, "weight")
+    dense = argument(node, "weight")
     is_chosen = dense.target is _OPS.dequantize_4bit.default and len(dense.args) == 11
     return dense if is_chosen else None
 
@@ -67,7 +68,7 @@ def match_product(node: fx.Node) -> FrozenProduct | None:
         NotLiftableError: its weight is in 4 bits, in a format that no kernel reads.
     """
     if node.target in _GATHERED:
-        x, weight, channels = (argument(node, i, name) for i, name in enumerate(("x", "weight", "channels")))
+        x, weight, channels = (argument(node, name) for name in ("x", "weight", "channels"))
         return FrozenProduct(x, weight, channels, _GATHERED[node.target])
     dense = chosen_of_4bit(node)
     if dense is None:
@@ -83,7 +84,7 @@ def match_product(node: fx.Node) -> FrozenProduct | None:
     if not form.whole_rows and value is not None and value.device.type == "cpu":
         reason = "bitsandbytes counts blocks anew in each of its rows on a CPU"
         raise NotLiftableError(f"its weight in 4 bits is dequantised before the product: {reason}")
-    return FrozenProduct(argument(node, 0, "input"), data, channels, dim, scales, form)
+    return FrozenProduct(argument(node, "input"), data, channels, dim, scales, form)
 
 
 @dataclass
@@ -214,7 +215,7 @@ class ProductRegion:
             self.vectors.append((node, window if _is_wide(node) else None))
             return sympy.Symbol(f"v{len(self.vectors) - 1}")
         if node in self.whole:
-            x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
             self.products.append((FrozenProduct(x, weight, None, WHOLE), None))
             symbol = sympy.Symbol(f"p{len(self.products) - 1}")
             return symbol if bias is None else symbol + self._lift(bias, None)
@@ -222,12 +223,12 @@ class ProductRegion:
             self.products.append((product, window))
             return sympy.Symbol(f"p{len(self.products) - 1}")
         if node.target is LINEAR:
-            x, factor, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            x, factor, bias = (argument(node, name) for name in ("input", "weight", "bias"))
             self.thins.append(_Thin(x, factor, window))
             symbol = sympy.Symbol(f"t{len(self.thins) - 1}")
             return symbol if bias is None else symbol + self._lift(bias, window)
-        if op_name(node) == "narrow" and argument(node, 1, "dim") == -1:
-            start, length = argument(node, 2, "start"), argument(node, 3, "length")
+        if op_name(node) == "narrow" and argument(node, "dim") == -1:
+            start, length = argument(node, "start"), argument(node, "length")
             offset = 0 if window is None else window[0]
             return self._lift(node.args[0], (offset + start, length if window is None else window[1]))  # type: ignore[arg-type]
         if (written := overwritten(node)) is not None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import LINEAR, argument, hinted_shape, nodes_by_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter
 from sparse_compile.graph.sites import Projection
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.passes.read.four_bit import mark_for_recomputation
@@ -41,7 +42,7 @@ class SparseRows:
         """The tokens' roles, (B, S) bool, true at output tokens."""
         split = self.rows[0].args[0]
         assert isinstance(split, fx.Node)
-        return argument(split, 0, "mask")  # type: ignore[no-any-return]
+        return argument(split, "mask")  # type: ignore[no-any-return]
 
     def split(self, x: fx.Node, columns: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """Flatten the tokens of `x` (..., C) and split them: (n, C) and (N - n, k or C)."""
@@ -116,7 +117,7 @@ class SparseRows:
     def dense(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
         """Insert a copy of `node` that reads `values` in place of its operands."""
         if node.target is LINEAR:
-            x, weight, bias = (argument(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
             return self.product(values.get(x, x), values.get(weight, weight), bias, hinted_shape(weight)[-1])
         return self.rewriter.copy(node, lambda operand: values.get(operand, operand))
 
@@ -156,7 +157,7 @@ class SparseRows:
         return self.rewriter.method("t", weight) if projection.transposed else weight
 
     def _with_bias(self, y: fx.Node, product: fx.Node, channels: fx.Node | None) -> fx.Node:
-        bias = argument(product, 2, "bias")
+        bias = argument(product, "bias")
         if bias is None:
             return y
         if channels is not None:
@@ -176,5 +177,5 @@ class SparseRows:
 def _count(channels: fx.Node) -> int:
     """Return how many channels a node holds that was made of a choice of channels."""
     if channels.target is _OPS.expand_kv_channels.default:
-        return _count(channels.args[0]) * int(argument(channels, 2, "groups"))  # type: ignore[arg-type]
-    return int(argument(channels, 1, "k"))
+        return _count(channels.args[0]) * int(argument(channels, "groups"))  # type: ignore[arg-type]
+    return int(argument(channels, "k"))

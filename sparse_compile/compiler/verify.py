@@ -15,7 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.graph.facts import LossRows
-from sparse_compile.graph.read import TAG, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import calls_torch, op_name, tensor_value
+from sparse_compile.graph.vocabulary import MATMULS, TAG
 from sparse_compile.torch_private.fake import fake_outputs, size_hint
 from sparse_compile.torch_private.fx import flattened
 
@@ -104,7 +105,7 @@ def _check_tag(node: fx.Node, known: set[str], *, inlined: bool) -> None:
 
 def _check_canonical(gm: fx.GraphModule, parameters: set[str]) -> None:
     for node in gm.graph.nodes:
-        if not calls_torch(node) or op_name(node) not in ("matmul", "mm", "__matmul__") or len(node.args) < 2:
+        if not calls_torch(node) or op_name(node) not in MATMULS or len(node.args) < 2:
             continue
         x, weight = tensor_value(node.args[0]), node.args[1]
         value = tensor_value(weight)

@@ -17,8 +17,9 @@ import sympy
 from torch import Tensor, fx
 
 from sparse_compile.graph.facts import LossRows, SitePlan, SparsityPlan
-from sparse_compile.graph.read import LINEAR, argument, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
 from sparse_compile.graph.sites import AttentionSite, Projection, Site
+from sparse_compile.graph.vocabulary import LINEAR, MATMULS
 
 CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
 """Numbers of context tokens, of output tokens, and of rows of the loss in a batch."""
@@ -150,10 +151,10 @@ def node_flops(node: fx.Node, *, differentiated: bool = True) -> float:
     if value is None:
         return 0.0
     if op_name(node) == "scaled_dot_product_attention":
-        query, key = (hinted_shape(argument(node, i, name)) for i, name in enumerate(("query", "key")))
+        query, key = (hinted_shape(argument(node, name)) for name in ("query", "key"))
         forward = 4.0 * math.prod(query) * key[-2] / (2 if query[-2] == key[-2] else 1)
         return forward * (3.5 if value.requires_grad else 1.0)
-    if node.target is not LINEAR and op_name(node) not in ("matmul", "__matmul__", "bmm", "mm", "addmm"):
+    if node.target is not LINEAR and op_name(node) not in MATMULS | {"addmm"}:
         return 0.0
     operands = [operand for operand in node.all_input_nodes if len(hinted_shape(operand)) > 1]
     if len(operands) < 2:

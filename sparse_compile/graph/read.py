@@ -1,4 +1,4 @@
-"""Small helpers for reading and rewriting the FX graphs that Dynamo hands over."""
+"""Read the FX graphs that Dynamo hands over: values, calls and their arguments, what a node is computed from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
-from sparse_compile.torch_private.aten import LINEAR as LINEAR
-from sparse_compile.torch_private.aten import is_op, overload, overload_name
+from sparse_compile.graph.vocabulary import CASTS, PARAMETERS, TRANSPOSES
+from sparse_compile.torch_private.aten import is_op, overload, overload_name, overload_parameters
 from sparse_compile.torch_private.fake import size_hint
-
-TAG = "sparselora"
-"""Key of `node.meta` under which a rewrite records its pass and site."""
-
-
-CASTS = frozenset({"to", "type", "float", "double", "half", "bfloat16", "type_as"})
-"""Names of the calls that change the dtype (or the device) of a tensor and nothing else."""
-
-
-TRANSPOSES = frozenset({"t", "transpose", "permute", "swapaxes", "swapdims", "numpy_T", "adjoint"})
-"""Names of the calls that may exchange the two dimensions of a matrix."""
 
 
 def value_of(node: fx.Node) -> Any:
@@ -71,11 +61,40 @@ def calls_torch(node: fx.Node) -> bool:
     )
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Return an argument of a call, given by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """Return an argument of a call by the name of its parameter, whether it was given by position or by name.
+
+    Args:
+        node: the call.
+        name: the parameter, as the schema of an operator or `vocabulary.PARAMETERS` names it. `input` is the first
+            parameter of every other call.
+        default: what to return where the call leaves it out.
+    """
+    for position, spellings in enumerate(_parameters(node)):
+        if name in spellings:
+            if position < len(node.args):
+                return node.args[position]
+            given = [node.kwargs[spelling] for spelling in spellings if spelling in node.kwargs]
+            return given[0] if given else default
     return node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, name: str, value: Argument) -> None:
+    """Set an argument of a call, by position where it was given so, else by name."""
+    for position, spellings in enumerate(_parameters(node)):
+        if name in spellings:
+            if position < len(node.args):
+                node.update_arg(position, value)
+                return
+            name = next((spelling for spelling in spellings if spelling in node.kwargs), name)
+    node.update_kwarg(name, value)
+
+
+def _parameters(node: fx.Node) -> tuple[tuple[str, ...], ...]:
+    """Return the spellings of each parameter of a call, in order."""
+    if (op := overload(node.target)) is not None and op.namespace != "aten":
+        return tuple((name,) for name in overload_parameters(op))
+    return PARAMETERS.get(op_name(node), (("input",),))
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
@@ -108,14 +127,13 @@ def strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
 def _swaps(node: fx.Node) -> int:
     """Return 1 where `node` exchanges the two dimensions, 0 where it moves nothing."""
     if op_name(node) == "permute":
-        order: Any = argument(node, 1, "dims")
+        order: Any = argument(node, "dims")
         if isinstance(order, int):
             order = node.args[1:]
         return int([dim % 2 for dim in order] == [1, 0])
     if op_name(node) in ("transpose", "swapaxes", "swapdims"):
-        # `transpose` names its dimensions dim0 and dim1, `swapaxes` axis0 and axis1.
-        first, second = (*node.args[1:], *node.kwargs.values())
-        return int(first % 2 != second % 2)  # type: ignore[operator]
+        first, second = (argument(node, name) for name in ("dim0", "dim1"))
+        return int(first % 2 != second % 2)
     return 1
 
 

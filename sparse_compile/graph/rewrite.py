@@ -12,12 +12,8 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sparse_compile.graph.read import (
-    TAG,
-    tensor_value,
-    value_of,
-)
-from sparse_compile.torch_private.aten import LINEAR as LINEAR
+from sparse_compile.graph.read import tensor_value, value_of
+from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.torch_private.dynamo import copy_dynamo_attributes, take_source
 from sparse_compile.torch_private.fx import is_erased
 
@@ -149,14 +145,6 @@ def save_what_precedes(end: fx.Node) -> None:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             node.meta.pop("ac_graph_id", None)
-
-
-def set_argument(node: fx.Node, position: int, name: str, value: Argument) -> None:
-    """Set an argument of a call, by position where it was given so, else by name."""
-    if len(node.args) > position:
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)
 
 
 def erase_unused(root: fx.Node) -> int:

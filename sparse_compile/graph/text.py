@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparse_compile.graph.read import TAG, value_of
+from sparse_compile.graph.read import value_of
 from sparse_compile.graph.sites import Parameter
+from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.torch_private.aten import overload
 
 _DTYPES = {

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
+from sparse_compile.options.pass_names import pass_names
+
 _V = TypeVar("_V")
 
 
@@ -147,16 +149,13 @@ def layer_sparsity(value: object) -> FrozenMapping[float] | None:
     return FrozenMapping(checked)
 
 
-def pass_names(value: object) -> frozenset[str]:
+def disable(value: object) -> frozenset[str]:
     """Accept a collection of names of passes."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ValueError(f"disable must be a collection of pass names, got {value!r}")
     names = frozenset(value)
     if names:
-        # Imported here: passes are configured, and know this module.
-        from sparse_compile.passes import PASS_NAMES
-
-        reject_unknown(names, PASS_NAMES, "pass")
+        reject_unknown(names, pass_names(), "pass")
     return names
 
 

@@ -1,7 +1,6 @@
-"""Hold what the user may choose, check it at once, and read the files of the reference implementation.
+"""What the user may choose, checked at once.
 
-Everything here is pure: a configuration is an immutable, hashable and picklable value, and the helpers at the end
-(:func:`preset_sparsity`, :func:`match_site`, :func:`kept_count`) are functions of their arguments in exact arithmetic.
+Everything here is pure: a configuration is an immutable, hashable and picklable value.
 """
 
 from __future__ import annotations
@@ -14,32 +13,18 @@ from typing import TYPE_CHECKING, Any
 from sparse_compile.options import checks as check
 from sparse_compile.options import release as upstream
 from sparse_compile.options.checks import FrozenMapping
+from sparse_compile.options.presets import DEFAULT_START_FRACTION, PRESETS
+from sparse_compile.options.schedule_handle import ScheduleHandle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from sparse_compile.training.schedule import Schedule
-
-from sparse_compile.options.presets import (
-    DEFAULT_START_FRACTION,
-    PRESETS,
-)
-
 TOKEN_SELECTIONS = ("roles", "all_sparse", "random_dense")
-
-
 CHANNEL_SELECTIONS = ("svd", "random")
-
-
 KERNELS = ("measured", "triton")
-
-
 MASKINGS = ("off", "auto")
-
-
 MASK_GRADIENTS = ("straight-through", "exact")
 """Gradients of a masked adapter: the mask left out and the products re-associated (LoRS, section 3), or as they are."""
-
 
 DEFAULT_MASK_THRESHOLD = 0.3
 """Fraction of zeros from which on a weight counts as pruned."""
@@ -114,7 +99,7 @@ class SparseLoRAConfig:
     start_step: float | int | None = None
     end_step: float | int | None = None
     # Two equal configurations have equal hashes whatever the handle hashes to, so it need not be hashable.
-    schedule: Schedule | None = field(default=None, hash=False)
+    schedule: ScheduleHandle | None = field(default=None, hash=False)
     keep_logits: bool = False
     merge_low_precision: bool = False
     token_bucket: int | None = None
@@ -155,7 +140,7 @@ class SparseLoRAConfig:
             "preserve_weight_mask": check.choice("preserve_weight_mask", self.preserve_weight_mask, MASKINGS),
             "mask_threshold": check.mask_threshold(self.mask_threshold),
             "mask_gradient": check.choice("mask_gradient", self.mask_gradient, MASK_GRADIENTS),
-            "disable": check.pass_names(self.disable),
+            "disable": check.disable(self.disable),
             "strict": check.boolean("strict", self.strict),
             "dump_dir": check.path("dump_dir", self.dump_dir),
             "seed": check.integer("seed", self.seed, minimum=0, limit=2**63),

@@ -27,6 +27,11 @@ def overload_name(target: OpOverload) -> str:
     return str(target._schema.name.split("::")[-1])
 
 
+def overload_parameters(target: OpOverload) -> tuple[str, ...]:
+    """Return the names of an op's parameters, in order."""
+    return tuple(argument.name for argument in target._schema.arguments)
+
+
 def overload_writes(target: OpOverload) -> bool:
     """Tell whether an op writes to one of its operands."""
     return bool(target._schema.is_mutable)

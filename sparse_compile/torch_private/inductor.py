@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compile.torch_private.source_hash import source_hash
+from sparse_compile.torch_private.sources import source_hash
 
 
 def inductor_options() -> Mapping[str, Any]:

@@ -16,8 +16,8 @@ from graphs import Head, aot_eager, capture, frozen, lora, stand_in_pass, tokens
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.pipeline import passes, run_pipeline
 from sparse_compile.compiler.verify import STAGES, VerificationError, verify
-from sparse_compile.graph.read import LINEAR
 from sparse_compile.graph.rewrite import Rewriter
+from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome

@@ -20,7 +20,7 @@ import torch
 
 from sparse_compile.kernels.fused_linear import tuned
 from sparse_compile.kernels.fused_linear.tiles import Problem, Tile, choose_tile
-from sparse_compile.torch_private.source_hash import hash_of_folders
+from sparse_compile.torch_private.sources import hash_of_folders
 
 triton = pytest.importorskip("triton", reason="needs triton, for its compiler")
 

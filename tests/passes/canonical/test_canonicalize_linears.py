@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from graphs import assert_golden, capture, gradients_of, rejections, render, run_passes, run_rewritten, targets
 from models import normal
-from sparse_compile.graph.read import LINEAR
+from sparse_compile.graph.vocabulary import LINEAR
 from tolerances import assert_close_rms
 
 PASS = "canonicalize_linears"
