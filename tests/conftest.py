@@ -100,9 +100,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give each test the same seeds, an empty predictor cache, and a backend and a Dynamo without memory of others."""
+    if told := sys.modules.get("sparse_compile.training.told"):
+        told.IN_PROCESS.clear()
     if notices := sys.modules.get("sparse_compile.compiler.notices"):
-        for remembered in (notices._told, notices._matched):
-            remembered.clear()
+        notices._matched.clear()
     monkeypatch.setenv("SPARSELORA_CACHE_DIR", str(tmp_path / "sparselora_cache"))
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global generator

@@ -18,7 +18,6 @@ from sparse_compile.compiler.mask_watch import guard_masks, tell_unmasked, watch
 from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.notices import (
     asks_for_sparsity,
-    once,
     tell_about_sites,
     tell_about_slots,
     tell_once,
@@ -45,6 +44,7 @@ from sparse_compile.training.schedule import DENSE
 from sparse_compile.training.session import Session, session_for
 from sparse_compile.training.sharded import any_in_parts, is_sharded
 from sparse_compile.training.token_capacity import watch
+from sparse_compile.training.told import IN_PROCESS
 
 # Dynamo imports this module when it looks up the backend's name, before it traces anything.
 make_dora_traceable()
@@ -97,7 +97,7 @@ def sparselora(
             return dense()
         requested = run_pipeline(gm, ctx, order=evaluation_passes()).exact
         guard_masks(gm, ctx)
-        tell_unmasked(ctx, session_for(trained, config).once if trained else once)
+        tell_unmasked(ctx, session_for(trained, config).once if trained else IN_PROCESS.once)
         return compile_with_inductor(requested or gm, example_inputs, config.inductor, mode)
 
     model = part.model if part is not None and is_sharded(part.model) else None
@@ -122,7 +122,7 @@ def sparselora(
         shift = 1 if ctx.roles.origin == "given" else ctx.roles.labels[0][1]
         install_value_guard("sparse_compile.training.token_capacity", "CAPACITIES", watch(config.token_bucket, shift))
     if result.sparse is not None and ctx.slots is not None:
-        install_value_guard("sparse_compile.training.session", "PHASES", session.id)
+        install_value_guard("sparse_compile.training.phase", "PHASES", session.id)
     path = "" if part is None else part.path
     if result.sparse is not None or (path and ctx.roles is not None and asks_for_sparsity(config)):
         # Blocks are alike: what is planned for one, dense or sparse, goes for no other.

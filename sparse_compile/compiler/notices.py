@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable
 
 from torch import fx, nn
 
@@ -15,9 +14,9 @@ from sparse_compile.compiler.report import GraphReport, summary_of
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.training.session import Session
+from sparse_compile.training.told import IN_PROCESS
 
 _matched: set[SparseLoRAConfig] = set()
-_told: set[Hashable] = set()
 
 
 def asks_for_sparsity(config: SparseLoRAConfig) -> bool:
@@ -143,12 +142,5 @@ def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None
 
 def tell_once(reason: str, model: object = None) -> None:
     """Warn of something that no session can remember: once in this process, or once for each model named."""
-    if once((reason, model)):
+    if IN_PROCESS.once((reason, model)):
         warnings.warn(f"sparselora: {reason}.", stacklevel=3)
-
-
-def once(key: Hashable) -> bool:
-    """Return True the first time that `key` is asked for, by any model: for models that have no session."""
-    is_first = key not in _told
-    _told.add(key)
-    return is_first

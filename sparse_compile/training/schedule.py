@@ -13,12 +13,9 @@ from collections.abc import Callable
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, Final, Literal, TypeAlias
 
-import torch
-from torch import Tensor
-
 from sparse_compile.options.presets import DEFAULT_START_FRACTION
 
-__all__ = ["DENSE", "SPARSE", "STATE_LOCK", "Phase", "Schedule", "phase_at", "sparse_window", "was_skipped"]
+__all__ = ["DENSE", "SPARSE", "STATE_LOCK", "Phase", "Schedule", "phase_at", "sparse_window"]
 
 Phase: TypeAlias = Literal["dense", "sparse"]
 """Which function a training forward computes."""
@@ -209,13 +206,3 @@ def _checked_total(total_steps: int | None) -> int | None:
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps must be a positive integer (optimizer steps of the run), got {total_steps!r}")
     return total_steps
-
-
-def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether a gradient scaler had this optimizer skip the update.
-
-    For most optimizers the scaler does not call `step` at all. A fused one is called all the same and finds `found_inf`
-    on itself, for the duration of the call. Reading it waits for the device, as the scaler does for all the others.
-    """
-    found_inf = getattr(optimizer, "found_inf", None)
-    return isinstance(found_inf, Tensor) and bool(found_inf)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.kernels.roles.reference import output_mask
+from sparse_compile.training.told import IN_PROCESS
 
 __all__ = [
     "CAPACITIES",
@@ -77,7 +78,6 @@ class _Announcement:
 _announced: list[_Announcement] = []
 _keys: dict[str, tuple[int, int]] = {}
 _LOCK: Final = threading.RLock()
-_told_of_waiting = False
 
 
 def announce(tensor: Tensor, ignore_index: int | None) -> None:
@@ -147,9 +147,7 @@ def _count(tensor: Tensor, ignore_index: int | None) -> OutputCount:
 
 
 def _tell_of_waiting() -> None:
-    global _told_of_waiting
-    if not _told_of_waiting:
-        _told_of_waiting = True
+    if IN_PROCESS.once("token_bucket waits for the device"):
         _LOGGER.info(
             "token_bucket: labels are on the device when their tokens are counted, which waits for it once a step; "
             "open token_roles(labels=...) with labels on the CPU to have none"

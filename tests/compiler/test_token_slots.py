@@ -341,7 +341,6 @@ def test_labels_on_a_device_are_counted_there_and_that_is_told(caplog: pytest.Lo
         caplog.at_level(logging.INFO, logger="sparse_compile.training.token_capacity"),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(token_capacity, "_told_of_waiting", False)
         patch.setattr(token_capacity, "_count", lambda tensor, ignored: counted.append(tensor))
         for _ in range(2):
             announcement.count()

@@ -34,6 +34,7 @@ from graphs import aot_eager
 from sparse_compile import Schedule, token_roles
 from sparse_compile.training.label_roles import LabelRoles
 from sparse_compile.training.session import session_for
+from sparse_compile.training.told import IN_PROCESS
 
 LAYERS = 2
 RANKS = 2
@@ -277,8 +278,8 @@ def main() -> None:
         if len(sys.argv) > 2 and name not in sys.argv[2:]:
             continue
         torch._dynamo.reset()
-        for remembered in (notices._told, notices._matched):
-            remembered.clear()
+        IN_PROCESS.clear()
+        notices._matched.clear()
         torch.manual_seed(0)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
