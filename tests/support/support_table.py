@@ -12,8 +12,27 @@ PAGE = TESTS.parent / "docs" / "support.md"
 
 HEAD = """# What is supported
 
-Written from the tests by `make support`; do not edit. Each row is a test that passes: of a model that stays dense, that
-it trains as without this backend and that one warning has the words of the last column.
+Written from the tests by `make support`; do not edit. Each entry of a table is a test that passes. Where a model stays
+dense, the test shows that it trains as without this backend, and that one warning has the words of the last column.
+
+## In short
+
+* **Models**: decoder models (Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi-3, GPT-NeoX, GPT-2, OPT, the attention of
+  Mixtral, T5's decoder) and hand-written ones. q, k, v and gate, up may be apart or fused in one weight. Heads may be
+  grouped. Models are matched by dataflow, not by name.
+* **Adapters**: LoRA on any of the layers, or on the attention alone; rsLoRA, adapter dropout and bias, several active
+  adapters; DoRA, in one graph, on a 4-bit base too; QLoRA with bitsandbytes (NF4, FP4, nested or not); hand-written
+  branches. Adapters may be exchanged, hot-swapped, disabled or merged in between.
+* **Precision**: fp32, bf16, fp64; autocast inside or outside the compiled code; fp32 adapters on a bf16 base.
+* **Batches**: ragged prompts, padding on the left or right, packing, several turns. Lengths and splits may change at
+  every step.
+* **Training**: a plain loop, `transformers.Trainer`, TRL, Accelerate, gradient accumulation ([usage.md](usage.md)).
+* **Memory**: gradient checkpointing, re-entrant or not; PyTorch's activation memory budget ([memory.md](memory.md)).
+* **Several processes**: DDP and FSDP2, tested with two gloo processes on a CPU ([distributed.md](distributed.md)).
+* **Devices**: a CPU has providers of its own. Any other device has the reference providers, or generated Triton kernels
+  (`kernels="triton"`, [kernels.md](kernels.md)). **Neither has been run on a GPU yet.**
+* **Not yet**: DoRA on a fused layer, routed experts, 8-bit bases, torchao's quantisation, labels that leave the model
+  (label smoothing, `compute_loss_func`), tensor parallel. These train densely, and a warning says so and why.
 
 ## Models
 
