@@ -28,6 +28,7 @@ from sparse_compile.graph.read import (
 )
 from sparse_compile.graph.sites import DoRATerm
 from sparse_compile.graph.vocabulary import CASTS, DIFFERENCES, LINEAR, MULTIPLICATIONS
+from sparse_compile.graph.walk import reach, readers
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.lora_branch import is_sum, match_branch
 
@@ -41,24 +42,15 @@ def dora_term(running: fx.Node, base: fx.Node, source: fx.Node, ctx: PassContext
         source: its input.
         ctx: tells parameters.
     """
-    readers = _readers(running)
-    for addition in readers:
+    found = set(readers(running, through=lambda user: op_name(user) in CASTS and calls_torch(user)))
+    for addition in found:
         if not is_sum(addition):
             continue
         others = [arg for arg in addition.args if isinstance(arg, fx.Node) and strip_casts(arg) is not running]
         term = _term(strip_casts(others[0]), running, base, source, ctx) if len(others) == 1 else None
-        if term is not None and readers <= {addition, *term[1]}:
+        if term is not None and found <= {addition, *term[1]}:
             return addition, term[0]
     return None
-
-
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """Return what reads a tensor, through casts."""
-    found: set[fx.Node] = set()
-    for user in node.users:
-        is_cast = op_name(user) in CASTS and calls_torch(user)
-        found |= _readers(user) if is_cast else {user}
-    return found
 
 
 def _term(
@@ -109,15 +101,8 @@ def _is_channel_vector(node: fx.Node, width: int, ctx: PassContext) -> bool:
     if not shape or shape[-1] != width or set(shape[:-1]) > {1}:
         return False
     known = {*ctx.parameters, *(name for weight in ctx.quantized_weights.values() for name in weight.operands)}
-    seen, frontier = {node}, [node]
-    while frontier:
-        current = frontier.pop()
-        if current.op == "placeholder" and current.name not in known:
-            return False
-        new = [operand for operand in current.all_input_nodes if operand not in seen]
-        seen.update(new)
-        frontier += new
-    return True
+    computed_from = reach([node], lambda each: each.all_input_nodes)
+    return all(each.name in known for each in computed_from if each.op == "placeholder")
 
 
 def _is_product_of(node: fx.Node, base: fx.Node, read: str) -> bool:

@@ -6,6 +6,7 @@ from torch import fx
 
 from sparse_compile.graph.read import strip_casts
 from sparse_compile.graph.sites import Projection
+from sparse_compile.graph.walk import reach
 
 
 def site_name(projections: tuple[Projection, ...]) -> str:
@@ -24,13 +25,11 @@ def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:
 
     Adapters may read what the layer itself reads a cast of.
     """
-    own = {nodes[projection.base]}
-    roots = {projection.source, strip_casts(nodes[projection.source]).name}
-    frontier = [nodes[name] for name in projection.products[1:]]
-    frontier += [nodes[branch.a] for branch in projection.adapters]
-    while frontier:
-        node = frontier.pop()
-        own.add(node)
-        frontier += [operand for operand in node.all_input_nodes if operand.op != "placeholder"]
-        frontier = [operand for operand in frontier if operand.name not in roots and operand not in own]
-    return own
+    base, source = nodes[projection.base], nodes[projection.source]
+    ends = {base, source, strip_casts(source)}
+    starts = [*projection.products[1:], *(branch.a for branch in projection.adapters)]
+    back = reach(
+        (nodes[name] for name in starts),
+        lambda node: [each for each in node.all_input_nodes if each.op != "placeholder" and each not in ends],
+    )
+    return {base, *back}

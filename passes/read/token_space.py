@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from sparse_compile.graph.facts import TokenRoles
 from sparse_compile.graph.read import argument, nodes_by_name, op_name, value_of
 from sparse_compile.graph.vocabulary import LINEAR, MATMULS
+from sparse_compile.graph.walk import reach
 
 _PRODUCTS = MATMULS | {"baddbmm"}
 
@@ -29,14 +30,7 @@ def token_space(graph: fx.Graph, roles: TokenRoles) -> set[str]:
         starts = [argument(nodes[name], "input") for name in roles.loss]
     else:
         starts = graph.output_node().all_input_nodes
-    seen: set[fx.Node] = set()
-    frontier = list(starts)
-    while frontier:
-        node = frontier.pop()
-        if node not in seen:
-            seen.add(node)
-            frontier += _operands_with_the_same_tokens(node)
-    return {node.name for node in seen}
+    return {node.name for node in reach(starts, _operands_with_the_same_tokens)}
 
 
 def _operands_with_the_same_tokens(node: fx.Node) -> Iterable[fx.Node]:

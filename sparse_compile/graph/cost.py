@@ -20,6 +20,7 @@ from sparse_compile.graph.facts import LossRows, SitePlan, SparsityPlan
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
 from sparse_compile.graph.sites import AttentionSite, Projection, Site
 from sparse_compile.graph.vocabulary import LINEAR, MATMULS
+from sparse_compile.graph.walk import reach
 
 CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
 """Numbers of context tokens, of output tokens, and of rows of the loss in a batch."""
@@ -127,13 +128,10 @@ def step_flops(graph: fx.Graph) -> float:
     scores (causal), five products backward for two forward, as fused attention kernels execute it. Of what is detached
     before it reaches an output, as DoRA's norm is, only the forward counts.
     """
-    differentiated: set[fx.Node] = set()
-    frontier = [graph.output_node()]
-    while frontier:
-        node = frontier.pop()
-        if node not in differentiated and op_name(node) != "detach":
-            differentiated.add(node)
-            frontier += node.all_input_nodes
+    differentiated = reach(
+        [graph.output_node()],
+        lambda node: [operand for operand in node.all_input_nodes if op_name(operand) != "detach"],
+    )
     return sum(node_flops(node, differentiated=node in differentiated) for node in graph.nodes)
 
 

@@ -24,6 +24,11 @@ class Declined(Exception):  # noqa: N818  (an answer, not a fault)
         self.node = str(node)
         self.reason = reason
 
-    def by(self, rule: str) -> Rejection:
-        """Return what the pass (or the rule within it) reports."""
-        return Rejection(rule, self.node, self.reason)
+    def by(self, rule: str, *, at: fx.Node | str | None = None) -> Rejection:
+        """Return what the pass (or the rule within it) reports.
+
+        Args:
+            rule: the pass or the rule.
+            at: what the pass was asked about, where it reports that and not the node where the matcher looked.
+        """
+        return Rejection(rule, self.node if at is None else str(at), self.reason)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
-__all__ = ["reach"]
+__all__ = ["reach", "readers"]
 
 
 def reach(starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> dict[fx.Node, None]:
@@ -24,3 +24,14 @@ def reach(starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]
             met[node] = None
             frontier += step(node)
     return met
+
+
+def readers(node: fx.Node, through: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return what reads a node, directly or behind calls that only pass it on.
+
+    Args:
+        node: what is read.
+        through: tells which calls pass on what they are given; these are no readers themselves.
+    """
+    met = reach(node.users, lambda user: user.users if through(user) else ())
+    return [user for user in met if not through(user)]
