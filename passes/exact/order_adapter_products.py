@@ -31,6 +31,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import ProductOrder, Rejection
 from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
@@ -64,14 +65,16 @@ class OrderAdapterProducts:
         orders: list[ProductOrder] = []
         rejections: list[Rejection] = []
         for projection in ctx.projections.values():
-            found = matcher.match(projection)
-            if isinstance(found, AdaptedLayer):
+            try:
+                found = matcher.match(projection)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
+                continue
+            if found is not None:
                 order = _cheapest(found, projection, readers[projection.branches[0].a])
                 orders.append(order)
                 if order.order != "F1B1":
                     _rewrite(found, projection, order.order, rewriter)
-            elif found:
-                rejections.append(Rejection(self.name, projection.name, found))
         ctx.product_orders = tuple(orders)
         stats = dict(Counter(order.order for order in orders))
         return PassOutcome(rewriter.inserted > 0, stats, tuple(rejections))
@@ -86,28 +89,35 @@ class _Matcher:
         self.sparse = {projection.base for plan in ctx.plan.sparse_sites for projection in plan.site.projections}
         self.autocast = {device: autocast_dtypes(graph, ctx.autocast, device) for device in ("cpu", "cuda")}
 
-    def match(self, projection: Projection) -> AdaptedLayer | str:
-        """Return the layer, or why its products are left alone; that goes without saying where the string is empty."""
-        if not projection.branches or projection.base not in self.nodes or projection.base in self.sparse:
-            return ""
-        if projection.weight in self.ctx.quantized_weights:
-            return "its weight is stored in 4 bits, and a merged one would be a dense copy of it"
-        layer = adapted_layer(projection, self.nodes)
-        return layer if isinstance(layer, str) else self._reason(layer) or layer
+    def match(self, projection: Projection) -> AdaptedLayer | None:
+        """Return a layer with its adapter, or None where there is none, or the layer is gone or sparse.
 
-    def _reason(self, layer: AdaptedLayer) -> str:
+        Raises:
+            Declined: its products are left alone.
+        """
+        if not projection.branches or projection.base not in self.nodes or projection.base in self.sparse:
+            return None
+        if projection.weight in self.ctx.quantized_weights:
+            reason = "its weight is stored in 4 bits, and a merged one would be a dense copy of it"
+            raise Declined(projection.name, reason)
+        layer = adapted_layer(projection, self.nodes)
+        self._check_merge(layer, projection.name)
+        return layer
+
+    def _check_merge(self, layer: AdaptedLayer, name: str) -> None:
+        """Decline a layer whose merged product would round otherwise, or whose tokens cannot be counted."""
         value = tensor_value(layer.x)
         if layer.cast or value is None:
-            return "the layer and its adapter compute in different dtypes"
+            raise Declined(name, "the layer and its adapter compute in different dtypes")
         casts = {self.autocast.get(value.device.type, {}).get(node.name) for node in layer.products}
         if casts != {None} and value.dtype != torch.float64:
-            return "autocast casts its operands, which it does not do for a merged product"
+            raise Declined(name, "autocast casts its operands, which it does not do for a merged product")
         low_precision = value.dtype not in (torch.float32, torch.float64)
         if low_precision and not self.ctx.config.merge_low_precision:
-            return f"a weight merged in {str(value.dtype).removeprefix('torch.')} is rounded (see merge_low_precision)"
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise Declined(name, f"a weight merged in {dtype} is rounded (see merge_low_precision)")
         if UNKNOWN_SIZE in hinted_shape(layer.x)[:-1]:
-            return "its number of tokens is known at run time only"
-        return ""
+            raise Declined(name, "its number of tokens is known at run time only")
 
 
 def _cheapest(layer: AdaptedLayer, projection: Projection, readers: int) -> ProductOrder:

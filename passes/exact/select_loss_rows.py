@@ -39,7 +39,8 @@ import torch
 from torch import Tensor, fx
 
 from sparse_compile.graph.cost import frozen_products, node_flops
-from sparse_compile.graph.facts import LossRows, NarrowedOutput, Rejection, SitePlan, SparsityPlan, TokenSlots
+from sparse_compile.graph.declined import Declined
+from sparse_compile.graph.facts import LossRows, NarrowedOutput, SitePlan, SparsityPlan, TokenSlots
 from sparse_compile.graph.read import argument, hinted_shape, op_name, set_argument, tensor_value, value_of
 from sparse_compile.graph.rewrite import Rewriter, erase_unused, hoist, save_what_precedes
 from sparse_compile.graph.sites import FFNSite
@@ -48,7 +49,6 @@ from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.read.loss_segment import (
-    DeclinedError,
     LossSegment,
     Numbering,
     Place,
@@ -79,8 +79,8 @@ class SelectLossRows:
             return PassOutcome(False)
         try:
             segment = find_loss_segment(gm.graph, ctx)
-        except DeclinedError as declined:
-            return PassOutcome(False, {}, (Rejection(self.name, *declined.args),))
+        except Declined as declined:
+            return PassOutcome(False, {}, (declined.by(self.name),))
         stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(segment.outputs)}
         frozen = frozen_products(ctx.projections.values())
         ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, frozen, ctx.slots).run()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.sites import Projection
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, MULTIPLICATIONS
@@ -51,40 +52,44 @@ class AdaptedLayer:
     cast: bool
 
 
-def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> AdaptedLayer | str:
-    """Return a layer with its adapter, or why they cannot become one product.
+def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> AdaptedLayer:
+    """Return a layer with its adapter.
 
     Args:
         projection: a layer with at least one LoRA branch.
         nodes: the nodes of the graph by name.
+
+    Raises:
+        Declined: the two cannot become one product.
     """
     if len(projection.branches) > 1:
-        return "it has several adapters"
+        raise Declined(projection.name, "it has several adapters")
     (branch,) = projection.branches
     if branch.dropout is not None:
-        return "the adapter's input is dropped out: the layer's is not, so the two cannot be merged"
+        reason = "the adapter's input is dropped out: the layer's is not, so the two cannot be merged"
+        raise Declined(projection.name, reason)
     names = (projection.base, branch.a, branch.b, branch.output, projection.output)
     base, low, up, scaled, output = (nodes[name] for name in names)
     if low.target is not LINEAR:
-        return "the adapter is fused with others"
+        raise Declined(projection.name, "the adapter is fused with others")
     if any(argument(product, "bias") is not None for product in (low, up)):
-        return "the adapter has a bias"
+        raise Declined(projection.name, "the adapter has a bias")
     values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
     if None in values:
-        return "its sizes are not known"
+        raise Declined(projection.name, "its sizes are not known")
     ways = ((scaled, up), (argument(up, "input"), low), (_other(output, scaled), base))
     chains = [_multiples(top, bottom) for top, bottom in ways]
     between = {node for chain in chains for node in chain.nodes}
     if any(len(node.users) != 1 for node in (base, low, up, *between)):
-        return "a product in between is read elsewhere"
+        raise Declined(projection.name, "a product in between is read elsewhere")
     if any(chain.scale is None for chain in chains) or chains[2].scale != 1.0:
-        return "the scale is no number"
+        raise Declined(projection.name, "the scale is no number")
     x = argument(base, "input")
     if mutation_between(x, output) is not None:
-        return "its input may be written to in between"
+        raise Declined(projection.name, "its input may be written to in between")
     marks = {(node.meta.get("ac_graph_id"), node.meta.get("recompute")) for node in (base, low, up, scaled, output)}
     if len(marks) > 1:
-        return "the layer and its adapter stand in different checkpoints"
+        raise Declined(projection.name, "the layer and its adapter stand in different checkpoints")
     dtypes = {value.dtype for value in values if value is not None}
     casts = any(op_name(node) in CASTS for node in between) or argument(low, "input") is not x
     return AdaptedLayer(

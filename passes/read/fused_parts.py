@@ -21,10 +21,11 @@ from typing import Any
 
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value, value_of
 from sparse_compile.graph.sites import FusedRows, Projection
 from sparse_compile.graph.vocabulary import REGROUPINGS, SPLITS
-from sparse_compile.passes.read.head_layout import MIXED, Axis, Layout, Untraceable, follow, initial_layout
+from sparse_compile.passes.read.head_layout import MIXED, Axis, Layout, follow, initial_layout
 from sparse_compile.torch_private.fake import size_hint
 
 _STEM = REGROUPINGS | {"transpose", "swapaxes", "swapdims", "permute", "contiguous"}
@@ -64,7 +65,7 @@ def fused_parts(layer: Projection, nodes: dict[str, fx.Node]) -> tuple[Part, ...
         while len(stem.users) == 1 and op_name(user := next(iter(stem.users))) in _STEM:
             follow(layouts, [user])
             stem = user
-    except Untraceable:
+    except Declined:
         return ()
     slices = _slices(stem)
     if slices is None:

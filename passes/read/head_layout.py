@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, calls_torch, hinted_shape, op_name, tensor_value, value_of
 from sparse_compile.graph.vocabulary import NORMALISATIONS, REDUCTIONS, REGROUPINGS, SPLITS
 from sparse_compile.passes.read.elementwise import is_elementwise
@@ -40,15 +41,6 @@ class Axis:
 Layout = tuple[tuple[Axis, ...], ...]
 
 
-class Untraceable(Exception):  # noqa: N818  (a finding, not a fault)
-    """Raised where a node does something to the channels that a layout cannot express."""
-
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        super().__init__(f"{node.name}: {reason}")
-        self.node = node
-        self.reason = reason
-
-
 def origin(axis: Axis) -> str:
     """Return the label of an axis whether or not its entries were mixed."""
     return axis.label.replace(MIXED, "")
@@ -65,10 +57,15 @@ def follow(layouts: dict[fx.Node, Layout], nodes: Iterable[fx.Node]) -> None:
     """Extend `layouts` to the given nodes, which come in graph order and read nodes that have a layout.
 
     Raises:
-        Untraceable: with the first node that a layout cannot express.
+        Declined: a node does something to the channels that a layout cannot express; the first one is named.
     """
     for node in nodes:
         layouts[node] = _layout(node, layouts)
+
+
+def _lost(node: fx.Node, what: str) -> Declined:
+    """Return what is raised where a layout ends. The reason names the node, for an attention is reported as a whole."""
+    return Declined(node, f"{node.name}: {what}")
 
 
 def _axes(*axes: Axis) -> tuple[Axis, ...]:
@@ -80,14 +77,14 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
         *outer, rows, columns = layouts[node.args[0]]  # type: ignore[index]
         return (*outer, columns, rows)
     if not calls_torch(node):
-        raise Untraceable(node, "not a tensor operation")
+        raise _lost(node, "not a tensor operation")
     name = op_name(node)
     operands = [operand for operand in node.all_input_nodes if operand in layouts]
     before = layouts[operands[0]]
     if name in SPLITS - {"unbind"}:
         return _split(node, before)
     if tensor_value(node) is None:
-        raise Untraceable(node, "returns no tensor")
+        raise _lost(node, "returns no tensor")
     shape = hinted_shape(node)
     if name in ("cat", "concat", "stack"):
         return _joined(node, layouts)
@@ -106,7 +103,7 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
         return (*before[:-1], _mixed(before[-1], shape[-1]))
     if name in NORMALISATIONS and len(argument(node, "normalized_shape")) == 1:
         return (*before[:-1], _mixed(before[-1], shape[-1]))
-    raise Untraceable(node, f"`{name}` may mix heads or channels")
+    raise _lost(node, f"`{name}` may mix heads or channels")
 
 
 def _split(node: fx.Node, before: Layout) -> Layout:
@@ -114,7 +111,7 @@ def _split(node: fx.Node, before: Layout) -> Layout:
     parts = value_of(node)
     sizes = {size_hint(part.shape[-1]) for part in parts}
     if int(argument(node, "dim", 0)) % len(before) != len(before) - 1 or len(sizes) != 1:
-        raise Untraceable(node, "splits tokens or heads, or a head unevenly")
+        raise _lost(node, "splits tokens or heads, or a head unevenly")
     return (*before[:-1], _mixed(before[-1], sizes.pop()))
 
 
@@ -127,7 +124,7 @@ def _regroup(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
         filled = 1
         while filled < size:
             if not pending:
-                raise Untraceable(node, "the view does not fit the layout")
+                raise _lost(node, "the view does not fit the layout")
             axis = pending.pop()
             missing = size // filled
             if axis.size <= missing and missing % axis.size == 0:
@@ -138,10 +135,10 @@ def _regroup(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
                 pending.append(Axis(f"{axis.label}.1", axis.size // missing))
                 filled = size
             else:
-                raise Untraceable(node, "the view splits a dimension unevenly")
+                raise _lost(node, "the view splits a dimension unevenly")
         after.append(_joined_parts(dim))
     if pending:
-        raise Untraceable(node, "the view does not fit the layout")
+        raise _lost(node, "the view does not fit the layout")
     return tuple(after)
 
 
@@ -179,7 +176,7 @@ def _repeated(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
         if present == size:
             after.append(dim)
         elif size % present:
-            raise Untraceable(node, "repeats unevenly")
+            raise _lost(node, "repeats unevenly")
         elif name in ("expand", "expand_as") and present == 1:
             after.append((Axis(GROUP, size),))
         elif name == "repeat_interleave":
@@ -194,7 +191,7 @@ def _indexed(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
     """Handle `x[..., None, a:b]`: new dimensions of size 1, and slices, which keep a part of a dimension."""
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if any(not (part is None or part is Ellipsis or isinstance(part, slice)) for part in index):
-        raise Untraceable(node, "indexes with a number or a tensor")
+        raise _lost(node, "indexes with a number or a tensor")
     given = sum(part is not None and part is not Ellipsis for part in index)
     rest = [slice(None)] * (len(before) - given)
     if Ellipsis in index:
@@ -208,7 +205,7 @@ def _indexed(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
         dim = () if part is None else next(dims)
         present = math.prod(axis.size for axis in dim)
         if present != size and len(after) != len(shape) - 1:
-            raise Untraceable(node, "takes a part of the tokens or heads")
+            raise _lost(node, "takes a part of the tokens or heads")
         after.append(dim if present == size else _mixed(dim, size))
     return tuple(after)
 
@@ -218,13 +215,13 @@ def _joined(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
     parts = [part for part in node.args[0] if not _is_empty(part)]  # type: ignore[union-attr]
     shape = hinted_shape(node)
     if any(part not in layouts for part in parts):
-        raise Untraceable(node, "joins the heads with other tensors")
+        raise _lost(node, "joins the heads with other tensors")
     first = layouts[parts[0]]  # type: ignore[index]
     if len(parts) == 1 and op_name(node) != "stack":
         return first
     dim = int(argument(node, "dim", 0)) % len(shape)
     if dim != len(shape) - 1:
-        raise Untraceable(node, "joins tensors along tokens or heads")
+        raise _lost(node, "joins tensors along tokens or heads")
     if op_name(node) == "stack":
         return (*first, (Axis(f"c{MIXED}", shape[-1]),))
     return (*first[:-1], _mixed(first[-1], shape[-1]))
@@ -242,12 +239,12 @@ def _combined(node: fx.Node, operands: list[Layout], shape: tuple[int, ...]) -> 
         if not dims:
             # A broadcast against a tensor from outside would repeat the channels along a new dimension.
             if shape[position] != 1:
-                raise Untraceable(node, "broadcasts the heads against another tensor")
+                raise _lost(node, "broadcasts the heads against another tensor")
             merged.append(())
             continue
         kinds = {tuple(origin(axis) for axis in dim) for dim in dims}
         if len(kinds) > 1:
-            raise Untraceable(node, "combines tensors whose heads lie differently")
+            raise _lost(node, "combines tensors whose heads lie differently")
         mixed = [dim for dim in dims if any(axis.label.endswith(MIXED) for axis in dim)]
         merged.append(mixed[0] if mixed else dims[0])
     return tuple(merged)

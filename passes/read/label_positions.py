@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
 from sparse_compile.graph.vocabulary import CASTS, COPIES, VIEWS
+from sparse_compile.graph.walk import reach
 
 _SAME = CASTS | COPIES | {"long", "int"}
 
@@ -22,10 +24,6 @@ _MOVES = {
 _IGNORED = -1
 
 
-class UntraceableError(Exception):
-    """Carries the reason why positions cannot be followed."""
-
-
 def is_labels(node: fx.Node) -> bool:
     """Tell whether a node holds an integer tensor (batch, tokens)."""
     value = tensor_value(node)
@@ -33,20 +31,25 @@ def is_labels(node: fx.Node) -> bool:
 
 
 def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
-    """Return the labels (B, S) a cross-entropy reads, and the shift between a token and the label it predicts."""
+    """Return the labels (B, S) that a cross-entropy reads, and the shift between a token and the label it predicts.
+
+    Raises:
+        Declined: positions cannot be followed, or the labels are not known before the first block.
+    """
     logits, target = argument(loss, "input"), argument(loss, "target")
     target_value = tensor_value(target)
     if target_value is None or target_value.is_floating_point():
-        raise UntraceableError("the loss has class probabilities as its target")
+        raise Declined(loss, "the loss has class probabilities as its target")
     if len(hinted_shape(logits)) > 2:
-        raise UntraceableError("the classes of the loss are not its last dimension")
-    root, chain = label_root(target)
+        raise Declined(loss, "the classes of the loss are not its last dimension")
+    found = label_root(target)
+    if found is None:
+        raise Declined(loss, "the target is no tensor of the graph")
+    root, chain = found
     if not is_labels(root):
-        raise UntraceableError(f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
+        raise Declined(loss, f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
     if not available_early(root):
-        raise UntraceableError(
-            f"the target {root.name} is computed from activations: it is not known before the blocks"
-        )
+        raise Declined(root, f"the target {root.name} is computed from activations: it is not known before the blocks")
     labels = _replay(chain, torch.arange(tensor_numel(root)).view(hinted_shape(root)), drop_last=False).reshape(-1)
     tokens = _token_of_each_row(logits, hinted_shape(root)).reshape(-1)
     assert labels.shape == tokens.shape, "a cross-entropy has a target for each row of logits"
@@ -57,11 +60,14 @@ def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
         inside = (tokens[read] % length + shift) < length
         if bool((labels[read] == tokens[read] + shift).all()) and bool(inside.all()):
             return root, shift
-    raise UntraceableError("a row of the loss reads neither its own token's label nor the next one's")
+    raise Declined(loss, "a row of the loss reads neither its own token's label nor the next one's")
 
 
-def label_root(node: object) -> tuple[fx.Node, list[fx.Node]]:
-    """Walk back through ops that only move labels; return the tensor they come from and the ops, in order."""
+def label_root(node: object) -> tuple[fx.Node, list[fx.Node]] | None:
+    """Walk back through ops that only move labels; return the tensor they come from and the ops, in order.
+
+    None where they come from no tensor of the graph.
+    """
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node) and op_name(node) in VIEWS | _SAME | {"getitem", "pad", "slice"}:
         if not isinstance(node.args[0], fx.Node) or tensor_value(node.args[0]) is None:
@@ -69,24 +75,19 @@ def label_root(node: object) -> tuple[fx.Node, list[fx.Node]]:
         chain.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or tensor_value(node) is None:
-        raise UntraceableError("the target is no tensor of the graph")
+        return None
     return node, chain[::-1]
 
 
 def available_early(node: fx.Node) -> bool:
     """Tell whether `node` depends on inputs that are no floating-point tensors alone."""
-    seen: set[fx.Node] = set()
-    frontier = [node]
-    while frontier:
-        current = frontier.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        value = tensor_value(current)
-        if value is not None and value.is_floating_point():
-            return False
-        frontier += current.all_input_nodes
-    return True
+    met = reach([node], lambda each: () if _is_floating(each) else each.all_input_nodes)
+    return not any(map(_is_floating, met))
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = tensor_value(node)
+    return value is not None and value.is_floating_point()
 
 
 def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
@@ -98,7 +99,7 @@ def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
         node = node.args[0]  # type: ignore[assignment]
     size = hinted_shape(node)
     if op_name(node) in _MOVES or size[:-1] not in ((batch, length), (batch * length,)):
-        raise UntraceableError(f"the rows of the logits cannot be followed through {node.name}")
+        raise Declined(node, f"the rows of the logits cannot be followed through {node.name}")
     return _replay(chain[::-1], torch.arange(batch * length).view(size[:-1]), drop_last=True)
 
 
@@ -120,13 +121,13 @@ def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tens
             pad, value = node.args[1], argument(node, "value")
             positions = torch.nn.functional.pad(positions, pad, value=_IGNORED)  # type: ignore[arg-type]
             if value is None:
-                raise UntraceableError("the target is padded with label 0, not with ignore_index")
+                raise Declined(node, "the target is padded with label 0, not with ignore_index")
         elif op_name(node) == "getitem":
             positions = _sliced(positions, node, drop_last=drop_last)
         else:
-            raise UntraceableError(f"positions cannot be followed through {node.name}")
+            raise Declined(node, f"positions cannot be followed through {node.name}")
         if tuple(positions.shape) != shape:
-            raise UntraceableError(f"positions cannot be followed through {node.name}")
+            raise Declined(node, f"positions cannot be followed through {node.name}")
     return positions
 
 
@@ -135,12 +136,12 @@ def _sliced(positions: Tensor, node: fx.Node, *, drop_last: bool) -> Tensor:
     parts: list[Any] = []
     for part in index:
         if isinstance(part, slice):
-            bounds = [_as_int(bound) for bound in (part.start, part.stop, part.step)]
+            bounds = [_as_int(bound, node) for bound in (part.start, part.stop, part.step)]
             parts.append(slice(*bounds))
         elif part is None or part is Ellipsis or isinstance(part, int):
             parts.append(part)
         else:
-            raise UntraceableError(f"{node.name} picks rows by a tensor")
+            raise Declined(node, f"{node.name} picks rows by a tensor")
     if drop_last:
         positions = positions.unsqueeze(-1)
         rank = positions.dim()
@@ -150,15 +151,15 @@ def _sliced(positions: Tensor, node: fx.Node, *, drop_last: bool) -> Tensor:
     return positions[tuple(parts)]
 
 
-def _as_int(bound: object) -> int | None:
-    """Return a slice bound as the number seen at tracing."""
+def _as_int(bound: object, node: fx.Node) -> int | None:
+    """Return a bound of the slice `node` as the number seen at tracing."""
     if isinstance(bound, fx.Node):
         bound = bound.meta.get("example_value")
     if bound is None or isinstance(bound, int):
         return bound
     hint = getattr(getattr(bound, "node", None), "hint", None)
     if hint is None:
-        raise UntraceableError("a slice bound is not known at tracing")
+        raise Declined(node, "a slice bound is not known at tracing")
     return int(hint)
 
 

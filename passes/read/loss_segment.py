@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.vocabulary import LINEAR, MATMULS, VIEWS
@@ -17,17 +18,12 @@ from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.label_positions import available_early
 from sparse_compile.passes.read.row_wise import (
     SAME_ROWS,
-    MixesRowsError,
     RowOperand,
     Sizes,
     Slice,
     row_operands,
     sizes_of,
 )
-
-
-class DeclinedError(Exception):
-    """Carries the node and the reason why the pass does not apply."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +82,14 @@ def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
     """Return the nodes to compute for rows of the loss alone.
 
     Raises:
-        DeclinedError: where there are none.
+        Declined: there are none.
     """
     if ctx.config.keep_logits:
-        raise DeclinedError("graph", "keep_logits asks for every row of the logits")
+        raise Declined("graph", "keep_logits asks for every row of the logits")
     losses = [node for node in graph.nodes if op_name(node) == "cross_entropy" and calls_torch(node)]
     if len(losses) != 1:
         found = "no cross-entropy is" if not losses else f"{len(losses)} cross-entropies are"
-        raise DeclinedError("graph", f"{found} in the graph; the rows of exactly one can be told")
+        raise Declined("graph", f"{found} in the graph; the rows of exactly one can be told")
     (loss,) = losses
     logits = _checked_logits(loss)
     returned = graph.output_node()
@@ -105,10 +101,10 @@ def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
     outputs = [(index, node) for index, node in enumerate(leaves) if isinstance(node, fx.Node) and node in climb.places]
     for _, node in outputs:
         if node not in chain:
-            raise DeclinedError(node.name, "the graph returns it for all rows, beside the loss and its logits")
+            raise Declined(node, "the graph returns it for all rows, beside the loss and its logits")
     if not any(node.target is LINEAR or op_name(node) in MATMULS for node in climb.places):
         reason = climb.stops[0].reason if climb.stops else f"{climb.reader or 'something else'} reads it for all rows"
-        raise DeclinedError(climb.stops[0].node if climb.stops else logits.name, reason)
+        raise Declined(climb.stops[0].node if climb.stops else logits.name, reason)
     return LossSegment(loss, climb.places, climb.operands, tuple(outputs), tuple(climb.stops))
 
 
@@ -117,11 +113,11 @@ def _checked_logits(loss: fx.Node) -> fx.Node:
     logits, target = argument(loss, "input"), argument(loss, "target")
     scores, labels = tensor_value(logits), tensor_value(target)
     if scores is None or labels is None or scores.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
-        raise DeclinedError(loss.name, "the loss is not that of (N, classes) logits and N class numbers")
+        raise Declined(loss, "the loss is not that of (N, classes) logits and N class numbers")
     if argument(loss, "reduction", "mean") not in ("mean", "sum") or argument(loss, "reduce") is not None:
-        raise DeclinedError(loss.name, "the loss has a value for each row")
+        raise Declined(loss, "the loss has a value for each row")
     if not available_early(target):
-        raise DeclinedError(target.name, "the targets are computed from activations: not known before the blocks")
+        raise Declined(target, "the targets are computed from activations: not known before the blocks")
     assert isinstance(logits, fx.Node)
     return logits
 
@@ -161,8 +157,8 @@ class _Climb:
             try:
                 operands = row_operands(node, place.lead)
                 _check_sizes(node, place, operands)
-            except MixesRowsError as stop:
-                self.stops.append(Rejection("select_loss_rows", node.name, str(stop)))
+            except Declined as stop:
+                self.stops.append(stop.by("select_loss_rows"))
                 continue
             self.places[node] = place
             self.operands[node] = operands
@@ -190,9 +186,9 @@ def _check_sizes(node: fx.Node, place: Place, operands: list[RowOperand]) -> Non
     drawn = op_name(node) == "dropout"
     lead = operands[0].lead if sliced else place.lead
     if (sliced or drawn) and not all(size.is_Integer or size.is_Symbol for size in lead):
-        raise MixesRowsError(f"{op_name(node)} has a number of tokens that is computed")
+        raise Declined(node, f"{op_name(node)} has a number of tokens that is computed")
     bounds = [bound for operand in operands for part in operand.slices or () for bound in part]
     if not all(available_early(bound) for bound in bounds if isinstance(bound, fx.Node)):
-        raise MixesRowsError(f"{op_name(node)} slices by a number that is computed from activations")
+        raise Declined(node, f"{op_name(node)} slices by a number that is computed from activations")
     if drawn and any(not size.is_Integer for size in sizes_of(node)[len(place.lead) :]):
-        raise MixesRowsError("dropout has a number of channels that is not fixed")
+        raise Declined(node, "dropout has a number of channels that is not fixed")

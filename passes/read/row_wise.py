@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, calls_torch, op_name, set_argument, tensor_value
 from sparse_compile.graph.vocabulary import CASTS, COPIES, LINEAR, MATMULS, NORMALISATIONS, REDUCTIONS, VIEWS
 from sparse_compile.passes.read.elementwise import is_elementwise
@@ -29,10 +30,6 @@ _CUTS = frozenset({"chunk", "split"})
 _ALONG_SOME = REDUCTIONS | _CUTS | {"softmax", "log_softmax"}
 """Calls that keep rows apart where the dimensions that they work along are no leading ones."""
 _WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-class MixesRowsError(Exception):
-    """Carries the reason why a call cannot be computed for some rows alone."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,13 @@ def row_operands(node: fx.Node, lead: Sizes) -> list[RowOperand]:
         lead: the leading sizes of its result that count rows.
 
     Raises:
-        MixesRowsError: where a row may depend on other rows, or that cannot be told.
+        Declined: a row may depend on other rows, or that cannot be told.
     """
     name = op_name(node)
     if not calls_torch(node) and not _picks_part(node):
-        raise MixesRowsError(f"{name or node.op} is not known to keep tokens apart")
+        raise Declined(node, f"{name or node.op} is not known to keep tokens apart")
     if _writes(node):
-        raise MixesRowsError(f"{name} writes into its operand")
+        raise Declined(node, f"{name} writes into its operand")
     if _is_product(node) or name in SAME_ROWS or name in NORMALISATIONS or name in _ALONG_SOME:
         return [_first(node, lead)]
     if name in VIEWS:
@@ -82,7 +79,7 @@ def row_operands(node: fx.Node, lead: Sizes) -> list[RowOperand]:
         return [_picked(node, lead)]
     if is_elementwise(node):
         return list(_elementwise(node, lead))
-    raise MixesRowsError(f"{name} is not known to keep tokens apart")
+    raise Declined(node, f"{name} is not known to keep tokens apart")
 
 
 def _writes(node: fx.Node) -> bool:
@@ -113,12 +110,12 @@ def _first(node: fx.Node, lead: Sizes) -> RowOperand:
     """Return the first operand, which has the same leading sizes, where the call works within rows."""
     operand = argument(node, "input")
     if not isinstance(operand, fx.Node) or tensor_value(operand) is None or sizes_of(operand)[: len(lead)] != lead:
-        raise MixesRowsError(f"{op_name(node)} changes what tokens its result has")
+        raise Declined(node, f"{op_name(node)} changes what tokens its result has")
     rank = len(sizes_of(operand))
     if op_name(node) in _ALONG_SOME and min(_dims(node, rank), default=-1) < len(lead):
-        raise MixesRowsError(f"{op_name(node)} works across tokens")
+        raise Declined(node, f"{op_name(node)} works across tokens")
     if op_name(node) in NORMALISATIONS and len(argument(node, "normalized_shape")) > rank - len(lead):
-        raise MixesRowsError(f"{op_name(node)} works across tokens")
+        raise Declined(node, f"{op_name(node)} works across tokens")
     return RowOperand(operand, lead)
 
 
@@ -128,7 +125,7 @@ def _dims(node: fx.Node, rank: int) -> list[int]:
     given = argument(node, "dim", 0 if name in _CUTS else None)
     dims = given if isinstance(given, Sequence) else (given,)
     if not dims or not all(isinstance(dim, int) for dim in dims):
-        raise MixesRowsError(f"{name} works along all dimensions, tokens included")
+        raise Declined(node, f"{name} works along all dimensions, tokens included")
     return [dim % rank for dim in dims]
 
 
@@ -145,14 +142,14 @@ def _viewed(node: fx.Node, lead: Sizes) -> RowOperand:
     """Follow a view: it keeps rows apart where the leading sizes of both sides have the same product."""
     operand = node.args[0]
     if not isinstance(operand, fx.Node) or tensor_value(operand) is None:
-        raise MixesRowsError(f"{op_name(node)} of no tensor")
+        raise Declined(node, f"{op_name(node)} of no tensor")
     sizes, rows = sizes_of(operand), sympy.expand(sympy.prod(lead))
     inner = sympy.expand(sympy.prod(sizes_of(node)[len(lead) :]))
     for border in range(len(sizes) + 1):
         outer_size, inner_size = (sympy.expand(sympy.prod(part)) for part in (sizes[:border], sizes[border:]))
         if outer_size == rows and inner_size == inner:
             return RowOperand(operand, sizes[:border])
-    raise MixesRowsError(f"{op_name(node)} puts values of several tokens into one row")
+    raise Declined(node, f"{op_name(node)} puts values of several tokens into one row")
 
 
 def _picked(node: fx.Node, lead: Sizes) -> RowOperand:
@@ -161,7 +158,7 @@ def _picked(node: fx.Node, lead: Sizes) -> RowOperand:
     if _picks_part(node):
         return RowOperand(operand, lead)
     if tensor_value(operand) is None:
-        raise MixesRowsError(f"{op_name(operand)} is not known to keep tokens apart")
+        raise Declined(node, f"{op_name(operand)} is not known to keep tokens apart")
     sizes = sizes_of(operand)
     parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:
@@ -169,10 +166,10 @@ def _picked(node: fx.Node, lead: Sizes) -> RowOperand:
         parts[at : at + 1] = [slice(None)] * (len(sizes) - len(parts) + 1)
     parts += [slice(None)] * (len(sizes) - len(parts))
     if len(parts) != len(sizes) or not all(isinstance(part, slice) for part in parts):
-        raise MixesRowsError("getitem picks tokens otherwise than by slices")
+        raise Declined(node, "getitem picks tokens otherwise than by slices")
     border = len(lead)
     if sizes_of(node)[border:] != sizes[border:]:
-        raise MixesRowsError("getitem picks channels as well")
+        raise Declined(node, "getitem picks channels as well")
     slices = tuple((part.start, part.stop, part.step) for part in parts[:border])
     takes_all = all(start in (None, 0) and stop is None and step in (None, 1) for start, stop, step in slices)
     return RowOperand(operand, sizes[:border], None if takes_all else slices)
@@ -189,5 +186,5 @@ def _elementwise(node: fx.Node, lead: Sizes) -> Iterator[RowOperand]:
         if not outer or (all(size == 1 for size in outer) and (sympy.Integer(1),) * missing + outer != lead):
             continue  # broadcast over all rows
         if (sympy.Integer(1),) * missing + outer != lead:
-            raise MixesRowsError(f"{op_name(node)} reads one value for several tokens, another for others")
+            raise Declined(node, f"{op_name(node)} reads one value for several tokens, another for others")
         yield RowOperand(operand, outer)

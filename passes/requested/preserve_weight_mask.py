@@ -34,10 +34,12 @@ import torch
 from torch import Tensor, fx
 
 from sparse_compile.graph.cost import TOKENS, masked_layer_flops
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import MaskedLayer, Rejection, SitePlan, SparsityPlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name, strip_casts, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
+from sparse_compile.graph.walk import readers
 from sparse_compile.kernels.masked_linear import MASKED_LINEAR
 from sparse_compile.kernels.masked_linear.pattern import mask_pattern, zero_fraction
 from sparse_compile.kernels.providers import OpCall
@@ -80,15 +82,15 @@ class PreserveWeightMask:
                 reason = f"less than {ctx.config.mask_threshold:.0%} of its weight is zero"
                 rejections.append(Rejection(self.name, projection.name, reason))
                 continue
-            found = matcher.match(projection)
             layer = MaskedLayer(projection.name, projection.base, sparsity, mask_pattern(weight), 0.0)
-            if isinstance(found, str):
-                layer = replace(layer, reason=found)
-                rejections.append(Rejection(self.name, projection.name, found))
-            else:
-                layer = replace(layer, added_flops=_added_flops(found, projection, ctx))
-                _rewrite(found, projection, matcher.compute_dtype(found), rewriter, ctx)
-            layers.append(layer)
+            try:
+                found = matcher.match(projection)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
+                layers.append(replace(layer, reason=declined.reason))
+                continue
+            layers.append(replace(layer, added_flops=_added_flops(found, projection, ctx)))
+            _rewrite(found, projection, matcher.compute_dtype(found), rewriter, ctx)
         ctx.masked_layers = tuple(layers)
         plans, left = _without_masked_sites(ctx)
         ctx.plan = SparsityPlan(plans)
@@ -115,26 +117,30 @@ def stored_weight(projection: Projection, ctx: PassContext) -> Tensor:
 
 
 class _Matcher:
-    """Finds the operands of a masked product, or what is in its way."""
+    """Finds the operands of masked products."""
 
     def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
         self.ctx = ctx
         self.nodes = nodes_by_name(graph)
         self.autocast = {device: autocast_dtypes(graph, ctx.autocast, device) for device in ("cpu", "cuda")}
         # Taken now: a layer that runs twice is rewritten one product at a time.
-        self.readers = {each.weight: _readers(self.nodes[each.weight]) for each in adapted_projections(ctx)}
+        self.readers = {each.weight: _readers_of(self.nodes[each.weight]) for each in adapted_projections(ctx)}
         self.factors = {each.base: self._factors(each) for each in ctx.projections.values()}
 
-    def match(self, projection: Projection) -> AdaptedLayer | str:
-        """Return a pruned layer with its adapter, or why its zeros cannot be kept."""
+    def match(self, projection: Projection) -> AdaptedLayer:
+        """Return a pruned layer with its adapter.
+
+        Raises:
+            Declined: its zeros cannot be kept.
+        """
         if projection.dora:
-            return "its adapter is weight-decomposed (DoRA), whose magnitudes scale whole rows of a merged weight"
+            reason = "its adapter is weight-decomposed (DoRA), whose magnitudes scale whole rows of a merged weight"
+            raise Declined(projection.name, reason)
         layer = adapted_layer(projection, self.nodes)
-        if isinstance(layer, str):
-            return layer
         readers = {self.factors.get(name) for name in self.readers[projection.weight]}
         if readers != {self.factors[projection.base]}:
-            return "something else reads its weight (a tied embedding?), and would change with a merge"
+            reason = "something else reads its weight (a tied embedding?), and would change with a merge"
+            raise Declined(projection.name, reason)
         return layer
 
     def _factors(self, projection: Projection) -> tuple[fx.Node, ...]:
@@ -155,17 +161,10 @@ class _Matcher:
         return value.dtype if cast is None or value.dtype == torch.float64 else cast
 
 
-def _readers(weight: fx.Node) -> frozenset[str]:
+def _readers_of(weight: fx.Node) -> frozenset[str]:
     """Return the names of what reads a weight, through casts and transposes."""
-    found: set[str] = set()
-    frontier = list(weight.users)
-    while frontier:
-        node = frontier.pop()
-        if strip_casts(node) is not node or node.target in ("t", torch.t):
-            frontier += node.users
-        else:
-            found.add(node.name)
-    return frozenset(found)
+    found = readers(weight, through=lambda node: strip_casts(node) is not node or node.target in ("t", torch.t))
+    return frozenset(node.name for node in found)
 
 
 def _packed_layers(graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.cost import gain
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name
 from sparse_compile.graph.sites import AttentionSite, Projection, Site
@@ -130,45 +131,53 @@ class _Planner:
         kept = kept_count(total, sparsity)
         if kept == total:
             return SitePlan(site, 0.0, total, total)
-        reason = self._reason(site, source_shape)
-        note = ""
-        if not reason:
-            dtype, device = self.ctx.weight_kind(site.output)
-            tokens = math.prod(source_shape[:-1])
-            estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device, tokens)
-            if not estimate.pays:
-                note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
-                reason = "" if named else note
-        if not reason:
-            reason = self._compute_factors(site)
-        if reason:
-            return SitePlan(site, 0.0, total, total, reason)
+        try:
+            self._check_tokens(site, source_shape)
+            note = self._cost_note(site, kept, math.prod(source_shape[:-1]), named=named)
+            self._compute_factors(site)
+        except Declined as declined:
+            return SitePlan(site, 0.0, total, total, declined.reason)
         return SitePlan(site, sparsity, kept, total, note)
 
-    def _reason(self, site: Site, source_shape: tuple[int, ...]) -> str:
-        """Say what forbids sparsity at `site`, or return an empty string."""
+    def _cost_note(self, site: Site, kept: int, tokens: int, *, named: bool) -> str:
+        """Return what is to be said of a site that the options name and that does not pay: else nothing is.
+
+        Raises:
+            Declined: it does not pay and the options do not name it.
+        """
+        dtype, device = self.ctx.weight_kind(site.output)
+        estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device, tokens)
+        if estimate.pays:
+            return ""
+        note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
+        if not named:
+            raise Declined(site.name, note)
+        return note
+
+    def _check_tokens(self, site: Site, source_shape: tuple[int, ...]) -> None:
+        """Decline a site of whose tokens the roles say nothing."""
         if self.ctx.roles is None:
-            return "nothing tells output tokens from context"
+            raise Declined(site.name, "nothing tells output tokens from context")
         if site.source not in self.space:
-            return "the loss is computed for other tokens than this site's"
+            raise Declined(site.name, "the loss is computed for other tokens than this site's")
         tokens = source_shape[:-1]
         if self.token_shape is None:
-            return "" if len(tokens) == 2 else "its tokens have no (batch, sequence) shape for the given roles"
-        if tokens not in (self.token_shape, (self.token_shape[0] * self.token_shape[1],)):
-            return f"its tokens {tokens} are not those of the labels {self.token_shape}"
-        return ""
+            if len(tokens) != 2:
+                raise Declined(site.name, "its tokens have no (batch, sequence) shape for the given roles")
+        elif tokens not in (self.token_shape, (self.token_shape[0] * self.token_shape[1],)):
+            raise Declined(site.name, f"its tokens {tokens} are not those of the labels {self.token_shape}")
 
-    def _compute_factors(self, site: Site) -> str:
+    def _compute_factors(self, site: Site) -> None:
+        """Compute the predictor's factors; decline a site whose weights have none."""
         for projection in site.projections:
             weight = self.ctx.frozen_weight(projection)
             # A sum is finite exactly when no term is NaN or infinite, short of overflow: fp32 sums of a bf16 weight.
             if not bool(torch.isfinite(weight.sum(dtype=at_least_fp32(weight)))):
-                return f"the weight of {projection.name} is not finite"
+                raise Declined(site.name, f"the weight of {projection.name} is not finite")
         found = {}
         for projection in predicted_projections(site):
             try:
                 found[projection.name] = self.factors_of(projection)
             except ValueError as error:
-                return f"no predictor: {error}"
+                raise Declined(site.name, f"no predictor: {error}") from error
         self.factors.update(found)
-        return ""

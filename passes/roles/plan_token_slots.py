@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparse_compile.graph.facts import Rejection, TokenSlots
+from sparse_compile.graph.declined import Declined
+from sparse_compile.graph.facts import TokenSlots
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.training.token_capacity import capacity_for
@@ -39,30 +40,38 @@ class PlanTokenSlots:
         if capacity is not None:
             ctx.slots = TokenSlots(capacity, None)
         elif bucket is not None and ctx.roles is not None:
-            count = _counted(ctx)
-            if isinstance(count, str):
-                return PassOutcome(False, {}, (Rejection(self.name, "graph", count),))
+            try:
+                count = _counted(ctx)
+            except Declined as declined:
+                return PassOutcome(False, {}, (declined.by(self.name),))
             ctx.slots = TokenSlots(capacity_for(count, bucket), bucket)
         return PassOutcome(False, {"slots": ctx.slots.capacity} if ctx.slots else {})
 
 
-def _counted(ctx: PassContext) -> int | str:
-    """Return the number of output tokens, or why it is not known."""
+def _counted(ctx: PassContext) -> int:
+    """Return the number of output tokens.
+
+    Raises:
+        Declined: it is not known.
+    """
     assert ctx.roles is not None
     count = ctx.output_count
     if count is None:
-        return (
+        raise Declined(
+            "graph",
             "token_bucket: nothing tells how many output tokens a batch has before the graph runs. Open "
             "token_roles(labels=...) around each step, with labels that are still on the CPU, or train with "
-            "SparseLoRACallback"
+            "SparseLoRACallback",
         )
     if ctx.roles.origin == "given":
         return count.causal
     if len(ctx.roles.labels) > 1:
-        return "token_bucket: the losses of this graph read several labels, whose output tokens cannot be told apart"
+        reason = "token_bucket: the losses of this graph read several labels, whose output tokens cannot be told apart"
+        raise Declined("graph", reason)
     if count.ignore_index != ctx.roles.ignore_index:
-        return (
+        raise Declined(
+            "graph",
             f"token_bucket: tokens were counted with ignore_index {count.ignore_index}, and the loss ignores "
-            f"{ctx.roles.ignore_index}"
+            f"{ctx.roles.ignore_index}",
         )
     return count.of(ctx.roles.labels[0][1])

@@ -21,17 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, TokenRoles
 from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.vocabulary import EQUALITIES
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
-from sparse_compile.passes.read.label_positions import (
-    UntraceableError,
-    is_labels,
-    label_root,
-    labels_of,
-)
+from sparse_compile.passes.read.label_positions import is_labels, label_root, labels_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,8 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
             continue
         try:
             root, shift = labels_of(node)
-        except UntraceableError as error:
-            rejections.append(Rejection("trace_roles", node.name, str(error)))
+        except Declined as declined:
+            rejections.append(declined.by("trace_roles", at=node))
             continue
         labels[root.name, shift] = None
         losses.append(node.name)
@@ -87,12 +83,9 @@ def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> 
     for node in graph.nodes:
         if op_name(node) not in EQUALITIES or ctx.config.ignore_index not in node.args[1:2]:
             continue
-        try:
-            root, _ = label_root(node.args[0])
-        except UntraceableError:
-            continue
-        if is_labels(root):
-            return TokenRoles("labels", ((root.name, 1),), ctx.config.ignore_index, padding)
+        found = label_root(node.args[0])
+        if found is not None and is_labels(found[0]):
+            return TokenRoles("labels", ((found[0].name, 1),), ctx.config.ignore_index, padding)
     return None
 
 

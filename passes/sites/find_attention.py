@@ -19,15 +19,17 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, calls_torch, hinted_shape, nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.sites import AttentionSite, Projection
 from sparse_compile.graph.vocabulary import CASTS, MATMULS, SOFTMAXES
+from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.read.fused_parts import fused_parts, unread_parts
-from sparse_compile.passes.read.head_layout import GROUP, Axis, Layout, Untraceable, follow, initial_layout, origin
+from sparse_compile.passes.read.head_layout import GROUP, Axis, Layout, follow, initial_layout, origin
 from sparse_compile.passes.read.projections import read_by, site_name
 
 
@@ -41,10 +43,6 @@ class _Attention:
     result: fx.Node
     mask: fx.Node | None
     key_transposed: bool
-
-
-class _NoMatchError(Exception):
-    """Carries the reason why an attention is no site."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class FindAttention:
             nodes=nodes,
             order={node: position for position, node in enumerate(gm.graph.nodes)},
             by_output={nodes[projection.output]: projection for projection in ctx.projections.values()},
-            by_source={},
         )
         for projection in ctx.projections.values():
             matcher.by_source.setdefault(nodes[projection.source], []).append(projection)
@@ -77,8 +74,8 @@ class FindAttention:
                 continue
             try:
                 sites.append(matcher.match(attention, len(sites)))
-            except (_NoMatchError, Untraceable) as error:
-                rejections.append(Rejection(self.name, node.name, str(error)))
+            except Declined as declined:
+                rejections.append(declined.by(self.name, at=node))
         ctx.attention_sites = tuple(sites)
         return PassOutcome(False, {"sites": len(sites)}, tuple(rejections))
 
@@ -135,37 +132,37 @@ class _Matcher:
     nodes: dict[str, fx.Node]
     order: dict[fx.Node, int]
     by_output: dict[fx.Node, Projection]
-    by_source: dict[fx.Node, list[Projection]]
+    by_source: dict[fx.Node, list[Projection]] = field(default_factory=dict)
     part_layouts: dict[fx.Node, Layout] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # What some projection's output reaches; rotary tables and masks are no part of it.
+        self.projected = reach(self.by_output, lambda node: node.users)
+
     def match(self, attention: _Attention, index: int) -> AttentionSite:
-        """Return the site around `attention`; raise where it is none."""
-        operands = (attention.query, attention.key, attention.value)
-        ways = [self._projection_of(operand, self.by_output) for operand in operands]
-        if len({projection.base for projection, _ in ways}) < 3:
-            sources = self._with_parts([projection for projection, _ in ways])
-            ways = [self._projection_of(operand, sources) for operand in operands]
+        """Return the site around `attention`.
+
+        Raises:
+            Declined: it is none.
+        """
+        ways = self._ways(attention)
         (query, query_cone), (key, key_cone), (value, value_cone) = ways
-        if len({query.source, key.source, value.source}) > 1:
-            raise _NoMatchError("query, key and value read different tensors (cross-attention stays dense)")
         inputs = (query, key, value)
-        if len({projection.output for projection in inputs}) < 3:
-            raise _NoMatchError("query, key and value are not three tensors")
-        for projection in inputs:
-            if unread := unread_parts(projection.layer, inputs):
-                raise _NoMatchError(f"{projection.layer.name} is fused with {unread} channels that are no part of it")
+        self._check_inputs(inputs, attention)
         key_heads, key_groups = self._kv_heads(key, key_cone, attention.key, transposed=attention.key_transposed)
         value_heads, value_groups = self._kv_heads(value, value_cone, attention.value, transposed=False)
         heads = self._heads(query, query_cone, attention.query)
         for count, groups in ((key_heads, key_groups), (value_heads, value_groups)):
             # With enable_gqa the attention itself repeats: query head h reads key/value head h // groups.
             if heads % count or groups not in (1, heads // count):
-                raise _NoMatchError(f"{heads} query heads over {count} key/value heads repeated {groups} times")
+                reason = f"{heads} query heads over {count} key/value heads repeated {groups} times"
+                raise Declined(attention.result, reason)
         if key_heads != value_heads:
-            raise _NoMatchError("keys and values have different numbers of heads")
+            raise Declined(attention.result, "keys and values have different numbers of heads")
         width, read = value.out_features // value_heads, hinted_shape(attention.value)[-1]
         if width != read:
-            raise _NoMatchError(f"{value.name}: its heads are {width} wide, those that attention reads {read}")
+            reason = f"{value.name}: its heads are {width} wide, those that attention reads {read}"
+            raise Declined(attention.value, reason)
         output = self._output_of(attention, value, heads)
         starts = [self.nodes[projection.output] for projection in inputs if projection.fused is not None]
         self._check_closed((starts, query_cone, key_cone, value_cone), attention)
@@ -184,6 +181,27 @@ class _Matcher:
             mask=attention.mask.name if isinstance(attention.mask, fx.Node) else None,
         )
 
+    def _ways(self, attention: _Attention) -> list[tuple[Projection, list[fx.Node]]]:
+        """Return the projections of query, key and value, each with the nodes between it and the attention."""
+        operands = (attention.query, attention.key, attention.value)
+        ways = [self._projection_of(operand, self.by_output) for operand in operands]
+        if len({projection.base for projection, _ in ways}) < 3:
+            sources = self._with_parts([projection for projection, _ in ways])
+            ways = [self._projection_of(operand, sources) for operand in operands]
+        return ways
+
+    def _check_inputs(self, inputs: tuple[Projection, Projection, Projection], attention: _Attention) -> None:
+        """Decline what is not query, key and value of one tensor, and of nothing else."""
+        if len({projection.source for projection in inputs}) > 1:
+            reason = "query, key and value read different tensors (cross-attention stays dense)"
+            raise Declined(attention.result, reason)
+        if len({projection.output for projection in inputs}) < 3:
+            raise Declined(attention.result, "query, key and value are not three tensors")
+        for projection in inputs:
+            if unread := unread_parts(projection.layer, inputs):
+                reason = f"{projection.layer.name} is fused with {unread} channels that are no part of it"
+                raise Declined(projection.layer.output, reason)
+
     def _with_parts(self, projections: list[Projection]) -> dict[fx.Node, Projection]:
         """Return the outputs of projections, the parts of those that occur more than once in place of their whole."""
         sources = dict(self.by_output)
@@ -192,10 +210,9 @@ class _Matcher:
                 continue
             parts = fused_parts(projection, self.nodes)
             if not parts:
-                raise _NoMatchError(
-                    f"query, key and value are one fused projection, {projection.name}, "
-                    + ("with a DoRA adapter" if projection.dora else "whose split into rows cannot be followed")
-                )
+                kind = "with a DoRA adapter" if projection.dora else "whose split into rows cannot be followed"
+                reason = f"query, key and value are one fused projection, {projection.name}, {kind}"
+                raise Declined(projection.output, reason)
             sources.pop(self.nodes[projection.output], None)
             for part in parts:
                 sources[self.nodes[part.projection.output]] = part.projection
@@ -204,37 +221,15 @@ class _Matcher:
 
     def _projection_of(self, operand: fx.Node, sources: dict[fx.Node, Projection]) -> tuple[Projection, list[fx.Node]]:
         """Walk back from an operand of the attention to the one projection it comes from; return it and the way."""
-        way: set[fx.Node] = set()
-        found: dict[fx.Node, Projection] = {}
-        frontier = [operand]
-        while frontier:
-            node = frontier.pop()
-            if node in way or node in found:
-                continue
-            if node in sources:
-                found[node] = sources[node]
-            elif self._depends_on_projection(node):
-                way.add(node)
-                frontier += tensor_or_tuple_operands(node)
+        met = reach([operand], lambda node: [] if node in sources else self._projected_operands(node))
+        found = [sources[node] for node in met if node in sources]
         if len(found) != 1:
-            raise _NoMatchError(
-                f"{operand.name} comes from {len(found)} frozen projections"
-                + (": " + ", ".join(projection.name for projection in found.values()) if found else "")
-            )
-        return next(iter(found.values())), sorted(way, key=self.order.__getitem__)
+            names = ": " + ", ".join(projection.name for projection in found) if found else ""
+            raise Declined(operand, f"{operand.name} comes from {len(found)} frozen projections{names}")
+        return found[0], sorted((node for node in met if node not in sources), key=self.order.__getitem__)
 
-    def _depends_on_projection(self, node: fx.Node) -> bool:
-        """Tell whether some projection's output reaches `node`; rotary tables and masks do not count."""
-        seen: set[fx.Node] = set()
-        frontier = [node]
-        while frontier:
-            current = frontier.pop()
-            if current in self.by_output:
-                return True
-            if current not in seen:
-                seen.add(current)
-                frontier += current.all_input_nodes
-        return False
+    def _projected_operands(self, node: fx.Node) -> list[fx.Node]:
+        return [operand for operand in tensor_or_tuple_operands(node) if operand in self.projected]
 
     def _layout(self, projection: Projection, way: list[fx.Node], operand: fx.Node) -> Layout:
         start = self.nodes[projection.output]
@@ -245,7 +240,7 @@ class _Matcher:
     def _heads(self, projection: Projection, way: list[fx.Node], operand: fx.Node) -> int:
         heads, groups = self._kv_heads(projection, way, operand, transposed=False)
         if groups != 1:
-            raise _NoMatchError(f"the query heads of {projection.name} are repeated")
+            raise Declined(operand, f"the query heads of {projection.name} are repeated")
         return heads
 
     def _kv_heads(
@@ -254,16 +249,17 @@ class _Matcher:
         """Return the number of heads of a projection, and how often each is repeated (the copies side by side)."""
         layout = self._layout(projection, way, operand)
         if len(layout) != 4:
-            raise _NoMatchError(f"{operand.name} has {len(layout)} dimensions, not (batch, heads, tokens, channels)")
+            dimensions = f"{len(layout)} dimensions, not (batch, heads, tokens, channels)"
+            raise Declined(operand, f"{operand.name} has {dimensions}")
         channels = layout[2 if transposed else 3]
         if any(not origin(axis).startswith("c") for axis in channels):
-            raise _NoMatchError(f"the last dimension of {operand.name} is not a head's channels")
+            raise Declined(operand, f"the last dimension of {operand.name} is not a head's channels")
         heads = [axis for axis in layout[1] if axis.label != GROUP]
         groups = [axis for axis in layout[1] if axis.label == GROUP]
         if layout[1] != (*heads, *groups):
-            raise _NoMatchError(f"key/value heads are tiled, not repeated in place, in {operand.name}")
+            raise Declined(operand, f"key/value heads are tiled, not repeated in place, in {operand.name}")
         if len(heads) > 1 or len(groups) > 1 or any(origin(axis) != "c.0" for axis in heads):
-            raise _NoMatchError(f"the heads of {projection.name} are not its outer feature dimension")
+            raise Declined(operand, f"the heads of {projection.name} are not its outer feature dimension")
         return heads[0].size if heads else 1, groups[0].size if groups else 1
 
     def _output_of(self, attention: _Attention, value: Projection, heads: int) -> Projection:
@@ -276,15 +272,15 @@ class _Matcher:
         while node not in self.by_source:
             users = self._without_adapters([user for user in node.users if user.op != "output"])
             if len(users) != 1:
-                raise _NoMatchError(f"the attention result {node.name} is read {len(users)} times")
+                raise Declined(node, f"the attention result {node.name} is read {len(users)} times")
             node = users[0]
             follow(layouts, [node])
         readers = self.by_source[node]
         if len(readers) != 1:
-            raise _NoMatchError(f"{len(readers)} projections read the attention result")
+            raise Declined(node, f"{len(readers)} projections read the attention result")
         expected = tuple(axis for axis in (*layout[1], *layout[3]))
         if tuple(layouts[node][-1]) != expected or readers[0].in_features != heads * shape[-1]:
-            raise _NoMatchError(f"{readers[0].name} does not read the heads side by side")
+            raise Declined(node, f"{readers[0].name} does not read the heads side by side")
         return readers[0]
 
     def _without_adapters(self, users: list[fx.Node]) -> list[fx.Node]:
@@ -302,7 +298,7 @@ class _Matcher:
                 if user in inside or user.op == "output" or user is attention.result:
                     continue
                 if not self._inside_attention(user, attention):
-                    raise _NoMatchError(f"{node.name} is also read by {user.name}")
+                    raise Declined(node, f"{node.name} is also read by {user.name}")
 
     def _inside_attention(self, node: fx.Node, attention: _Attention) -> bool:
         """Tell whether `node` is the score product of a written-out attention."""

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import hinted_shape, nodes_by_name
 from sparse_compile.graph.sites import FFNSite, Projection
+from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
@@ -57,11 +59,13 @@ class FindFFN:
         sites: list[FFNSite] = []
         rejections: list[Rejection] = []
         for projection in ctx.projections.values():
-            found = _match(projection, by_output, nodes, order, len(sites))
-            if isinstance(found, FFNSite):
+            try:
+                found = _match(projection, by_output, nodes, order, len(sites))
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
+                continue
+            if found is not None:
                 sites.append(found)
-            elif found is not None:
-                rejections.append(Rejection(self.name, projection.name, found))
         ctx.ffn_sites = tuple(sites)
         return PassOutcome(False, {"sites": len(sites)}, tuple(rejections))
 
@@ -72,38 +76,36 @@ def _match(
     nodes: dict[str, fx.Node],
     order: dict[fx.Node, int],
     index: int,
-) -> FFNSite | str | None:
-    """Match the block that ends in `projection`; None where nothing suggests one, a reason where it nearly is one."""
+) -> FFNSite | None:
+    """Return the block that ends in `projection`, or None where nothing suggests one.
+
+    Raises:
+        Declined: it nearly is one.
+    """
     hidden = nodes[projection.source]
-    region: set[fx.Node] = set()
-    inputs: dict[str, Projection] = {}
-    vectors: set[fx.Node] = set()
-    frontier = [hidden]
-    while frontier:
-        node = frontier.pop()
-        if node in region or node in vectors:
-            continue
-        if node in by_output:
-            found = by_output[node]
-            inputs[found.output] = found
-        elif node is not hidden and _is_vector(node, projection.in_features):
-            vectors.add(node)
-        elif is_elementwise(node):
-            region.add(node)
-            frontier += tensor_operands(node)
-        else:
-            # Every product that follows a norm or an attention ends here; only a mixed case is a near miss.
-            return None
-    projections = tuple(sorted(inputs.values(), key=lambda found: order[nodes[found.base]]))
-    if not projections or not region:
+
+    def is_vector(node: fx.Node) -> bool:
+        return node is not hidden and node not in by_output and _is_vector(node, projection.in_features)
+
+    def operands(node: fx.Node) -> list[fx.Node]:
+        ends = node in by_output or is_vector(node) or not is_elementwise(node)
+        return [] if ends else tensor_operands(node)
+
+    met = reach([hidden], operands)
+    vectors = {node for node in met if is_vector(node)}
+    region = sorted((node for node in met if node not in by_output and node not in vectors), key=order.__getitem__)
+    inputs = tuple(sorted((by_output[node] for node in met if node in by_output), key=lambda it: order[nodes[it.base]]))
+    # Every product that follows a norm or an attention ends here; only a mixed case is a near miss.
+    if not inputs or not region or not all(map(is_elementwise, region)):
         return None
-    return _reason(projection, projections, region, nodes) or FFNSite(
-        name=site_name((*projections, projection)),
+    _check_block(projection, inputs, region, nodes)
+    return FFNSite(
+        name=site_name((*inputs, projection)),
         index=index,
-        source=projections[0].source,
-        inputs=projections,
+        source=inputs[0].source,
+        inputs=inputs,
         output=projection,
-        region=tuple(node.name for node in sorted(region, key=order.__getitem__)),
+        region=tuple(node.name for node in region),
         vectors=tuple(sorted(node.name for node in vectors)),
     )
 
@@ -116,20 +118,21 @@ def _is_vector(node: fx.Node, channels: int) -> bool:
     )
 
 
-def _reason(
-    output: Projection, inputs: tuple[Projection, ...], region: set[fx.Node], nodes: dict[str, fx.Node]
-) -> str | None:
-    """Say what keeps a nearly matched block from being one."""
+def _check_block(
+    output: Projection, inputs: tuple[Projection, ...], region: list[fx.Node], nodes: dict[str, fx.Node]
+) -> None:
+    """Decline a block whose in-projections do not fit, or of which something else reads a part."""
     if len({projection.source for projection in inputs}) > 1:
-        return "its in-projections read different tensors"
+        raise Declined(output.name, "its in-projections read different tensors")
     for projection in inputs:
         if projection.out_features != output.in_features:
-            return f"{projection.name} is {projection.out_features} wide, the block's intermediate {output.in_features}"
+            widths = f"{projection.out_features} wide, the block's intermediate {output.in_features}"
+            raise Declined(output.name, f"{projection.name} is {widths}")
         if projection.fused is not None and (missing := unread_parts(projection.layer, inputs)):
-            return f"{projection.layer.name} is fused with {missing} more channels than the block reads"
-    inside = region | read_by(output, nodes)
+            reason = f"{projection.layer.name} is fused with {missing} more channels than the block reads"
+            raise Declined(output.name, reason)
+    inside = {*region, *read_by(output, nodes)}
     for node in (*region, *(nodes[projection.output] for projection in inputs)):
         strangers = [user for user in node.users if user not in inside]
         if strangers:
-            return f"its intermediate {node.name} is also read by {strangers[0].name}"
-    return None
+            raise Declined(output.name, f"its intermediate {node.name} is also read by {strangers[0].name}")

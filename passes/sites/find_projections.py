@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, calls_torch, op_name, strip_casts, tensor_value
 from sparse_compile.graph.sites import DoRATerm, LoRABranch, Projection
@@ -71,12 +72,14 @@ class FindProjections:
         for node in gm.graph.nodes:
             if node.target is not LINEAR or node.name in taken:
                 continue
-            found = _projection(node, ctx)
-            if isinstance(found, Projection):
+            try:
+                found = _projection(node, ctx)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
+                continue
+            if found is not None:
                 ctx.projections[node.name] = found
                 taken.update(found.products)
-            elif found is not None:
-                rejections.append(found)
         rejections += [*_experts(gm.graph, ctx), *_in_8_bits(gm.graph, ctx)]
         branches = sum(len(projection.adapters) for projection in ctx.projections.values())
         return PassOutcome(False, {"projections": len(ctx.projections), "branches": branches}, tuple(rejections))
@@ -91,7 +94,8 @@ class _Chain:
     dora: list[DoRATerm] = field(default_factory=list)
 
 
-def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | None:
+def _projection(node: fx.Node, ctx: PassContext) -> Projection | None:
+    """Return the frozen layer whose base product a node is, or None where its weight is trained."""
     source, operand = argument(node, "input"), argument(node, "weight")
     bias = argument(node, "bias")
     transposed = False
@@ -103,15 +107,15 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | Rejection | Non
     value = tensor_value(operand)
     if (parameter is None and quantized is None) or value is None or value.dim() != 2:
         if calls_bitsandbytes(weight, "dequantize_4bit"):
-            return Rejection("find_projections", node.name, DEQUANTISED_AGAIN)
-        return Rejection("find_projections", node.name, "its weight is computed in the graph, not a parameter")
+            raise Declined(node, DEQUANTISED_AGAIN)
+        raise Declined(node, "its weight is computed in the graph, not a parameter")
     if parameter is not None and parameter.trained:
         return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
     if parameter is not None and parameter.value is None:
-        return Rejection("find_projections", parameter.path, "its weight is not at hand while compiling")
+        raise Declined(parameter.path, "its weight is not at hand while compiling")
     path = parameter.path if parameter is not None else ctx.quantized_weights[weight.name].path
     if parameter is not None and parameter.is_wrapper:
-        return Rejection("find_projections", _module_name(path), WRAPPED.format(type(parameter.value).__name__))
+        raise Declined(_module_name(path), WRAPPED.format(type(parameter.value).__name__))
     chain = _branches(node, source, ctx)
     out_features, in_features = (int(size) for size in value.shape)
     return Projection(
