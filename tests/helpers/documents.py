@@ -1,7 +1,8 @@
-"""What the documents name, and whether it is there: links, anchors, paths, modules and targets of `make`."""
+"""What the documents name, and whether it is there: links, paths, modules, targets of `make`; whether Python parses."""
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,9 @@ def faults(document: Path, root: Path) -> list[str]:
     text = document.read_text(encoding="utf-8")
     code = [body for _, body in fences(text)] + spans(text)
     shell = [body for language, body in fences(text) if language in _SHELLS] + spans(text)
+    python = [body for language, body in fences(text) if language == "python"]
     found = [
+        *(f"no Python: {fault}" for body in python if (fault := syntax_fault(body))),
         *(f"link {target}: {fault}" for target in links(text) if (fault := link_fault(target, document))),
         *(f"no path {path}" for path in named(_PATH, code) if not path_exists(path, root)),
         *(f"no file {file}" for file in files_named(text) if not file_exists(file, root)),
@@ -95,6 +98,15 @@ def tables(text: str) -> list[list[list[str]]]:
         elif not re.fullmatch(r"[|\s:-]+", line):
             found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
     return [table for table in found if table]
+
+
+def syntax_fault(code: str) -> str:
+    """Say why a block is no Python; empty where it is."""
+    try:
+        ast.parse(code)
+    except SyntaxError as error:
+        return str(error)
+    return ""
 
 
 # --- What is there ----------------------------------------------------------------------------------------------------
