@@ -68,8 +68,9 @@ def match_product(node: fx.Node) -> FrozenProduct | None:
         NotLiftableError: its weight is in 4 bits, in a format that no kernel reads.
     """
     if node.target in _GATHERED:
-        x, weight, channels = (argument(node, name) for name in ("x", "weight", "channels"))
-        return FrozenProduct(x, weight, channels, _GATHERED[node.target])
+        dim = _GATHERED[node.target]
+        x, weight, channels = (argument(node, name) for name in ("h" if dim else "x", "weight", "channels"))
+        return FrozenProduct(x, weight, channels, dim)
     dense = chosen_of_4bit(node)
     if dense is None:
         return None

@@ -42,7 +42,7 @@ class SparseRows:
         """The tokens' roles, (B, S) bool, true at output tokens."""
         split = self.rows[0].args[0]
         assert isinstance(split, fx.Node)
-        return argument(split, "mask")  # type: ignore[no-any-return]
+        return argument(split, "output_mask")  # type: ignore[no-any-return]
 
     def split(self, x: fx.Node, columns: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """Flatten the tokens of `x` (..., C) and split them: (n, C) and (N - n, k or C)."""
