@@ -1,4 +1,4 @@
-"""A frozen layer and its one adapter, with nothing else between x and their sum: what can become a single product.
+"""Find a frozen layer and its one adapter that can become a single product: nothing else lies between x and their sum.
 
     %base   = linear(%x, W, b)
     %low    = linear(%x, A)
@@ -6,7 +6,7 @@
     %scaled = mul(%up, s)
     %output = add(%base, %scaled)
 
-With casts between them where the adapter is of another dtype than the layer.
+Casts lie between them where the adapter has another dtype than the layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparse_compile.passes.read.mutation import mutation_between
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """The operands of a layer and its one adapter, as a product of both takes them.
+    """A layer and its one adapter: the operands of the product that both can become.
 
     Attributes:
         x: input of the layer, (..., in).
@@ -106,7 +106,10 @@ def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> Adapt
 
 
 class _Chain(NamedTuple):
-    """The casts and products with numbers by which a tensor is a multiple of another; no scale where it is none."""
+    """The way from a tensor back to the one that it is a multiple of: casts and products with numbers.
+
+    The scale is None where it is no multiple.
+    """
 
     scale: float | None
     nodes: tuple[fx.Node, ...]

@@ -1,4 +1,4 @@
-"""Which adapters read the same tensor, so that one product could serve them all."""
+"""Find the adapters that read the same tensor: one product can serve them all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from torch import fx
 
 from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.sites import LoRABranch, Projection
-from sparse_compile.graph.vocabulary import CASTS, LINEAR
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MODE_SWITCHES
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.read.mutation import (
-    MODE_SWITCHES,
-)
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,11 @@ class Adapter:
 
 
 def adapters_by_input(graph: fx.Graph, ctx: PassContext) -> list[list[Adapter]]:
-    """Return the adapters of the graph, in graph order, in groups that read the same values under the same rules.
+    """Return the adapters of the graph in groups: one product could serve the adapters of a group.
 
-    Of one group are adapters that read one tensor through the same casts, in the same dtypes, in one region of autocast
-    and gradient mode, and in one activation checkpoint. Two dropouts of a tensor are two tensors.
+    The adapters of a group read one tensor through the same casts and compute in the same dtypes. They stand in one
+    region of autocast and gradient mode, and in one activation checkpoint. Each dropout of a tensor is another tensor.
+    Groups and adapters come in graph order.
     """
     branches = {
         branch.a: (projection, branch) for projection in ctx.projections.values() for branch in projection.adapters

@@ -1,12 +1,13 @@
-"""Tell, from how an attention mask is computed, that it forbids every key that comes after its query.
+"""Tell whether an attention mask forbids every key that comes after its query: how it is computed shows it.
 
     %keys    = arange(S)[None, None, None, :]         the value is the position along the last dimension
     %queries = arange(S)[None, None, :, None]         the value is the position along the last but one
     %causal  = le(%keys, %queries)                    true at most where key <= query
-    %mask    = and(%causal, %padding[:, None, None])  and so is this: anything may be forbidden beside
+    %mask    = and(%causal, %padding[:, None, None])  the same: a mask may forbid more than that
 
-`tril(...)` is such a mask as well. What is not recognised counts as not causal: positions that are inputs of the graph
-(packed sequences) need not rise. Sizes are compared as expressions, so the answer holds for every batch.
+`tril(...)` is such a mask as well. A mask that is not recognised counts as not causal. Positions that are inputs of the
+graph (packed sequences) need not rise, so nothing is shown of them. Sizes are compared as expressions, so the answer
+holds for every batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a DoRA term looks like in a canonical graph (PEFT's `DoraLinearLayer`; DoRA, arXiv 2402.09353).
+"""Know a DoRA term in a canonical graph (PEFT's `DoraLinearLayer`; DoRA, arXiv 2402.09353).
 
     %y       = linear(%x, W, b)                   the output so far
     %v       = (m / detach(norm)).view(1, -1)     a number a channel, of parameters alone
@@ -34,7 +34,7 @@ from sparse_compile.passes.read.lora_branch import is_sum, match_branch
 
 
 def dora_term(running: fx.Node, base: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, DoRATerm] | None:
-    """Return the addition behind an output so far, and the DoRA term that it adds, or None.
+    """Return the addition that reads an output so far, and the DoRA term that it adds; None where there is none.
 
     Args:
         running: the output so far.
@@ -79,7 +79,7 @@ def _term(
 def _without_channel_scale(node: fx.Node, width: int, ctx: PassContext) -> tuple[fx.Node, list[fx.Node]]:
     """Follow casts and products with numbers, one for all or one a channel, back to what they scale.
 
-    Returns it, and the products; none of them where no channel has a number of its own.
+    Returns what is scaled, and the products; no products where no channel has a number of its own.
     """
     products: list[fx.Node] = []
     per_channel = False

@@ -1,4 +1,4 @@
-"""Which calls act on each element of a tensor alone: the ops an FFN's region may consist of."""
+"""Tell which calls compute each element from the same element of their operands: an FFN's region is made of these."""
 
 from __future__ import annotations
 

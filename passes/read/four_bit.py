@@ -1,4 +1,4 @@
-"""What a call of bitsandbytes looks like in a graph."""
+"""Know the calls of bitsandbytes in a graph, and mark the weights that they dequantise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def calls_bitsandbytes(node: fx.Node, operator: str) -> bool:
 
 
 def mark_for_recomputation(dense: fx.Node) -> None:
-    """Have the backward dequantise again, whether the products around are in a checkpoint or not.
+    """Have the backward pass dequantise again, whether the products around are in a checkpoint or not.
 
-    Without a checkpoint's number: of two neighbouring checkpoints the partitioner would save what is between them.
+    The mark has no checkpoint's number: the partitioner would save what lies between two neighbouring checkpoints.
     """
     dense.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     dense.meta.pop("ac_graph_id", None)

@@ -1,12 +1,12 @@
-"""The parts of a fused layer: query, key and value, or gate and up, that are one frozen weight.
+"""Find the parts of a fused layer: query, key and value, or gate and up, in one frozen weight.
 
     %y       = linear(%x, W, b)            (B, S, C)             the layer
-    %heads   = view, transpose of %y                             any number of them, or none
+    %heads   = views and transposes of %y                        any number of them, or none
     %a, %b   = chunk(%heads, 2, dim)  or  split, unbind          the parts: each is some rows of W
     %a, %b   = %heads[..., :n], %heads[..., n:]
 
 Nothing is rewritten and no weight is copied: a part is a `Projection` that shares the layer's nodes and says which rows
-of the weight are its own (`ir.FusedRows`). Parts may lie side by side (Phi-3, GPT-2), or one after the other within
+of the weight are its own (`sites.FusedRows`). Parts may lie side by side (Phi-3, GPT-2), or one after the other within
 each head (GPT-NeoX).
 
 No parts are found where: a part of the outputs is not read, or read twice; the outputs are split along tokens, unevenly
@@ -75,12 +75,12 @@ def fused_parts(layer: Projection, nodes: dict[str, fx.Node]) -> tuple[Part, ...
 
 
 def unread_parts(layer: Projection, parts: tuple[Projection, ...]) -> int:
-    """Return how many rows of a fused layer are none of the given parts'."""
+    """Return how many rows of a fused layer belong to none of the given parts."""
     return layer.out_features - sum(part.out_features for part in parts if part.base == layer.base)
 
 
 def _slices(stem: fx.Node) -> list[_Slice] | None:
-    """Return the slices that `stem` is read by, in order, where they are all that reads it and leave nothing out."""
+    """Return the slices of `stem` in order; None where something else reads it, or a part of it is not read."""
     users = list(stem.users)
     if len(users) == 1 and op_name(users[0]) in SPLITS:
         found = _split_slices(users[0], len(hinted_shape(stem)))

@@ -1,4 +1,4 @@
-"""What a LoRA branch looks like in a canonical graph: two trained products, with casts, dropout and numbers between."""
+"""Know a LoRA branch in a canonical graph: two trained products, with casts, dropout and numbers between them."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def strip_scale(node: fx.Node) -> fx.Node:
 def is_adapter_product(node: fx.Node, ctx: PassContext) -> bool:
     """Tell whether `node` is a linear layer whose weight may be an adapter's factor.
 
-    A trained one, by which an adapter is told from a layer. What an option asks for holds for adapters that were loaded
-    to be evaluated as well, which are frozen.
+    Factors are trained, the weights of layers are frozen. Adapters that were loaded for evaluation are frozen too; they
+    count where an option asks for another function, which holds in evaluation as well.
     """
     if node.target is not LINEAR:
         return False

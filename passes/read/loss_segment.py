@@ -1,7 +1,8 @@
 """Find the part of a graph that only rows of the loss need.
 
-From the logits of the cross-entropy the climb goes against the flow of data, through every call that keeps rows apart
-(`row_wise.py`) and that nothing else reads, to where rows are mixed or a tensor is needed for all of its rows.
+A climb begins at the logits of the cross-entropy and goes against the flow of data. It passes each call that keeps rows
+apart (`row_wise.py`) and that nothing else reads. It ends where a call mixes rows, and where a tensor is needed for all
+of its rows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from sparse_compile.passes.read.row_wise import (
 
 @dataclass(frozen=True)
 class Numbering:
-    """A numbering of rows.
+    """How the rows of a tensor are numbered: as the rows of the loss are, or with more rows that slices leave out.
 
     Attributes:
-        slices: where it is not that of the loss: the slices of `lead` that give the rows of `inner`.
+        slices: of each dimension in `lead`, what the slices keep; empty where rows are numbered as those of the loss.
         lead: sizes of the leading dimensions that are sliced.
-        inner: the numbering on the other side of the slices.
+        inner: how the rows that the slices keep are numbered.
     """
 
     slices: tuple[Slice, ...] = ()
@@ -43,7 +44,7 @@ class Numbering:
 
 @dataclass(frozen=True)
 class Place:
-    """What the leading dimensions of a tensor are: their sizes, and how the rows are numbered that they count."""
+    """The rows of a tensor: the leading sizes, whose product is their number, and how they are numbered."""
 
     lead: Sizes
     numbering: Numbering
@@ -55,10 +56,10 @@ class LossSegment:
 
     Attributes:
         loss: the cross-entropy.
-        places: for each node of the segment, what its rows were.
+        places: for each node of the segment, its rows before any were left out.
         operands: for each node of the segment, the operands that have rows.
-        outputs: those that the graph returns, with their places among the outputs.
-        stops: where the climb ended because rows are mixed.
+        outputs: the nodes that the graph returns, each with its place among the outputs.
+        stops: where the climb ended because a call mixes rows.
     """
 
     loss: fx.Node
@@ -96,7 +97,7 @@ def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
     leaves = list(returned.args[0]) if isinstance(returned.args[0], tuple | list) else []
     climb = _Climb(loss, returned)
     climb.run(graph, logits)
-    # Beside the loss, the graph may return the very logits it was computed from, and nothing else of the segment.
+    # The graph may return the logits that the loss is computed from, and nothing else of the segment.
     chain = _logits_chain(logits)
     outputs = [(index, node) for index, node in enumerate(leaves) if isinstance(node, fx.Node) and node in climb.places]
     for _, node in outputs:
@@ -174,14 +175,14 @@ class _Climb:
 
 
 def place_of(operand: RowOperand, numbering: Numbering) -> Place:
-    """Return what the leading dimensions of an operand are, given how the rows of the result are numbered."""
+    """Return the rows of an operand, given how the rows of the result are numbered."""
     if operand.slices is not None:
         numbering = Numbering(operand.slices, operand.lead, numbering)
     return Place(operand.lead, numbering)
 
 
 def _check_sizes(node: fx.Node, place: Place, operands: list[RowOperand]) -> None:
-    """Stop at what would have to write a size into the graph that is no input's own."""
+    """Decline a call whose rewrite would need a size that no input of the graph has."""
     sliced = any(operand.slices is not None for operand in operands)
     drawn = op_name(node) == "dropout"
     lead = operands[0].lead if sliced else place.lead

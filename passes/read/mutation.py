@@ -9,27 +9,18 @@ from collections.abc import Iterator
 from torch import fx
 
 from sparse_compile.graph.read import op_name
-from sparse_compile.graph.vocabulary import LINEAR
+from sparse_compile.graph.vocabulary import IN_PLACE, LINEAR, MODE_SWITCHES
 from sparse_compile.torch_private.aten import overload, overload_writes
 
 _WORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
-"""Functions whose names end like those of calls in place because they would be words of Python otherwise."""
-
-
-MODE_SWITCHES = {
-    "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode",
-}  # fmt: skip
-
-
-_IN_PLACE = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem",
-}  # fmt: skip
+"""Functions whose names end in an underscore because Python has the bare word; they write to nothing."""
 
 
 def mutation_between(root: fx.Node, end: fx.Node) -> fx.Node | None:
     """Return the first call between two nodes that may write to the tensor `root`: it has two values there.
 
-    What is written to in place is followed back, through whatever may be a view, to a product: that is a new tensor.
+    What a call writes to is followed back to a product, through everything that may be a view. A product is a new
+    tensor.
     """
     own = set(_storage_path(root))
     node = root.next
@@ -76,8 +67,8 @@ def writes_in_place(node: fx.Node) -> bool:
     if node.target in _WORDS:
         return False
     method = name.strip("_")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-    return in_place or (name != method and method in _IN_PLACE) or "out" in node.kwargs or _inplace_flag(node)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+    return in_place or (name != method and method in IN_PLACE) or "out" in node.kwargs or _inplace_flag(node)
 
 
 def _inplace_flag(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""What the projections of a site have in common."""
+"""Tell what the projections of a site have in common, and which nodes belong to a projection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def site_name(projections: tuple[Projection, ...]) -> str:
 def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:
     """Return the nodes of a projection that read its input: its products, casts, dropouts and the adapters.
 
-    Adapters may read what the layer itself reads a cast of.
+    The layer may read a cast of the tensor that its adapters read.
     """
     base, source = nodes[projection.base], nodes[projection.source]
     ends = {base, source, strip_casts(source)}

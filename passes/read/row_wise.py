@@ -1,8 +1,8 @@
-"""Which calls keep rows apart, and what a call reads where it computes some rows only.
+"""Tell which calls keep rows apart, and which operands such a call reads row by row.
 
-A *row* is one position of a tensor's leading dimensions, for a language model one token. A call is row-wise where each
-row of its result is computed from the same row of its operands, and from nothing else that has rows. Leading sizes are
-compared as expressions, so that an answer holds for every batch.
+A *row* is one position of a tensor's leading dimensions: in a language model, one token. A call is row-wise where it
+computes each row of its result from the same row of its operands, and from nothing else that has rows. Leading sizes
+are compared as expressions, so an answer holds for every batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Slice = tuple[Any, Any, Any]
 SAME_ROWS = CASTS | COPIES | {"dropout"}
 _CUTS = frozenset({"chunk", "split"})
 _ALONG_SOME = REDUCTIONS | _CUTS | {"softmax", "log_softmax"}
-"""Calls that keep rows apart where the dimensions that they work along are no leading ones."""
+"""Calls that keep rows apart where they work along none of the leading dimensions."""
 _WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 

@@ -1,9 +1,9 @@
-"""Which activations belong to the tokens whose roles are known.
+"""Tell which activations belong to the tokens whose roles are known.
 
-A model may have several token spaces (the encoder and the decoder of a translation model), and two of them may by
-chance have the same shape. The roles are those of the tokens that the loss is computed for, so we walk back from its
-logits. Every op keeps the tokens of its input, but attention: its rows are those of the query, whatever it reads keys
-and values of.
+A model may have several token spaces (the encoder and the decoder of a translation model), and two of them may have the
+same shape by chance. The roles belong to the tokens that the loss is computed for, so we walk back from its logits.
+Every op keeps the tokens of its input, except attention: its rows are the query's, while keys and values may belong to
+other tokens.
 """
 
 from __future__ import annotations

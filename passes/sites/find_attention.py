@@ -4,13 +4,13 @@
     %a = scaled_dot_product_attention(heads(%q), heads(%k), heads(%v))    or    %a = %w @ heads(%v)
     %y = <projection>(merge_heads(%a))
 
-Head geometry is read off the views, transposes and repetitions between the projections and the attention
-(`head_layout`): how many heads, which feature of a projection is which channel of which head, and that query head h
+The views, transposes and repetitions between the projections and the attention tell the geometry of the heads
+(`head_layout`): how many there are, which feature of a projection is which channel of which head, and that query head h
 reads key/value head h // groups. Query, key and value may be parts of one fused layer (`fused_parts`). Rotary
 embeddings and norms over a head's channels may lie in between.
 
 Declines when: the projections read different tensors (cross-attention), something else reads a query, key or value (the
-cache that a graph returns is allowed), or the layout cannot be followed; with the node that is in the way.
+cache that a graph returns is allowed), or the layout cannot be followed. The reason names the node that is in the way.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@
 
 Gate and up may be the parts of one fused layer (`fused_parts`).
 
-Found from the out-projection backwards: every path from its input leads through elementwise ops to projections that
-read one tensor. The names of modules play no part, nor does the activation. What must hold:
+The search goes backwards from the out-projection: every path from its input leads through elementwise ops to
+projections that read one tensor. It looks at no names of modules, and takes any activation. What must hold:
 
 * the in-projections are as wide as the out-projection's input, and read the same x;
 * the region is closed: nothing outside reads an in-projection's output or an intermediate;
-* tensors from outside that enter the region have one value a channel (a learned scale), or one in all.
+* a tensor from outside that enters the region has one value a channel (a learned scale), or one in all.
 
-Declines when: one of these does not hold, with the node that is in the way.
+Declines when: one of these does not hold. The reason names the node that is in the way.
 """
 
 from __future__ import annotations

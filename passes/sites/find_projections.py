@@ -8,9 +8,9 @@
 
 A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
 
-The weight may be a dequantisation of one that is stored in 4 bits. A projection without a branch is a projection all
-the same: SparseLoRA prunes the MLP of a model whose adapters are on the attention alone. Anything else that is added to
-the base product is left to the analyses that read the output.
+The weight may be dequantised from one that is stored in 4 bits. A layer without a branch counts as well: SparseLoRA
+prunes the MLP of a model whose adapters are on the attention alone. Whatever else is added to the base product is left
+to the analyses that read the output.
 
 Declines when: the weight is trained, holds several experts, is stored in 8 bits or in a tensor subclass, is no 2-D
 parameter of the graph, or is not at hand (the graph was given stand-ins).
@@ -87,7 +87,7 @@ class FindProjections:
 
 @dataclass
 class _Chain:
-    """What is added behind a base product, as far as it was followed."""
+    """The additions behind a base product, as far as they were followed."""
 
     output: fx.Node
     branches: list[LoRABranch] = field(default_factory=list)
@@ -182,7 +182,7 @@ def _branches(base: fx.Node, source: fx.Node, ctx: PassContext) -> _Chain:
 
 
 def _added_branch(running: fx.Node, source: fx.Node, ctx: PassContext) -> tuple[fx.Node, LoRABranch] | None:
-    """Return the addition that is all that reads a running sum, and the LoRA branch that it adds."""
+    """Return the one reader of a running sum, an addition, and the LoRA branch that it adds."""
     # PEFT casts the sum back to the base dtype between two adapters.
     step = running
     while len(step.users) == 1 and op_name(user := next(iter(step.users))) in CASTS and calls_torch(user):

@@ -1,18 +1,19 @@
-"""Compute the feed-forward blocks of the plan for output tokens densely, for context tokens in the kept channels alone.
+"""Compute the planned feed-forward blocks densely for output tokens, in the kept channels alone for context tokens.
 
     %h = act(gate(%x)) * up(%x)          %x_o, %x_c = take_rows(%x, %output_rows, %context_rows)
     %y = down(%h)                 ->     %y_o = down(act(gate(%x_o)) * up(%x_o))
                                          %y_c = down[:, kept](act(gate[kept](%x_c)) * up[kept](%x_c))
                                          %y   = put_rows(%y_o, %y_c, %output_rows, %context_rows)
 
-Adapters belong to the layer: on gate and up the rows of B that are kept are used, on down the columns of A. The thin
-product with A of an in-projection runs on all tokens before the split, so that a dropout before it stays as drawn. The
-elementwise region is copied for each role; a per-channel vector in it is gathered. Of a DoRA adapter on gate or up, the
-scale and the bias that it takes off are gathered too; a frozen product of its own is computed as the base product is.
-Where gate and up are one layer, one product computes their kept rows, those of gate first.
+An adapter has the channels of its layer: gate and up use the kept rows of B, down uses the kept columns of A. The
+product of gate's or up's input with A runs on all tokens, before the split: so a dropout in front of it stays as drawn.
+The elementwise region is copied for each role; for context tokens, a vector with one value a channel is gathered. A
+DoRA adapter on gate or up scales the channels, and takes the bias off before: its scale and the bias are gathered too.
+If it has a frozen product of its own, that is computed as the base product is. Where gate and up are one layer, one
+product computes the kept rows of both, those of gate first.
 
-Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): the intermediate channels that are not kept count as
-zero for context tokens; the gradients are the exact gradients of that function.
+Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): for context tokens, the intermediate channels that are
+not kept count as zero. The gradients are the exact gradients of that function.
 """
 
 from __future__ import annotations

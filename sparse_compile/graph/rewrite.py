@@ -153,6 +153,7 @@ def erase_unused(root: fx.Node) -> int:
     Only what is reached from `root` is erased: a call without users elsewhere may have an effect.
     """
     erased = 0
+    # No walk of `reach`: a node has no users left only once those before it are erased, so it may be met several times.
     frontier = [root]
     while frontier:
         node = frontier.pop()
