@@ -63,6 +63,14 @@ def test_the_readme_is_short(repo_root: Path) -> None:
     assert len(read(repo_root, "README.md").splitlines()) <= README_LINES
 
 
+def test_the_figures_stand_in_the_documents_with_their_conditions(repo_root: Path) -> None:
+    ((_, *lines),) = tables(read(repo_root, "README.md"))
+    documents = read(repo_root, "docs/measured.md") + read(repo_root, "docs/memory.md")
+    figures = {figure for what, result, _ in lines for figure in re.findall(r"\d+\.\d+", f"{what} {result}")}
+    assert len(figures) > 10
+    assert {figure for figure in figures if not re.search(rf"(?<![\d.]){figure}(?!\d)", documents)} == set()
+
+
 # --- Every document ---------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +130,10 @@ make worse    # python docs/there.md docs/gone.md
 # [not a link](in_code.md); make nothing
 import sparse_compile.session
 ```
+
+```python
+f(x=1, ...)
+```
 """
 
 
@@ -138,6 +150,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
     assert faults(tmp_path / "docs" / "broken.md", tmp_path) == [
         f"docs/broken.md: {fault}"
         for fault in (
+            "no Python: positional argument follows keyword argument (<unknown>, line 1)",
             "link nowhere.md: no such file",
             "link there.md#nothing: no such heading",
             "link figures/none.svg: no such file",
