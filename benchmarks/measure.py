@@ -75,11 +75,11 @@ def options_of(arm: str) -> dict[str, Any]:
     Raises:
         ValueError: no such preset or pass.
     """
-    from sparse_compile.compiler.pipeline import passes
+    from sparse_compile.compiler.pipeline import PASSES
 
     preset, colon, listed = arm.removeprefix(TRITON).removeprefix(DENSE).partition(":")
     chosen = [name for name in listed.split("+") if name]
-    optional = [each.name for each in passes() if each.optimises]
+    optional = [each.name for each in PASSES if each.optimises]
     if preset not in PRESETS or not set(chosen) <= set(optional):
         raise ValueError(
             f"no arm {arm!r}; there are {', '.join((*PEERS, *PRESETS))}, and a preset with some passes alone, such as "

@@ -85,6 +85,11 @@ class ProviderTable:
         self._providers = (*others, Provider(REFERENCE, reference, lambda call: None))
         self._run = {provider.name: provider.run for provider in (*self._providers, *candidates)}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the providers."""
+        return tuple(self._run)
+
     def __getitem__(self, name: str) -> Callable[..., object]:
         """Return the implementation called `name`; raise `ValueError` for an unknown one."""
         if name not in self._run:

@@ -1,10 +1,9 @@
-"""What passes share: the user's wishes and the facts found so far."""
+"""What passes share: the environment of the graph, the facts found so far, and the results beside the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,105 +20,136 @@ from sparse_compile.graph.facts import (
 )
 from sparse_compile.graph.sites import AttentionSite, FFNSite, Parameter, Projection, Site
 from sparse_compile.kernels.providers import Choice, OpCall
-from sparse_compile.passes.read.quantized_weight import QuantizedWeight
+from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.passes.quantized_weight import QuantizedWeight
+from sparse_compile.predictor.svd import LowRankFactors
 from sparse_compile.training.token_capacity import OutputCount
 
-if TYPE_CHECKING:
-    from sparse_compile.options.config import SparseLoRAConfig
-    from sparse_compile.predictor.svd import LowRankFactors
 
-
-@dataclass
-class PassContext:
-    """What passes share: the user's wishes and the facts found so far.
-
-    Analyses assign the facts; transforms read them. Facts refer to nodes by name (see `ir.py`).
+@dataclass(frozen=True)
+class Environment:
+    """What is given with a graph: the user's options, the tensors that enter it, the moment of its compilation.
 
     Attributes:
         config: the user's options.
         parameters: by placeholder name, every parameter and buffer of the graph.
+        values: by placeholder name, the live tensors that enter the graph.
         roles_given: whether `token_roles(...)` is open at this compilation.
         autocast: device types for which autocast was already on where the graph begins, with its dtype.
-        dense_step: returns, on a device, what tells the phase of the schedule (`Session.dense_step`); None where every
-            step is sparse.
         stack: `(position, count)` of the part of the model that the graph holds, among the parts alike: the graph of a
             block that was compiled alone is one of `count`; `(0, 1)` for a whole model.
-        projections: by name of the base node.
-        ffn_sites: in graph order.
-        attention_sites: in graph order.
-        roles: where token roles come from, None where nothing tells.
-        plan: the decisions.
-        factors: by projection name, the predictor's factors of the sites in the plan.
-        output_count: the number of output tokens of the batch that is compiled for, where it is known and wanted.
+        dense_step: returns, on a device, what tells the phase of the schedule (`Session.dense_step`); None where every
+            step is sparse.
         all_output: whether every token of the batches that the graph is for is an output token: a dense step.
-        slots: the fixed numbers of rows that tokens are computed in, None where sizes depend on data.
-        masked_layers: the pruned layers with an adapter.
-        product_orders: the order of the products of each layer that could have another.
-        selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
-            `(query/key channels, value/output channels)` of an attention site.
-        loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
-        rows: the nodes that hold the output and the context rows, once they were inserted.
-        providers: by site name, the providers that `lower_sparse_ops` chose.
-        kernel_sources: by file name, the source of each kernel that was generated for a site.
-        values: by placeholder name, the live tensors that enter the graph.
-        quantized_weights: by the node that dequantises it, each frozen weight that is stored in 4 bits.
+        output_count: the number of output tokens of the batch that is compiled for, where it is known and wanted.
     """
 
     config: SparseLoRAConfig
     parameters: Mapping[str, Parameter]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
     roles_given: bool = False
     autocast: Mapping[str, object] = field(default_factory=dict)
     stack: tuple[int, int] = (0, 1)
     dense_step: Callable[[torch.device], Tensor] | None = None
-    projections: dict[str, Projection] = field(default_factory=dict)
+    all_output: bool = False
+    output_count: OutputCount | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What passes found out about a graph, and decided. Facts refer to nodes by name (see `graph/facts.py`).
+
+    Attributes:
+        quantized_weights: by the node that dequantises it, each frozen weight that is stored in 4 bits.
+        projections: by name of the base node.
+        ffn_sites: in graph order.
+        attention_sites: in graph order.
+        roles: where token roles come from, None where nothing tells.
+        slots: the fixed numbers of rows that tokens are computed in, None where sizes depend on data.
+        plan: the decisions.
+        factors: by projection name, the predictor's factors of the sites in the plan.
+        loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
+        masked_layers: the pruned layers with an adapter.
+        product_orders: the order of the products of each layer that could have another.
+        selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
+            `(query/key channels, value/output channels)` of an attention site.
+        rows: the nodes that hold the output and the context rows, once they were inserted.
+    """
+
+    quantized_weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    projections: Mapping[str, Projection] = field(default_factory=dict)
     ffn_sites: tuple[FFNSite, ...] = ()
     attention_sites: tuple[AttentionSite, ...] = ()
     roles: TokenRoles | None = None
-    plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
-    factors: dict[str, LowRankFactors] = field(default_factory=dict)
-    output_count: OutputCount | None = None
-    all_output: bool = False
     slots: TokenSlots | None = None
+    plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
+    factors: Mapping[str, LowRankFactors] = field(default_factory=dict)
+    loss_rows: LossRows | None = None
     masked_layers: tuple[MaskedLayer, ...] = ()
     product_orders: tuple[ProductOrder, ...] = ()
-    selections: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    loss_rows: LossRows | None = None
+    selections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: tuple[str, str] | None = None
-    providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    kernel_sources: dict[str, str] = field(default_factory=dict)
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-    quantized_weights: dict[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every matched site: FFN sites, then attention sites."""
         return (*self.ffn_sites, *self.attention_sites)
 
+
+@dataclass(frozen=True)
+class Results:
+    """What lowering made beside the graph, for reports and dumps.
+
+    Attributes:
+        providers: by site name, the providers that `lower_sparse_ops` chose.
+        kernel_sources: by file name, the source of each kernel that was generated for a site.
+    """
+
+    providers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kernel_sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class PassContext:
+    """What passes share.
+
+    All three parts are immutable. A pass records what it found with `ctx.facts = replace(ctx.facts, ...)`, so that the
+    runner restores what was known before a pass that failed.
+    """
+
+    env: Environment
+    facts: Facts = field(default_factory=Facts)
+    results: Results = field(default_factory=Results)
+
     def frozen_weight(self, projection: Projection) -> Tensor:
         """Return the weight of a layer as it is stored, (out, in) or transposed; dequantised, a fresh tensor."""
-        quantized = self.quantized_weights.get(projection.weight)
+        quantized = self.facts.quantized_weights.get(projection.weight)
         if quantized is None:
-            value = self.parameters[projection.weight].value
+            value = self.env.parameters[projection.weight].value
             assert value is not None, "a layer without its weight at hand is no projection"
             return value.detach()
         return quantized.dense()
 
     def weight_inputs(self, projection: Projection) -> tuple[str, ...]:
         """Return the placeholders that hold the weight of a layer."""
-        quantized = self.quantized_weights.get(projection.weight)
+        quantized = self.facts.quantized_weights.get(projection.weight)
         if quantized is None:
             return (projection.weight,)
         return tuple(name for name in quantized.operands if name is not None)
 
+    def add_sources(self, sources: Mapping[str, str]) -> None:
+        """Add the sources of generated kernels, by file name."""
+        self.results = replace(self.results, kernel_sources={**self.results.kernel_sources, **sources})
+
     def op_call(self, plan: SitePlan) -> OpCall:
         """Return what a provider may look at for the ops of a site: its frozen weights, the rank of their factors."""
         dtype, device = self.weight_kind(plan.site.output)
-        factors = (self.factors.get(projection.name) for projection in plan.site.projections)
+        factors = (self.facts.factors.get(projection.name) for projection in plan.site.projections)
         return OpCall(device, dtype, rank=max((each.a.shape[1] for each in factors if each is not None), default=0))
 
     def weight_kind(self, projection: Projection) -> tuple[torch.dtype, str]:
         """Return the dtype that the weight of a layer has when it is multiplied with, and its device type."""
-        quantized = self.quantized_weights.get(projection.weight)
+        quantized = self.facts.quantized_weights.get(projection.weight)
         if quantized is None:
             value = self.frozen_weight(projection)
             return value.dtype, value.device.type

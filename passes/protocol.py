@@ -1,22 +1,16 @@
-"""The protocol of a pass and the context it works in."""
+"""The protocol of a pass."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import ClassVar
 
 from torch import fx
 
-from sparse_compile.graph.facts import (
-    Rejection,
-)
-
-if TYPE_CHECKING:
-    pass
-
-
+from sparse_compile.graph.facts import Rejection
 from sparse_compile.passes.context import PassContext
 
 
@@ -47,7 +41,7 @@ class PassOutcome:
 
 
 class InvalidOptionError(ValueError):
-    """An option that the user has to mend: the pipeline lets it through, and goes on without any other failed pass."""
+    """An option that the user has to mend: the runner lets it through, and goes on without any other failed pass."""
 
 
 class RequestedFunctionError(RuntimeError):
@@ -57,44 +51,40 @@ class RequestedFunctionError(RuntimeError):
     """
 
 
-class Pass(Protocol):
-    """One step of the pipeline: a frozen dataclass with these attributes and `run`.
+class Pass(ABC):
+    """One step of the pipeline: a class without state in a module of its own, in the chapter that it belongs to.
 
-    `requires` and `ensures` are stages of the graph and its facts (`verify.STAGES`). An analysis assigns facts in the
-    context and leaves the graph alone; a transform rewrites the graph it is given, which is a copy that the pipeline
-    swaps in when the pass and the verifier agree. Not matching is data: `PassOutcome.rejections`.
+    An analysis records facts in the context and leaves the graph alone. A transform rewrites the graph it is given,
+    which is a copy that the runner swaps in when the pass and the verifier agree. Where either fails, graph and facts
+    are what they were. Not matching is data: `PassOutcome.rejections`.
+
+    A pass declares below what differs from the defaults; the order of the passes must agree with it
+    (`pipeline.in_order`).
+
+    Attributes:
+        name: name in `disable=`, in reports and in dumps: that of the module.
+        requires: stages (`legal.STAGES`) that must have been reached.
+        ensures: stages that are reached afterwards.
+        after: passes that stand before this one, where they run at all, for reasons that no stage expresses.
+        numerics: what the pass may do to the result.
+        analysis: whether the pass only finds facts.
+        optimises: whether the pass is exact and there for speed alone: preset `none` leaves it out.
+        sparsifies: the kind of site that the pass makes sparse, empty for any other pass.
     """
 
-    @property
-    def name(self) -> str:
-        """Name in the table of passes, in `disable=` and in dumps."""
-        ...
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ("captured",)
+    ensures: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    analysis: ClassVar[bool] = False
+    optimises: ClassVar[bool] = False
+    sparsifies: ClassVar[str] = ""
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Stages that must have been reached."""
-        ...
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = vars(cls).get("name") or cls.__module__.rpartition(".")[2]
 
-    @property
-    def ensures(self) -> tuple[str, ...]:
-        """Stages reached afterwards."""
-        ...
-
-    @property
-    def numerics(self) -> Numerics:
-        """What the pass may do to the result."""
-        ...
-
-    @property
-    def analysis(self) -> bool:
-        """Whether the pass only finds facts."""
-        ...
-
-    @property
-    def optimises(self) -> bool:
-        """Whether the pass is exact and there for speed alone: preset `none` leaves it out."""
-        ...
-
+    @abstractmethod
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Run the pass."""
-        ...

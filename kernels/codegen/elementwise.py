@@ -13,13 +13,10 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import op_name
 from sparse_compile.graph.vocabulary import CASTS
 from sparse_compile.kernels.codegen.formula import number, select, sigmoid, softplus
-
-
-class NotLiftableError(Exception):
-    """Carries the reason why a call has no formula."""
 
 
 def _clamp(x: sympy.Expr, low: Any = None, high: Any = None) -> sympy.Expr:
@@ -43,7 +40,7 @@ def _gelu(x: sympy.Expr, approximate: str = "none") -> sympy.Expr:
 def _softplus(x: sympy.Expr, beta: Any = 1, threshold: Any = 20) -> sympy.Expr:
     # Above the threshold PyTorch takes beta x itself, which differs by less than exp(-threshold).
     if threshold < 20:
-        raise NotLiftableError(f"softplus with the threshold {threshold} is another function")
+        raise Declined("softplus", f"softplus with the threshold {threshold} is another function")
     return softplus(beta * x) / beta
 
 
@@ -59,9 +56,9 @@ def _absolute(x: sympy.Expr) -> sympy.Expr:
 
 def _power(x: sympy.Expr, exponent: Any) -> sympy.Expr:
     if not exponent.is_number:
-        raise NotLiftableError("a power whose exponent is computed has no formula")
+        raise Declined("pow", "a power whose exponent is computed has no formula")
     if abs(exponent) > 8 or (2 * exponent) % 1:
-        raise NotLiftableError(f"a power of {float(exponent):g} is no product of few factors")
+        raise Declined("pow", f"a power of {float(exponent):g} is no product of few factors")
     return x ** sympy.Rational(int(2 * exponent), 2)
 
 
@@ -122,7 +119,7 @@ def lift(node: fx.Node, operand: Callable[[Any], Any]) -> sympy.Expr:
         operand: maps an argument of the call, a node or a number, to its expression.
 
     Raises:
-        NotLiftableError: the call has no formula, or an argument that it cannot hold.
+        Declined: the call has no formula, or an argument that it cannot hold.
     """
     name = _canonical(op_name(node))
     if name in _SAME_VALUE:
@@ -133,9 +130,9 @@ def lift(node: fx.Node, operand: Callable[[Any], Any]) -> sympy.Expr:
         training = node.kwargs.get("training", training)
         if training is False or probability == 0:
             return operand(node.args[0])
-        raise NotLiftableError("dropout draws a number for each element")
+        raise Declined(node, "dropout draws a number for each element")
     if name not in _CALLS:
-        raise NotLiftableError(f"{op_name(node)} has no formula")
+        raise Declined(node, f"{op_name(node)} has no formula")
     values = [operand(argument) for argument in node.args if not isinstance(argument, bool)]
     # What may be given by name and is an operand: `torch.mul(input=x, other=y)`.
     values += [operand(node.kwargs[key]) for key in ("input", "self", "other", "exponent") if key in node.kwargs]
@@ -149,23 +146,23 @@ def lift(node: fx.Node, operand: Callable[[Any], Any]) -> sympy.Expr:
     try:
         return _CALLS[name](*values, **options)
     except TypeError as error:
-        raise NotLiftableError(f"{op_name(node)} with these arguments has no formula") from error
+        raise Declined(node, f"{op_name(node)} with these arguments has no formula") from error
 
 
 def constant(value: Any) -> sympy.Expr | None:
     """Return what an argument that is no node stands for in a formula: a number, or nothing of a dtype or None.
 
     Raises:
-        NotLiftableError: a formula cannot hold it.
+        Declined: a formula cannot hold it.
     """
     if isinstance(value, int | float):
         try:
             return number(value)
         except ValueError as error:
-            raise NotLiftableError(str(error)) from error
+            raise Declined(str(value), str(error)) from error
     if value is None or isinstance(value, torch.dtype):
         return None
-    raise NotLiftableError(f"{value!r} is no operand of a formula")
+    raise Declined(str(value), f"{value!r} is no operand of a formula")
 
 
 def _canonical(name: str) -> str:

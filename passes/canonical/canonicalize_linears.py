@@ -16,29 +16,24 @@ is compiled as it was captured: the canonical copy is dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, calls_torch, op_name, strip_transposes, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, forward_to, take_over
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 
 
-@dataclass(frozen=True)
-class CanonicalizeLinears:
+class CanonicalizeLinears(Pass):
     """Rewrite every spelling of a linear layer with a parameter to `linear(x, W, b)`."""
 
-    name: str = "canonicalize_linears"
-    requires: tuple[str, ...] = ("captured",)
-    ensures: tuple[str, ...] = ("canonical",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = False
+    ensures = ("canonical",)
+    # Exposed products are written in the one spelling already.
+    after = ("expose_4bit_weights",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -55,11 +50,10 @@ class CanonicalizeLinears:
                 forward_to(node, node.args[0])
                 stats["dropouts"] += 1
             else:
-                outcome = _as_linear(node, ctx, rewriter)
-                if isinstance(outcome, Rejection):
-                    rejections.append(outcome)
-                else:
-                    stats["linears"] += outcome
+                try:
+                    stats["linears"] += _as_linear(node, ctx, rewriter)
+                except Declined as declined:
+                    rejections.append(declined.by(self.name))
         return PassOutcome(any(stats.values()), stats, tuple(rejections))
 
 
@@ -75,34 +69,36 @@ def _is_dead_dropout(node: fx.Node) -> bool:
     return argument(node, "training", True) is False or argument(node, "p", 0.5) == 0.0
 
 
-def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> int | Rejection:
-    """Rewrite `node` where it is a product with a parameter; return how many were rewritten, or why not."""
+def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> bool:
+    """Rewrite `node` where it is a product with a parameter; tell whether it is.
+
+    Raises:
+        Declined: it is one, and no linear layer.
+    """
     if op_name(node) in MATMULS:
         x, weight, bias = argument(node, "input"), argument(node, "other"), None
     elif op_name(node) == "addmm":
         bias, x, weight = (argument(node, name) for name in ("input", "mat1", "mat2"))
     else:
-        return 0
+        return False
     x_value, weight_value = tensor_value(x), tensor_value(weight)
     if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() < 2:
-        return 0
+        return False
     parameter, transposes = strip_transposes(weight)
-    if parameter.name not in ctx.parameters:
-        return 0
+    if parameter.name not in ctx.env.parameters:
+        return False
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        return Rejection("canonicalize_linears", node.name, "addmm with alpha or beta other than 1")
+        raise Declined(node, "addmm with alpha or beta other than 1")
     bias_value = tensor_value(bias)
     if bias is not None and (bias_value is None or bias_value.dim() != 1):
-        return Rejection("canonicalize_linears", node.name, "addmm with an input that is not a bias vector")
+        raise Declined(node, "addmm with an input that is not a bias vector")
     with rewriter.before(node):
         # `weight` is (in, out); `linear` wants (out, in).
         operand = parameter if transposes % 2 else rewriter.method("t", parameter)
-        if operand is not parameter:
-            operand.meta["example_value"] = _transposed(weight_value)
         linear = rewriter.call(LINEAR, x, operand, bias)
     take_over(node, linear)
     _drop_flattening(linear, rewriter)
-    return 1
+    return True
 
 
 def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
@@ -125,7 +121,6 @@ def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
         return
     with rewriter.before(linear):
         whole = rewriter.call(LINEAR, x, *linear.args[1:])
-    whole.meta["example_value"] = tensor_value(views[0])
     for view in views:
         forward_to(view, whole)
     rewriter.graph.erase_node(linear)
@@ -137,8 +132,3 @@ def _shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     """Return the shape of a tensor node, empty for anything else."""
     value = tensor_value(node)
     return () if value is None else tuple(value.shape)
-
-
-def _transposed(value: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return value.t()

@@ -13,29 +13,21 @@ Declines when: the user gave the checkpoint a policy of its own (`context_fn`), 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.torch_private.autograd import next_checkpoint_id
 
 
-@dataclass(frozen=True)
-class InlineCheckpointBodies:
+class InlineCheckpointBodies(Pass):
     """Replace each activation checkpoint by the nodes of its body, marked for recomputation."""
-
-    name: str = "inline_checkpoint_bodies"
-    requires: tuple[str, ...] = ("captured",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -49,35 +41,30 @@ class InlineCheckpointBodies:
             if node.target is checkpoint and node.name not in {rejection.node for rejection in rejections}
         ]:
             call = calls[0]
-            reason = _reason_to_keep(gm, call)
-            if reason is None:
-                _inline(gm, call)
-                inlined += 1
-            else:
-                rejections.append(Rejection(self.name, call.name, reason))
+            try:
+                body = _body(gm, call)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
+                continue
+            _inline(gm, call, body)
+            inlined += 1
         return PassOutcome(inlined > 0, {"inlined": inlined}, tuple(rejections))
 
 
-def _body(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule | None:
+def _body(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
+    """Return the body of a checkpoint; decline one that must be left to the operator."""
     holder = call.args[0]
-    if not (isinstance(holder, fx.Node) and holder.op == "get_attr"):
-        return None
-    body = gm.get_submodule(str(holder.target))
-    return body if isinstance(body, fx.GraphModule) else None
-
-
-def _reason_to_keep(gm: fx.GraphModule, call: fx.Node) -> str | None:
-    body = _body(gm, call)
-    if body is None:
-        return "the checkpointed body is not a graph"
+    body = gm.get_submodule(str(holder.target)) if isinstance(holder, fx.Node) and holder.op == "get_attr" else None
+    if not isinstance(body, fx.GraphModule):
+        raise Declined(call, "the checkpointed body is not a graph")
     if "_checkpoint_context_fn" in body.meta:
-        return "the checkpoint has a policy of its own (context_fn): sites inside stay dense"
+        raise Declined(call, "the checkpoint has a policy of its own (context_fn): sites inside stay dense")
     placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(call.args) - 1:
-        return "the checkpointed body takes keyword arguments"
+        raise Declined(call, "the checkpointed body takes keyword arguments")
     if any(node.op == "get_attr" and not _is_graph(body, node) for node in body.graph.nodes):
-        return "the checkpointed body holds constants of its own"
-    return None
+        raise Declined(call, "the checkpointed body holds constants of its own")
+    return body
 
 
 def _is_graph(body: fx.GraphModule, node: fx.Node) -> bool:
@@ -87,9 +74,7 @@ def _is_graph(body: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(value, fx.GraphModule)
 
 
-def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
-    body = _body(gm, call)
-    assert body is not None
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
     region = next_checkpoint_id()
     arguments = iter(call.args[1:])
     values: dict[fx.Node, Any] = {}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sparse_compile.graph.cost import step_flops
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import (
     argument,
@@ -34,9 +34,10 @@ from sparse_compile.graph.read import (
 )
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS, MULTIPLICATIONS, VECTOR_NORMS
+from sparse_compile.graph.walk import readers
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.lora_branch import is_sum
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,34 +61,31 @@ class _Product:
     biased: bool = False
 
 
-@dataclass(frozen=True)
-class FactorDoRANorm:
+class FactorDoRANorm(Pass):
     """Replace every norm of the rows of W + s B A."""
 
-    name: str = "factor_dora_norm"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("canonical",)
+    # The analyses follow the norm's vector, not what it is computed from.
+    after = ("find_projections", "find_ffn", "find_attention")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
-        flops = step_flops(gm.graph)
         rejections: list[Rejection] = []
         norms = erased = 0
         for node in list(gm.graph.nodes):
             found = _match(node, ctx)
             if found is None:
                 continue
-            reason = _reason(node, *found, ctx)
-            if reason:
-                rejections.append(Rejection(self.name, node.name, reason))
+            try:
+                _check_norm(node, *found, ctx)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
                 continue
             norms += 1
             erased += _rewrite(node, *found, rewriter)
-        stats = {"norms": norms, "erased": erased, "saved_flops": round(flops - step_flops(gm.graph))}
+        stats = {"norms": norms, "erased": erased}
         return PassOutcome(bool(norms), stats, tuple(rejections))
 
 
@@ -102,7 +100,7 @@ def _match(norm: fx.Node, ctx: PassContext) -> tuple[fx.Node, _Product] | None:
     if len(operands) != 2:
         return None
     for weight, other in (operands, reversed(operands)):
-        product = _product(other) if stored_matrix(weight)[0].name in ctx.parameters else None
+        product = _product(other) if stored_matrix(weight)[0].name in ctx.env.parameters else None
         if product is not None and _shape(weight) == _shape(other):
             return weight, product
     return None
@@ -150,32 +148,29 @@ def _shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     return () if value is None else tuple(value.shape)
 
 
-def _reason(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassContext) -> str:
-    """Say what forbids the rewrite, or return an empty string."""
+def _check_norm(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassContext) -> None:
+    """Decline a norm that the op does not compute, or that is differentiated."""
     order = argument(norm, "ord")
     dim = argument(norm, "dim")
     dims = list(dim) if isinstance(dim, list | tuple) else [dim]
     if order not in (None, 2, "fro") or dims not in ([1], [-1]) or argument(norm, "keepdim", False):
-        return "it is not the L2 norm of each row"
+        raise Declined(norm, "it is not the L2 norm of each row")
     value = tensor_value(norm)
     operands = (_value(strip_casts(each)) for each in (stored_matrix(weight)[0], product.a, product.b))
     if value is None or value.dim() != 1 or any(each.dtype not in _DTYPES for each in operands):
-        return "its operands are no floating-point matrices"
+        raise Declined(norm, "its operands are no floating-point matrices")
     if value.requires_grad and not _is_detached(norm):
-        return "a gradient flows through the norm"
+        raise Declined(norm, "a gradient flows through the norm")
     if product.biased:
-        return "an adapter with a bias is more than the product of its factors"
-    if ctx.parameters[stored_matrix(weight)[0].name].trained:
-        return "its weight is trained"
-    return ""
+        raise Declined(norm, "an adapter with a bias is more than the product of its factors")
+    if ctx.env.parameters[stored_matrix(weight)[0].name].trained:
+        raise Declined(norm, "its weight is trained")
 
 
 def _is_detached(node: fx.Node) -> bool:
     """Tell whether every use of `node` is of a detached copy."""
-    return all(
-        op_name(user) == "detach" or (op_name(user) in CASTS and calls_torch(user) and _is_detached(user))
-        for user in node.users
-    )
+    found = readers(node, through=lambda user: op_name(user) in CASTS and calls_torch(user))
+    return all(op_name(user) == "detach" for user in found)
 
 
 def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewriter) -> int:
@@ -185,21 +180,13 @@ def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewrit
     a, b = (strip_casts(each) for each in (product.a, product.b))
     with rewriter.before(norm):
         # Uncast: the op casts a block at a time.
-        matrix = _method(rewriter, "t", stored) if transposed else stored
-        a, b = (_method(rewriter, "detach", each) for each in (a, b))
-        a = _method(rewriter, "t", a) if product.a_transposed else a
+        matrix = rewriter.method("t", stored) if transposed else stored
+        a, b = (rewriter.method("detach", each) for each in (a, b))
+        a = rewriter.method("t", a) if product.a_transposed else a
         norms = rewriter.call(torch.ops.sparselora.dora_norm.default, matrix, a, b, product.scale)
         if at_least_fp32(*(_value(each) for each in (matrix, a, b))) != value.dtype:
             norms = rewriter.method("to", norms, value.dtype)
     return take_over(norm, norms)
-
-
-def _method(rewriter: Rewriter, name: str, operand: fx.Node) -> fx.Node:
-    """Insert a tensor method, with its example value: later analyses ask for shapes."""
-    node = rewriter.method(name, operand)
-    with torch.no_grad():
-        node.meta["example_value"] = getattr(_value(operand), name)()
-    return node
 
 
 def _value(node: fx.Node) -> Tensor:

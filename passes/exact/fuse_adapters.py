@@ -22,34 +22,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from sparse_compile.graph.cost import fused_adapters_pay
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, hinted_shape, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
 from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.adapter_inputs import Adapter, adapters_by_input
 from sparse_compile.passes.read.mutation import mutation_between, writes_in_place
 from sparse_compile.passes.read.projections import site_name
 
 
-@dataclass(frozen=True)
-class FuseAdapters:
+class FuseAdapters(Pass):
     """Give adapters of the same tensor one stacked product."""
 
-    name: str = "fuse_adapters"
-    requires: tuple[str, ...] = ("plan",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("plan",)
+    # A merged adapter has no product of its own left.
+    after = ("order_adapter_products",)
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -62,16 +59,18 @@ class FuseAdapters:
         for group in groups:
             adapters = []
             for adapter in group:
-                reason = _reason_to_leave(adapter, len(group), readers[adapter.projection.source], gathered)
-                if reason:
-                    rejections.append(Rejection(self.name, adapter.projection.name, reason))
+                try:
+                    _check_adapter(adapter, len(group), readers[adapter.projection.source], gathered)
+                except Declined as declined:
+                    rejections.append(declined.by(self.name))
                 else:
                     adapters.append(adapter)
             if len(adapters) < 2:
                 continue
-            reason = _reason_not_to_fuse(adapters)
-            if reason:
-                rejections.append(Rejection(self.name, adapters[0].projection.name, reason))
+            try:
+                _check_group(adapters)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
                 continue
             _fuse(adapters, rewriter)
             stats["groups"] += 1
@@ -81,42 +80,44 @@ class FuseAdapters:
 
 def _gathered_products(ctx: PassContext) -> set[str]:
     """Return the products with A whose columns a sparse feed-forward block gathers: they must stay products."""
-    outputs = [plan.site.output for plan in ctx.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+    outputs = [plan.site.output for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
     return {branch.a for projection in outputs for branch in projection.adapters}
 
 
-def _reason_to_leave(adapter: Adapter, group: int, readers: int, gathered: set[str]) -> str:
-    """Say what forbids fusing one adapter with others, or return an empty string."""
+def _check_adapter(adapter: Adapter, group: int, readers: int, gathered: set[str]) -> None:
+    """Decline an adapter that cannot be fused with those beside it."""
+    name = adapter.projection.name
+    if group == 1 and readers > 1 and adapter.branch.dropout:
+        reason = "its dropout draws for it alone: its input is another tensor than that of the adapters beside it"
+        raise Declined(name, reason)
+    if group == 1 and readers > 1:
+        reason = "it reads its input in another dtype, region of autocast or checkpoint than the adapters beside it"
+        raise Declined(name, reason)
     if group == 1:
-        if readers == 1:
-            return ""
-        if adapter.branch.dropout:
-            return "its dropout draws for it alone: its input is another tensor than that of the adapters beside it"
-        return "it reads its input in another dtype, region of autocast or checkpoint than the adapters beside it"
+        return  # nothing is beside it
     if adapter.bias:
-        return "its A has a bias"
+        raise Declined(name, "its A has a bias")
     if adapter.product.name in gathered:
-        return "its block is sparse: the columns of its A are gathered"
+        raise Declined(name, "its block is sparse: the columns of its A are gathered")
     if any(writes_in_place(user) for user in adapter.product.users):
-        return "the product with its A is written to in place"
-    return ""
+        raise Declined(name, "the product with its A is written to in place")
 
 
-def _reason_not_to_fuse(adapters: list[Adapter]) -> str:
-    """Say what forbids fusing these adapters, or return an empty string."""
+def _check_group(adapters: list[Adapter]) -> None:
+    """Decline adapters whose input may change between them, or that gain nothing by one product."""
+    name = adapters[0].projection.name
     first, last = adapters[0].product, adapters[-1].product
     root = adapters[0].root
     written = mutation_between(root, last)
     if written is not None:
-        return f"{root.name}, which they read, may be written to in between ({written.name})"
+        raise Declined(name, f"{root.name}, which they read, may be written to in between ({written.name})")
     x = argument(first, "input")
     *leading, width = hinted_shape(x)
     value = tensor_value(x)
     assert value is not None
     ranks = [hinted_shape(adapter.product)[-1] for adapter in adapters]
-    if fused_adapters_pay(math.prod(leading), width, ranks, input_gradient=value.requires_grad):
-        return ""
-    return "stacking their factors moves more bytes than reading their input once saves"
+    if not fused_adapters_pay(math.prod(leading), width, ranks, input_gradient=value.requires_grad):
+        raise Declined(name, "stacking their factors moves more bytes than reading their input once saves")
 
 
 def _fuse(adapters: list[Adapter], rewriter: Rewriter) -> None:
@@ -129,8 +130,6 @@ def _fuse(adapters: list[Adapter], rewriter: Rewriter) -> None:
         ranks = [hinted_shape(product)[-1] for product in products]
         # Its gradient is one `cat`; the gradients of slices would be padded with zeros and added up.
         slices = rewriter.items(rewriter.call(torch.split_with_sizes, stacked, ranks, -1), len(ranks))
-    _set_shape(stacked_factors, argument(first, "weight"), 0, sum(ranks))
-    _set_shape(stacked, first, -1, sum(ranks))
     for product, part in zip(products, slices, strict=True):
         take_over(product, part)
 
@@ -140,12 +139,3 @@ def _available_before(anchor: fx.Node, operand: fx.Node, rewriter: Rewriter) -> 
     if operand.op == "placeholder" or operand < anchor:
         return operand
     return rewriter.copy(operand, lambda source: _available_before(anchor, source, rewriter))
-
-
-def _set_shape(node: fx.Node, like: fx.Node, dim: int, size: int) -> None:
-    """Record the stand-in of an inserted node: that of `like` with another size in one dimension."""
-    value = tensor_value(like)
-    assert value is not None
-    shape = list(value.shape)
-    shape[dim] = size
-    node.meta["example_value"] = value.new_empty(shape).requires_grad_(value.requires_grad)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import sympy
 import torch
@@ -37,7 +37,7 @@ from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.adapted_layer import AdaptedLayer, adapted_layer
 from sparse_compile.passes.read.adapter_inputs import adapters_by_input
 from sparse_compile.passes.read.autocast import autocast_dtypes
@@ -46,16 +46,13 @@ from sparse_compile.torch_private.fake import UNKNOWN_SIZE
 _OPS = torch.ops.sparselora
 
 
-@dataclass(frozen=True)
-class OrderAdapterProducts:
+class OrderAdapterProducts(Pass):
     """Merge a layer and its adapter, forward or backward, where the cost model says that it pays."""
 
-    name: str = "order_adapter_products"
-    requires: tuple[str, ...] = ("plan",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("plan",)
+    # A masked layer is not merged.
+    after = ("preserve_weight_mask",)
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -64,7 +61,7 @@ class OrderAdapterProducts:
         readers = {adapter.branch.a: len(group) for group in adapters_by_input(gm.graph, ctx) for adapter in group}
         orders: list[ProductOrder] = []
         rejections: list[Rejection] = []
-        for projection in ctx.projections.values():
+        for projection in ctx.facts.projections.values():
             try:
                 found = matcher.match(projection)
             except Declined as declined:
@@ -75,7 +72,7 @@ class OrderAdapterProducts:
                 orders.append(order)
                 if order.order != "F1B1":
                     _rewrite(found, projection, order.order, rewriter)
-        ctx.product_orders = tuple(orders)
+        ctx.facts = replace(ctx.facts, product_orders=tuple(orders))
         stats = dict(Counter(order.order for order in orders))
         return PassOutcome(rewriter.inserted > 0, stats, tuple(rejections))
 
@@ -86,8 +83,8 @@ class _Matcher:
     def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
         self.ctx = ctx
         self.nodes = nodes_by_name(graph)
-        self.sparse = {projection.base for plan in ctx.plan.sparse_sites for projection in plan.site.projections}
-        self.autocast = {device: autocast_dtypes(graph, ctx.autocast, device) for device in ("cpu", "cuda")}
+        self.sparse = {projection.base for plan in ctx.facts.plan.sparse_sites for projection in plan.site.projections}
+        self.autocast = {device: autocast_dtypes(graph, ctx.env.autocast, device) for device in ("cpu", "cuda")}
 
     def match(self, projection: Projection) -> AdaptedLayer | None:
         """Return a layer with its adapter, or None where there is none, or the layer is gone or sparse.
@@ -97,7 +94,7 @@ class _Matcher:
         """
         if not projection.branches or projection.base not in self.nodes or projection.base in self.sparse:
             return None
-        if projection.weight in self.ctx.quantized_weights:
+        if projection.weight in self.ctx.facts.quantized_weights:
             reason = "its weight is stored in 4 bits, and a merged one would be a dense copy of it"
             raise Declined(projection.name, reason)
         layer = adapted_layer(projection, self.nodes)
@@ -113,7 +110,7 @@ class _Matcher:
         if casts != {None} and value.dtype != torch.float64:
             raise Declined(name, "autocast casts its operands, which it does not do for a merged product")
         low_precision = value.dtype not in (torch.float32, torch.float64)
-        if low_precision and not self.ctx.config.merge_low_precision:
+        if low_precision and not self.ctx.env.config.merge_low_precision:
             dtype = str(value.dtype).removeprefix("torch.")
             raise Declined(name, f"a weight merged in {dtype} is rounded (see merge_low_precision)")
         if UNKNOWN_SIZE in hinted_shape(layer.x)[:-1]:

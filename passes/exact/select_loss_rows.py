@@ -14,8 +14,8 @@ projection. It stops where a call mixes rows, or where a tensor is read for all 
 
 Legal because: the mean and the sum of a cross-entropy leave ignored rows out, label smoothing and class weights
 included, and the mean divides by what the others weigh. A batch without any row of the loss gives what it gave before:
-NaN as a mean, 0 as a sum. Where sizes are fixed (`ctx.slots`), `loss_slots` gives the rows: a spare slot has the target
-that the loss ignores. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
+NaN as a mean, 0 as a sum. Where sizes are fixed (the fact `slots`), `loss_slots` gives the rows: a spare slot has the
+target that the loss ignores. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
 numbers they would have seen. Logits that the graph returns leave it as R rows with their positions;
 `loss_rows.restored` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of
 full size is made.
@@ -28,25 +28,22 @@ an output (hidden states) beside the logits.
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from sparse_compile.graph.cost import frozen_products, node_flops
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import LossRows, NarrowedOutput, SitePlan, SparsityPlan, TokenSlots
-from sparse_compile.graph.read import argument, hinted_shape, op_name, set_argument, tensor_value, value_of
+from sparse_compile.graph.read import argument, op_name, set_argument, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, erase_unused, hoist, save_what_precedes
 from sparse_compile.graph.sites import FFNSite
-from sparse_compile.graph.vocabulary import LINEAR, TAG, VIEWS
+from sparse_compile.graph.vocabulary import LINEAR, VIEWS
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.read.loss_segment import (
     LossSegment,
@@ -56,35 +53,31 @@ from sparse_compile.passes.read.loss_segment import (
     place_of,
 )
 from sparse_compile.passes.read.row_wise import SAME_ROWS, RowOperand, Sizes, sizes_of, with_negative_dims
-from sparse_compile.torch_private.fake import evaluate_on_stand_ins
 
 _OPS = torch.ops.sparselora
 ON_LOSS_ROWS = "runs on the rows of the loss alone, which are all output tokens"
 
 
-@dataclass(frozen=True)
-class SelectLossRows:
+class SelectLossRows(Pass):
     """Leave rows that the loss ignores out of the head, and of what comes before it for as long as rows keep apart."""
 
-    name: str = "select_loss_rows"
-    requires: tuple[str, ...] = ("plan",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("plan",)
+    # The rows of the loss get slots as well.
+    after = ("plan_token_slots",)
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        if ctx.loss_rows is not None:
+        if ctx.facts.loss_rows is not None:
             return PassOutcome(False)
         try:
             segment = find_loss_segment(gm.graph, ctx)
         except Declined as declined:
             return PassOutcome(False, {}, (declined.by(self.name),))
         stats = {"nodes": len(segment.places), "linears": segment.linears, "outputs": len(segment.outputs)}
-        frozen = frozen_products(ctx.projections.values())
-        ctx.loss_rows = _Narrowing(Rewriter(gm, self.name), segment, frozen, ctx.slots).run()
-        ctx.plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.plan.sites))
+        loss_rows = _Narrowing(Rewriter(gm, self.name), segment, ctx.facts.slots).run()
+        plan = SparsityPlan(tuple(_without_segment(plan, segment.names) for plan in ctx.facts.plan.sites))
+        ctx.facts = replace(ctx.facts, loss_rows=loss_rows, plan=plan)
         return PassOutcome(True, stats, segment.stops)
 
 
@@ -104,17 +97,13 @@ class _Narrowing:
     Args:
         rewriter: what inserts nodes.
         segment: the nodes.
-        frozen: the names of the products with frozen weights, to count FLOPs.
         slots: the fixed number of rows, some of them spare; None where the number depends on data.
     """
 
-    def __init__(
-        self, rewriter: Rewriter, segment: LossSegment, frozen: Set[str], slots: TokenSlots | None = None
-    ) -> None:
+    def __init__(self, rewriter: Rewriter, segment: LossSegment, slots: TokenSlots | None) -> None:
         self.rewriter = rewriter
         self.slots = slots
         self.spare = {} if slots is None else {"spare": True}
-        self.frozen = frozen
         self.segment = segment
         self.top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
         operands = [operand.node for found in segment.operands.values() for operand in found]
@@ -127,8 +116,6 @@ class _Narrowing:
     def run(self) -> LossRows:
         """Rewrite the graph; return what became of it."""
         loss, places = self.segment.loss, self.segment.places
-        flops = {node.name: node_flops(node) / _row_count(node, places[node]) for node in places if node in self.shapes}
-        of_weights = sum(flops[name] for name in flops.keys() & self.frozen)
         target, ignored = argument(loss, "target"), argument(loss, "ignore_index", -100)
         value = tensor_value(target)
         assert value is not None
@@ -139,18 +126,16 @@ class _Narrowing:
                 op, sizes = _OPS.loss_slots.default, (self.slots.among(value.shape[0]), self.slots.option)
             rows = self.rewriter.call(op, targets, ignored, *sizes)
             kept = self._picked(targets, rows, ignored)
-        rows.meta["example_value"] = evaluate_on_stand_ins(value, op, value, ignored, *sizes)
         self.rows[Numbering()] = rows
         for node in [node for node in self.rewriter.graph.nodes if node in places]:
             self._narrow(node, places[node])
         set_argument(loss, "target", kept)
-        kept.meta["example_value"] = self._fewer_rows(value, 1)
         outputs = self._add_outputs()
         # The first node may be a checkpoint's, whose marks these have taken over.
         save_what_precedes(self.top)
         erase_unused(target)
         spare = self.slots is not None
-        return LossRows(self.segment.names, outputs, sum(flops.values()), of_weights, spare)
+        return LossRows(self.segment.names, outputs, spare)
 
     def _picked(self, values: fx.Node, rows: fx.Node, spare: Any) -> fx.Node:
         """Insert the elements of a vector at the rows of the loss, and `spare` in spare slots."""
@@ -180,12 +165,7 @@ class _Narrowing:
             elif op_name(node) in VIEWS or (op_name(node) == "getitem" and first in self.shapes):
                 same = self.shapes[first][len(operands[0].lead) :] == inner
                 self._view(node, taken[first], None if same else inner)
-        node.meta[TAG] = {"pass": self.rewriter.pass_name, "site": ""}
-        value = value_of(node)
-        narrowed = [
-            self._fewer_rows(each, len(place.lead)) for each in (value if isinstance(value, tuple) else (value,))
-        ]
-        node.meta["example_value"] = type(value)(narrowed) if isinstance(value, tuple) else narrowed[0]
+        self.rewriter.reevaluate(node)
 
     def _rows_of(self, operand: RowOperand, place: Place) -> fx.Node:
         """Return an operand for rows of the loss: as it is where it is narrowed itself, else with its rows taken."""
@@ -193,13 +173,11 @@ class _Narrowing:
             return operand.node
         key = operand.node, place_of(operand, place.numbering)
         if key not in self.taken:
-            value, flat = tensor_value(operand.node), operand.node
-            assert value is not None
+            flat = operand.node
             if len(operand.lead) != 1:
                 flat = self.rewriter.method("flatten", flat, 0, len(operand.lead) - 1)
             rows = self._numbered(key[1].numbering)
             self.taken[key] = self.rewriter.call(_OPS.select_rows.default, flat, rows, **self.spare)
-            self.taken[key].meta["example_value"] = self._fewer_rows(value, len(operand.lead))
         return self.taken[key]
 
     def _numbered(self, numbering: Numbering) -> fx.Node:
@@ -218,7 +196,6 @@ class _Narrowing:
                 sliced = self.rewriter.call(operator.getitem, positions, slices)
                 sliced = self.rewriter.method("reshape", sliced, -1)
                 self.rows[numbering] = self._picked(sliced, inner, -1)
-            self.rows[numbering].meta["example_value"] = value
         return self.rows[numbering]
 
     def _sizes(self, sizes: Sizes) -> list[fx.Node | int]:
@@ -293,13 +270,6 @@ class _Narrowing:
             rows = self.rewriter.method("size", operand, 0)
             node.target, node.args = "reshape", (operand, rows, *self._sizes(inner))
 
-    def _fewer_rows(self, value: Tensor, lead: int) -> Tensor:
-        """Return a stand-in for the rows of the loss of a tensor."""
-        rows = tensor_value(self.rows[Numbering()])
-        assert rows is not None
-        narrow = evaluate_on_stand_ins(value, value.new_empty, (rows.shape[0], *value.shape[lead:]))
-        return narrow.requires_grad_(value.requires_grad)  # type: ignore[no-any-return]
-
     def _add_outputs(self) -> tuple[NarrowedOutput, ...]:
         """Return the positions of the rows beside the outputs that are narrowed."""
         returned = self.rewriter.graph.output_node()
@@ -314,7 +284,3 @@ class _Narrowing:
         if narrowed:
             returned.args = (tuple(leaves),)
         return tuple(narrowed)
-
-
-def _row_count(node: fx.Node, place: Place) -> int:
-    return math.prod(hinted_shape(node)[: len(place.lead)])

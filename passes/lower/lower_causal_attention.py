@@ -15,18 +15,18 @@ many as queries or fewer heads than queries have, or the mask cannot be shown to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.kernels.causal_attention import CAUSAL_ATTENTION
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.passes.read.causal_mask import CausalMasks
 from sparse_compile.passes.read.mutation import written_in_place
@@ -38,21 +38,18 @@ SHORTEST = 256
 """Tokens from which on blocks of queries pay: for 256 they took 0.83 of the time."""
 
 
-@dataclass(frozen=True)
-class LowerCausalAttention:
+class LowerCausalAttention(Pass):
     """Replace attention under a causal mask by an op that skips what the mask forbids."""
 
-    name: str = "lower_causal_attention"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("canonical",)
+    # Both know attention by the name that this pass replaces.
+    after = ("find_attention", "select_loss_rows")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
-        casts = autocast_dtypes(gm.graph, ctx.autocast, "cpu")
+        casts = autocast_dtypes(gm.graph, ctx.env.autocast, "cpu")
         attentions = [node for node in gm.graph.nodes if op_name(node) == "scaled_dot_product_attention"]
         masks = CausalMasks(written_in_place(gm.graph) if attentions else ())
         additive: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -62,14 +59,14 @@ class LowerCausalAttention:
             query = tensor_value(node.args[0])
             if query is None:
                 continue
-            choice = CAUSAL_ATTENTION.choose(OpCall(query.device.type, query.dtype))
-            reasons = [f"{name}: {reason}" for name, reason in choice.declined]
-            reason = reasons[0] if choice.provider == REFERENCE else _reason(node, casts[node.name], masks)
-            if reason:
-                rejections.append(Rejection(self.name, node.name, reason))
+            try:
+                provider = _provider(node, query)
+                _check_attention(node, casts[node.name], masks)
+            except Declined as declined:
+                rejections.append(declined.by(self.name))
                 continue
-            _rewrite(node, choice.provider, rewriter, additive)
-            stats[choice.provider] = stats.get(choice.provider, 0) + 1
+            _rewrite(node, provider, rewriter, additive)
+            stats[provider] = stats.get(provider, 0) + 1
         return PassOutcome(bool(stats), stats, tuple(rejections))
 
 
@@ -78,28 +75,38 @@ def _mask(node: fx.Node) -> fx.Node | None:
     return mask if isinstance(mask, fx.Node) else None
 
 
-def _reason(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks) -> str:
-    """Say why an attention is left as it is, or return an empty string."""
+def _provider(node: fx.Node, query: Tensor) -> str:
+    """Return what computes an attention; decline where nothing does it faster."""
+    choice = CAUSAL_ATTENTION.choose(OpCall(query.device.type, query.dtype))
+    if choice.provider == REFERENCE:
+        name, reason = choice.declined[0]
+        raise Declined(node, f"{name}: {reason}")
+    return choice.provider
+
+
+def _check_attention(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks) -> None:
+    """Decline an attention that the op does not compute, or whose mask may allow a later key."""
     values = [tensor_value(operand) for operand in node.args[:3]]
     mask = _mask(node)
     if argument(node, "dropout_p", 0.0):
-        return "its weights are dropped out"
+        raise Declined(node, "its weights are dropped out")
     if mask is None:
-        return "it has no mask: the fused kernel knows by itself what it may skip"
+        raise Declined(node, "it has no mask: the fused kernel knows by itself what it may skip")
     allowed = tensor_value(mask)
     if allowed is None or allowed.dtype != torch.bool or argument(node, "is_causal", False):
-        return "its mask is not one of allowed keys"
+        raise Declined(node, "its mask is not one of allowed keys")
     if cast is not None or any(value is None or value.dim() != 4 for value in values):
-        return "autocast casts its operands, or they are not of (batch, heads, tokens, channels)"
+        raise Declined(node, "autocast casts its operands, or they are not of (batch, heads, tokens, channels)")
     shapes = {tuple(size_expression(size) for size in value.shape) for value in values if value is not None}
     if len(shapes) > 1 or len({value.dtype for value in values if value is not None}) > 1:
-        return "queries, keys and values differ in their numbers of tokens, heads or channels"
+        raise Declined(node, "queries, keys and values differ in their numbers of tokens, heads or channels")
     length = shapes.pop()[2]
     if allowed.dim() != 4 or [size_expression(size) for size in allowed.shape[2:]] != [length, length]:
-        return "its mask is not of (batch, heads, tokens, tokens)"
+        raise Declined(node, "its mask is not of (batch, heads, tokens, tokens)")
     if hinted_shape(node)[2] < SHORTEST:
-        return f"fewer than {SHORTEST} tokens: blocks of queries would be too small"
-    return "" if masks.forbids_later_keys(mask) else "nothing shows that its mask forbids every later key"
+        raise Declined(node, f"fewer than {SHORTEST} tokens: blocks of queries would be too small")
+    if not masks.forbids_later_keys(mask):
+        raise Declined(node, "nothing shows that its mask forbids every later key")
 
 
 def _rewrite(

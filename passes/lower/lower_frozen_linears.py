@@ -13,8 +13,6 @@ before the product or is a tensor subclass, or autocast casts it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -25,27 +23,24 @@ from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.kernels.frozen_linear import FROZEN_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
 
 _OPS = torch.ops.sparselora
 
 
-@dataclass(frozen=True)
-class LowerFrozenLinears:
+class LowerFrozenLinears(Pass):
     """Give each product with a frozen weight a provider, where one is faster than ATen."""
 
-    name: str = "lower_frozen_linears"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("canonical",)
+    # All of them know dense products by the name that this pass replaces.
+    after = ("fuse_adapters", "factor_dora_norm", "fuse_adapted_layers")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
-        casts = autocast_dtypes(gm.graph, ctx.autocast, "cpu")
+        casts = autocast_dtypes(gm.graph, ctx.env.autocast, "cpu")
         stats: dict[str, int] = {}
         rejections: dict[Rejection, None] = {}
         for node in list(gm.graph.nodes):
@@ -70,7 +65,7 @@ def _frozen_weight(node: fx.Node, ctx: PassContext) -> fx.Node | None:
         return None
     weight = argument(node, "weight")
     stored = weight.args[0] if op_name(weight) == "t" else weight
-    parameter = ctx.parameters.get(stored.name)
+    parameter = ctx.env.parameters.get(stored.name)
     is_plain = parameter is not None and not parameter.trained and not parameter.is_wrapper
     return weight if is_plain else None
 

@@ -40,7 +40,9 @@ def adapters_by_input(graph: fx.Graph, ctx: PassContext) -> list[list[Adapter]]:
     Groups and adapters come in graph order.
     """
     branches = {
-        branch.a: (projection, branch) for projection in ctx.projections.values() for branch in projection.adapters
+        branch.a: (projection, branch)
+        for projection in ctx.facts.projections.values()
+        for branch in projection.adapters
     }
     groups: dict[Hashable, list[Adapter]] = {}
     region = 0

@@ -100,7 +100,10 @@ def _is_channel_vector(node: fx.Node, width: int, ctx: PassContext) -> bool:
     shape = hinted_shape(node)
     if not shape or shape[-1] != width or set(shape[:-1]) > {1}:
         return False
-    known = {*ctx.parameters, *(name for weight in ctx.quantized_weights.values() for name in weight.operands)}
+    known = {
+        *ctx.env.parameters,
+        *(name for weight in ctx.facts.quantized_weights.values() for name in weight.operands),
+    }
     computed_from = reach([node], lambda each: each.all_input_nodes)
     return all(each.name in known for each in computed_from if each.op == "placeholder")
 

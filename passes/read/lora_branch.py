@@ -56,5 +56,5 @@ def is_adapter_product(node: fx.Node, ctx: PassContext) -> bool:
     weight = strip_casts(argument(node, "weight"))
     if op_name(weight) == "t":
         weight = strip_casts(weight.args[0])  # type: ignore[arg-type]
-    parameter = ctx.parameters.get(weight.name)
-    return parameter is not None and (parameter.trained or bool(ctx.config.requested))
+    parameter = ctx.env.parameters.get(weight.name)
+    return parameter is not None and (parameter.trained or bool(ctx.env.config.requested))

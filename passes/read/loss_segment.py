@@ -85,7 +85,7 @@ def find_loss_segment(graph: fx.Graph, ctx: PassContext) -> LossSegment:
     Raises:
         Declined: there are none.
     """
-    if ctx.config.keep_logits:
+    if ctx.env.config.keep_logits:
         raise Declined("graph", "keep_logits asks for every row of the logits")
     losses = [node for node in graph.nodes if op_name(node) == "cross_entropy" and calls_torch(node)]
     if len(losses) != 1:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -44,7 +44,7 @@ from sparse_compile.kernels.masked_linear import MASKED_LINEAR
 from sparse_compile.kernels.masked_linear.pattern import mask_pattern, zero_fraction
 from sparse_compile.kernels.providers import OpCall
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
 from sparse_compile.passes.read.adapted_layer import AdaptedLayer, adapted_layer
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.torch_private.aten import overload
@@ -54,20 +54,17 @@ _OPS = torch.ops.sparselora
 MASKED_SITE = "its adapters keep the zeros of pruned weights (preserve_weight_mask), which needs whole layers"
 
 
-@dataclass(frozen=True)
-class PreserveWeightMask:
+class PreserveWeightMask(Pass):
     """Make one masked product of each pruned layer and its adapter."""
 
-    name: str = "preserve_weight_mask"
-    requires: tuple[str, ...] = ("projections",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.REQUESTED
-    analysis: bool = False
-    optimises: bool = False
+    requires = ("projections",)
+    # Masked sites leave the plan, where there is one.
+    after = ("plan_sparsity", "select_loss_rows")
+    numerics = Numerics.REQUESTED
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        if ctx.config.preserve_weight_mask == "off":
+        if ctx.env.config.preserve_weight_mask == "off":
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
         matcher = _Matcher(gm.graph, ctx)
@@ -78,8 +75,8 @@ class PreserveWeightMask:
                 continue
             weight = stored_weight(projection, ctx)
             sparsity = zero_fraction(weight)
-            if sparsity < ctx.config.mask_threshold:
-                reason = f"less than {ctx.config.mask_threshold:.0%} of its weight is zero"
+            if sparsity < ctx.env.config.mask_threshold:
+                reason = f"less than {ctx.env.config.mask_threshold:.0%} of its weight is zero"
                 rejections.append(Rejection(self.name, projection.name, reason))
                 continue
             layer = MaskedLayer(projection.name, projection.base, sparsity, mask_pattern(weight), 0.0)
@@ -91,9 +88,9 @@ class PreserveWeightMask:
                 continue
             layers.append(replace(layer, added_flops=_added_flops(found, projection, ctx)))
             _rewrite(found, projection, matcher.compute_dtype(found), rewriter, ctx)
-        ctx.masked_layers = tuple(layers)
+        ctx.facts = replace(ctx.facts, masked_layers=tuple(layers))
         plans, left = _without_masked_sites(ctx)
-        ctx.plan = SparsityPlan(plans)
+        ctx.facts = replace(ctx.facts, plan=SparsityPlan(plans))
         rejections += [Rejection(self.name, name, MASKED_SITE) for name in left]
         masked = sum(not layer.reason for layer in layers)
         stats = {"masked": masked, "declined": len(layers) - masked}
@@ -104,14 +101,14 @@ def adapted_projections(ctx: PassContext) -> Iterator[Projection]:
     """Yield the layers with an adapter of any kind: those whose zeros are counted. A weight in 4 bits has none."""
     return (
         projection
-        for projection in ctx.projections.values()
-        if projection.adapters and projection.weight not in ctx.quantized_weights
+        for projection in ctx.facts.projections.values()
+        if projection.adapters and projection.weight not in ctx.facts.quantized_weights
     )
 
 
 def stored_weight(projection: Projection, ctx: PassContext) -> Tensor:
     """Return the live weight of a layer, (out, in)."""
-    value = ctx.parameters[projection.weight].value
+    value = ctx.env.parameters[projection.weight].value
     assert value is not None, "a layer without its weight at hand is no projection"
     return value.detach().t() if projection.transposed else value.detach()
 
@@ -122,10 +119,10 @@ class _Matcher:
     def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
         self.ctx = ctx
         self.nodes = nodes_by_name(graph)
-        self.autocast = {device: autocast_dtypes(graph, ctx.autocast, device) for device in ("cpu", "cuda")}
+        self.autocast = {device: autocast_dtypes(graph, ctx.env.autocast, device) for device in ("cpu", "cuda")}
         # Taken now: a layer that runs twice is rewritten one product at a time.
         self.readers = {each.weight: _readers_of(self.nodes[each.weight]) for each in adapted_projections(ctx)}
-        self.factors = {each.base: self._factors(each) for each in ctx.projections.values()}
+        self.factors = {each.base: self._factors(each) for each in ctx.facts.projections.values()}
 
     def match(self, projection: Projection) -> AdaptedLayer:
         """Return a pruned layer with its adapter.
@@ -137,8 +134,8 @@ class _Matcher:
             reason = "its adapter is weight-decomposed (DoRA), whose magnitudes scale whole rows of a merged weight"
             raise Declined(projection.name, reason)
         layer = adapted_layer(projection, self.nodes)
-        readers = {self.factors.get(name) for name in self.readers[projection.weight]}
-        if readers != {self.factors[projection.base]}:
+        reading = {self.factors.get(name) for name in self.readers[projection.weight]}
+        if reading != {self.factors[projection.base]}:
             reason = "something else reads its weight (a tied embedding?), and would change with a merge"
             raise Declined(projection.name, reason)
         return layer
@@ -170,12 +167,14 @@ def _readers_of(weight: fx.Node) -> frozenset[str]:
 def _packed_layers(graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, str]]:
     """Yield the layers whose weights are packed, each with the reason to leave it."""
     reason = "its weight is packed in 4 or 8 bits, which hold no zeros that a merge could keep"
-    yield from ((weight.path, reason) for weight in ctx.quantized_weights.values())
+    yield from ((weight.path, reason) for weight in ctx.facts.quantized_weights.values())
     for node in graph.nodes:
         op = overload(node.target)
         if op is not None and op.namespace == "bitsandbytes":
             weights = [
-                ctx.parameters[operand.name].path for operand in node.all_input_nodes if operand.name in ctx.parameters
+                ctx.env.parameters[operand.name].path
+                for operand in node.all_input_nodes
+                if operand.name in ctx.env.parameters
             ]
             name = weights[0] if weights else node.name
             yield name, reason
@@ -187,7 +186,7 @@ def _added_flops(layer: AdaptedLayer, projection: Projection, ctx: PassContext) 
     if UNKNOWN_SIZE in tokens:
         return 0.0
     rank = hinted_shape(layer.a)[0]
-    exact = ctx.config.mask_gradient == "exact"
+    exact = ctx.env.config.mask_gradient == "exact"
     widths = projection.in_features, projection.out_features
     added = masked_layer_flops(*widths, rank, exact=exact, input_gradient=value.requires_grad)
     return float(added.subs(TOKENS, math.prod(tokens)))
@@ -198,11 +197,11 @@ def _rewrite(
 ) -> None:
     value, output = tensor_value(layer.x), tensor_value(layer.output)
     assert value is not None and output is not None
-    provider = MASKED_LINEAR.choose(OpCall(value.device.type, dtype), ctx.config.kernels).provider
+    provider = MASKED_LINEAR.choose(OpCall(value.device.type, dtype), ctx.env.config.kernels).provider
     with rewriter.before(layer.output, projection.name):
         x = layer.x if value.dtype == dtype else rewriter.method("to", layer.x, dtype)
         factors = (strip_casts(layer.weight), strip_casts(layer.a), strip_casts(layer.b))
-        operands = (x, *factors, layer.bias, layer.scale, ctx.config.mask_gradient, provider)
+        operands = (x, *factors, layer.bias, layer.scale, ctx.env.config.mask_gradient, provider)
         y = rewriter.call(_OPS.masked_linear.default, *operands)
         if output.dtype != dtype:
             y = rewriter.method("to", y, output.dtype)
@@ -211,9 +210,9 @@ def _rewrite(
 
 def _without_masked_sites(ctx: PassContext) -> tuple[tuple[SitePlan, ...], list[str]]:
     """Return the plan without sparsity at sites that have a masked layer, and the names of those that had some."""
-    masked = {layer.base for layer in ctx.masked_layers if not layer.reason}
+    masked = {layer.base for layer in ctx.facts.masked_layers if not layer.reason}
     plans, left = [], []
-    for plan in ctx.plan.sites:
+    for plan in ctx.facts.plan.sites:
         if plan.sparse and masked.intersection(_bases(plan.site.projections)):
             plans.append(SitePlan(plan.site, 0.0, plan.total, plan.total, MASKED_SITE))
             left.append(plan.site.name)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -27,51 +27,46 @@ from sparse_compile.graph.sites import AttentionSite, Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.presets import kept_count, match_site, preset_sparsity
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import InvalidOptionError, Numerics, PassOutcome
+from sparse_compile.passes.protocol import InvalidOptionError, Pass, PassOutcome
 from sparse_compile.passes.read.token_space import token_space
 from sparse_compile.predictor.published import load_upstream_factors
 from sparse_compile.predictor.store import FactorStore
 from sparse_compile.predictor.svd import LowRankFactors
 
 
-@dataclass(frozen=True)
-class PlanSparsity:
-    """Record in `ctx.plan` what is to be done with each site, and in `ctx.factors` the predictor's factors."""
+class PlanSparsity(Pass):
+    """Decide what is to be done with each site (`plan`), and compute the factors of its predictor (`factors`)."""
 
-    name: str = "plan_sparsity"
-    requires: tuple[str, ...] = ("ffn", "attention", "roles")
-    ensures: tuple[str, ...] = ("plan",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = True
-    optimises: bool = False
+    requires = ("ffn", "attention", "roles")
+    ensures = ("plan",)
+    analysis = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph's facts."""
         nodes = nodes_by_name(gm.graph)
         rejections: list[Rejection] = []
-        space = token_space(gm.graph, ctx.roles) if ctx.roles else set()
+        space = token_space(gm.graph, ctx.facts.roles) if ctx.facts.roles else set()
         planner = _Planner(ctx, _token_shape(nodes, ctx), space, _factor_store(ctx))
         plans = []
-        for site in sorted(ctx.sites, key=lambda site: _position(gm.graph, site)):
+        for site in sorted(ctx.facts.sites, key=lambda site: _position(gm.graph, site)):
             plan = planner.plan(site, hinted_shape(nodes[site.source]))
             if not plan.sparse and plan.reason:
                 rejections.append(Rejection(self.name, site.name, plan.reason))
             plans.append(plan)
-        ctx.plan = SparsityPlan(tuple(plans))
-        ctx.factors = planner.factors
-        sparse = len(ctx.plan.sparse_sites)
+        ctx.facts = replace(ctx.facts, plan=SparsityPlan(tuple(plans)), factors=planner.factors)
+        sparse = len(ctx.facts.plan.sparse_sites)
         return PassOutcome(False, {"sparse": sparse, "dense": len(plans) - sparse}, tuple(rejections))
 
 
 def requested_sparsity(site: Site, ctx: PassContext) -> tuple[float, bool]:
     """Return the sparsity the options ask for at a site, and whether they name it."""
-    config = ctx.config
+    config = ctx.env.config
     if config.layer_sparsity is not None:
         matches = [pattern for pattern in config.layer_sparsity if match_site(pattern, site.name)]
         # The longest suffix is the most specific one.
         return (config.layer_sparsity[max(matches, key=len)], True) if matches else (0.0, False)
-    position, graphs = ctx.stack
-    count = len(ctx.ffn_sites) if site.kind == "ffn" else len(ctx.attention_sites)
+    position, graphs = ctx.env.stack
+    count = len(ctx.facts.ffn_sites) if site.kind == "ffn" else len(ctx.facts.attention_sites)
     return preset_sparsity(config.preset, site.kind, position * count + site.index, graphs * count), False
 
 
@@ -87,13 +82,13 @@ def _position(graph: fx.Graph, site: Site) -> int:
 
 def _token_shape(nodes: dict[str, fx.Node], ctx: PassContext) -> tuple[int, ...] | None:
     """Return the (B, S) of the labels, or None where the roles are given from outside."""
-    if ctx.roles is None or not ctx.roles.labels:
+    if ctx.facts.roles is None or not ctx.facts.roles.labels:
         return None
-    return hinted_shape(nodes[ctx.roles.labels[0][0]])
+    return hinted_shape(nodes[ctx.facts.roles.labels[0][0]])
 
 
 def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
-    config = ctx.config
+    config = ctx.env.config
     try:
         upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
     except ValueError as error:
@@ -146,7 +141,7 @@ class _Planner:
             Declined: it does not pay and the options do not name it.
         """
         dtype, device = self.ctx.weight_kind(site.output)
-        estimate = gain(site, kept, self.ctx.config.predictor_rank, dtype.itemsize, device, tokens)
+        estimate = gain(site, kept, self.ctx.env.config.predictor_rank, dtype.itemsize, device, tokens)
         if estimate.pays:
             return ""
         note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
@@ -156,7 +151,7 @@ class _Planner:
 
     def _check_tokens(self, site: Site, source_shape: tuple[int, ...]) -> None:
         """Decline a site of whose tokens the roles say nothing."""
-        if self.ctx.roles is None:
+        if self.ctx.facts.roles is None:
             raise Declined(site.name, "nothing tells output tokens from context")
         if site.source not in self.space:
             raise Declined(site.name, "the loss is computed for other tokens than this site's")

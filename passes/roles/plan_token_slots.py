@@ -12,40 +12,35 @@ was counted is not what the graph reads: several losses with labels of their own
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import TokenSlots
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.training.token_capacity import capacity_for
 
 
-@dataclass(frozen=True)
-class PlanTokenSlots:
-    """Record in `ctx.slots` how many slots there are."""
+class PlanTokenSlots(Pass):
+    """Record in `ctx.facts.slots` how many slots there are."""
 
-    name: str = "plan_token_slots"
-    requires: tuple[str, ...] = ("roles",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = True
-    optimises: bool = False
+    requires = ("roles",)
+    analysis = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the options and the count."""
-        bucket, capacity = ctx.config.token_bucket, ctx.config.token_capacity
+        bucket, capacity = ctx.env.config.token_bucket, ctx.env.config.token_capacity
         if capacity is not None:
-            ctx.slots = TokenSlots(capacity, None)
-        elif bucket is not None and ctx.roles is not None:
+            ctx.facts = replace(ctx.facts, slots=TokenSlots(capacity, None))
+        elif bucket is not None and ctx.facts.roles is not None:
             try:
                 count = _counted(ctx)
             except Declined as declined:
                 return PassOutcome(False, {}, (declined.by(self.name),))
-            ctx.slots = TokenSlots(capacity_for(count, bucket), bucket)
-        return PassOutcome(False, {"slots": ctx.slots.capacity} if ctx.slots else {})
+            ctx.facts = replace(ctx.facts, slots=TokenSlots(capacity_for(count, bucket), bucket))
+        return PassOutcome(False, {"slots": ctx.facts.slots.capacity} if ctx.facts.slots else {})
 
 
 def _counted(ctx: PassContext) -> int:
@@ -54,8 +49,8 @@ def _counted(ctx: PassContext) -> int:
     Raises:
         Declined: it is not known.
     """
-    assert ctx.roles is not None
-    count = ctx.output_count
+    assert ctx.facts.roles is not None
+    count = ctx.env.output_count
     if count is None:
         raise Declined(
             "graph",
@@ -63,15 +58,15 @@ def _counted(ctx: PassContext) -> int:
             "token_roles(labels=...) around each step, with labels that are still on the CPU, or train with "
             "SparseLoRACallback",
         )
-    if ctx.roles.origin == "given":
+    if ctx.facts.roles.origin == "given":
         return count.causal
-    if len(ctx.roles.labels) > 1:
+    if len(ctx.facts.roles.labels) > 1:
         reason = "token_bucket: the losses of this graph read several labels, whose output tokens cannot be told apart"
         raise Declined("graph", reason)
-    if count.ignore_index != ctx.roles.ignore_index:
+    if count.ignore_index != ctx.facts.roles.ignore_index:
         raise Declined(
             "graph",
             f"token_bucket: tokens were counted with ignore_index {count.ignore_index}, and the loss ignores "
-            f"{ctx.roles.ignore_index}",
+            f"{ctx.facts.roles.ignore_index}",
         )
-    return count.of(ctx.roles.labels[0][1])
+    return count.of(ctx.facts.roles.labels[0][1])

@@ -16,7 +16,7 @@ followed, or the labels are not (B, S).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -26,32 +26,29 @@ from sparse_compile.graph.facts import Rejection, TokenRoles
 from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
 from sparse_compile.graph.vocabulary import EQUALITIES
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.label_positions import is_labels, label_root, labels_of
 
 
-@dataclass(frozen=True)
-class TraceRoles:
-    """Record in `ctx.roles` where the roles of the tokens come from."""
+class TraceRoles(Pass):
+    """Record in `ctx.facts.roles` where the roles of the tokens come from."""
 
-    name: str = "trace_roles"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ("roles",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = True
-    optimises: bool = False
+    requires = ("canonical",)
+    ensures = ("roles",)
+    analysis = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""
         rejections: list[Rejection] = []
         padding = _padding_mask(gm.graph)
-        if ctx.roles_given:
-            ctx.roles = TokenRoles("given", (), ctx.config.ignore_index, padding)
+        if ctx.env.roles_given:
+            ctx.facts = replace(ctx.facts, roles=TokenRoles("given", (), ctx.env.config.ignore_index, padding))
             return PassOutcome(False, {"given": 1})
-        ctx.roles = _from_losses(gm.graph, padding, rejections) or _from_comparison(gm.graph, ctx, padding)
-        if ctx.roles is None and not rejections:
+        roles = _from_losses(gm.graph, padding, rejections) or _from_comparison(gm.graph, ctx, padding)
+        ctx.facts = replace(ctx.facts, roles=roles)
+        if roles is None and not rejections:
             rejections.append(Rejection(self.name, "graph", _reason_without_labels(gm.graph, ctx)))
-        return PassOutcome(False, {"losses": len(ctx.roles.loss) if ctx.roles else 0}, tuple(rejections))
+        return PassOutcome(False, {"losses": len(roles.loss) if roles else 0}, tuple(rejections))
 
 
 def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejection]) -> TokenRoles | None:
@@ -81,16 +78,16 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
 def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> TokenRoles | None:
     """Find labels (B, S) that the graph compares with `ignore_index`, themselves or shifted by one."""
     for node in graph.nodes:
-        if op_name(node) not in EQUALITIES or ctx.config.ignore_index not in node.args[1:2]:
+        if op_name(node) not in EQUALITIES or ctx.env.config.ignore_index not in node.args[1:2]:
             continue
         found = label_root(node.args[0])
         if found is not None and is_labels(found[0]):
-            return TokenRoles("labels", ((found[0].name, 1),), ctx.config.ignore_index, padding)
+            return TokenRoles("labels", ((found[0].name, 1),), ctx.env.config.ignore_index, padding)
     return None
 
 
 def _reason_without_labels(graph: fx.Graph, ctx: PassContext) -> str:
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.name not in ctx.parameters]
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.name not in ctx.env.parameters]
     if not any(_was_made_to_require_gradients(tensor_value(node)) for node in inputs):
         return (
             "neither a cross-entropy nor labels compared with ignore_index are in the graph; pass `labels` to the "

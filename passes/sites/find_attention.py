@@ -15,7 +15,7 @@ cache that a graph returns is allowed), or the layout cannot be followed. The re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -26,7 +26,7 @@ from sparse_compile.graph.sites import AttentionSite, Projection
 from sparse_compile.graph.vocabulary import CASTS, MATMULS, SOFTMAXES
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.read.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.read.head_layout import GROUP, Axis, Layout, follow, initial_layout, origin
@@ -45,16 +45,12 @@ class _Attention:
     key_transposed: bool
 
 
-@dataclass(frozen=True)
-class FindAttention:
-    """Record every attention block in `ctx.attention_sites`."""
+class FindAttention(Pass):
+    """Record every attention block in `ctx.facts.attention_sites`."""
 
-    name: str = "find_attention"
-    requires: tuple[str, ...] = ("projections",)
-    ensures: tuple[str, ...] = ("attention",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = True
-    optimises: bool = False
+    requires = ("projections",)
+    ensures = ("attention",)
+    analysis = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""
@@ -62,9 +58,9 @@ class FindAttention:
         matcher = _Matcher(
             nodes=nodes,
             order={node: position for position, node in enumerate(gm.graph.nodes)},
-            by_output={nodes[projection.output]: projection for projection in ctx.projections.values()},
+            by_output={nodes[projection.output]: projection for projection in ctx.facts.projections.values()},
         )
-        for projection in ctx.projections.values():
+        for projection in ctx.facts.projections.values():
             matcher.by_source.setdefault(nodes[projection.source], []).append(projection)
         sites: list[AttentionSite] = []
         rejections: list[Rejection] = []
@@ -76,7 +72,7 @@ class FindAttention:
                 sites.append(matcher.match(attention, len(sites)))
             except Declined as declined:
                 rejections.append(declined.by(self.name, at=node))
-        ctx.attention_sites = tuple(sites)
+        ctx.facts = replace(ctx.facts, attention_sites=tuple(sites))
         return PassOutcome(False, {"sites": len(sites)}, tuple(rejections))
 
 

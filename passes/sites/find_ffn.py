@@ -19,7 +19,7 @@ Declines when: one of these does not hold. The reason names the node that is in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import fx
 
@@ -29,36 +29,32 @@ from sparse_compile.graph.read import hinted_shape, nodes_by_name
 from sparse_compile.graph.sites import FFNSite, Projection
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
 from sparse_compile.passes.read.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.read.head_layout import initial_layout
 from sparse_compile.passes.read.projections import read_by, site_name
 
 
-@dataclass(frozen=True)
-class FindFFN:
-    """Record every feed-forward block in `ctx.ffn_sites`."""
+class FindFFN(Pass):
+    """Record every feed-forward block in `ctx.facts.ffn_sites`."""
 
-    name: str = "find_ffn"
-    requires: tuple[str, ...] = ("projections",)
-    ensures: tuple[str, ...] = ("ffn",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = True
-    optimises: bool = False
+    requires = ("projections",)
+    ensures = ("ffn",)
+    analysis = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""
         nodes = nodes_by_name(gm.graph)
         order = {node: position for position, node in enumerate(gm.graph.nodes)}
-        by_output = {nodes[projection.output]: projection for projection in ctx.projections.values()}
-        for projection in ctx.projections.values():
+        by_output = {nodes[projection.output]: projection for projection in ctx.facts.projections.values()}
+        for projection in ctx.facts.projections.values():
             for part in fused_parts(projection, nodes):
                 if part.layout == initial_layout(nodes[part.projection.output]):
                     by_output[nodes[part.projection.output]] = part.projection
         sites: list[FFNSite] = []
         rejections: list[Rejection] = []
-        for projection in ctx.projections.values():
+        for projection in ctx.facts.projections.values():
             try:
                 found = _match(projection, by_output, nodes, order, len(sites))
             except Declined as declined:
@@ -66,7 +62,7 @@ class FindFFN:
                 continue
             if found is not None:
                 sites.append(found)
-        ctx.ffn_sites = tuple(sites)
+        ctx.facts = replace(ctx.facts, ffn_sites=tuple(sites))
         return PassOutcome(False, {"sites": len(sites)}, tuple(rejections))
 
 

@@ -18,7 +18,7 @@ parameter of the graph, or is not at hand (the graph was given stand-ins).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ from sparse_compile.graph.read import argument, calls_torch, op_name, strip_cast
 from sparse_compile.graph.sites import DoRATerm, LoRABranch, Projection
 from sparse_compile.graph.vocabulary import CASTS, LINEAR
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.dora_term import dora_term
 from sparse_compile.passes.read.four_bit import calls_bitsandbytes
 from sparse_compile.passes.read.lora_branch import is_sum, match_branch
@@ -53,20 +53,16 @@ DEQUANTISED_AGAIN = (
 _ADAPTER_WRAPPERS = {"base_layer", "weight", "parametrizations", "original"}
 
 
-@dataclass(frozen=True)
-class FindProjections:
-    """Record every frozen linear layer with its LoRA branches in `ctx.projections`."""
+class FindProjections(Pass):
+    """Record every frozen linear layer with its LoRA branches in `ctx.facts.projections`."""
 
-    name: str = "find_projections"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ("projections",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = True
-    optimises: bool = False
+    requires = ("canonical",)
+    ensures = ("projections",)
+    analysis = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Read the graph."""
-        ctx.projections = {}
+        projections: dict[str, Projection] = {}
         rejections: list[Rejection] = []
         taken: set[str] = set()
         for node in gm.graph.nodes:
@@ -78,11 +74,12 @@ class FindProjections:
                 rejections.append(declined.by(self.name))
                 continue
             if found is not None:
-                ctx.projections[node.name] = found
+                projections[node.name] = found
                 taken.update(found.products)
         rejections += [*_experts(gm.graph, ctx), *_in_8_bits(gm.graph, ctx)]
-        branches = sum(len(projection.adapters) for projection in ctx.projections.values())
-        return PassOutcome(False, {"projections": len(ctx.projections), "branches": branches}, tuple(rejections))
+        ctx.facts = replace(ctx.facts, projections=projections)
+        branches = sum(len(projection.adapters) for projection in projections.values())
+        return PassOutcome(False, {"projections": len(projections), "branches": branches}, tuple(rejections))
 
 
 @dataclass
@@ -102,8 +99,8 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | None:
     weight = strip_casts(operand)
     if op_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
         transposed, weight = True, strip_casts(weight.args[0])
-    parameter = ctx.parameters.get(weight.name)
-    quantized = ctx.quantized_weights.get(weight.name)
+    parameter = ctx.env.parameters.get(weight.name)
+    quantized = ctx.facts.quantized_weights.get(weight.name)
     value = tensor_value(operand)
     if (parameter is None and quantized is None) or value is None or value.dim() != 2:
         if calls_bitsandbytes(weight, "dequantize_4bit"):
@@ -113,7 +110,7 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | None:
         return None  # an adapter's factor, or a layer that is trained in full: nothing frozen to prune
     if parameter is not None and parameter.value is None:
         raise Declined(parameter.path, "its weight is not at hand while compiling")
-    path = parameter.path if parameter is not None else ctx.quantized_weights[weight.name].path
+    path = parameter.path if parameter is not None else ctx.facts.quantized_weights[weight.name].path
     if parameter is not None and parameter.is_wrapper:
         raise Declined(_module_name(path), WRAPPED.format(type(parameter.value).__name__))
     chain = _branches(node, source, ctx)
@@ -137,7 +134,7 @@ def _in_8_bits(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:
     """Name the frozen matrices whose elements are bytes: bitsandbytes' int8, and the fp8 of others."""
     found = []
     for node in graph.nodes:
-        parameter, value = ctx.parameters.get(node.name), tensor_value(node)
+        parameter, value = ctx.env.parameters.get(node.name), tensor_value(node)
         if parameter is None or parameter.trained or value is None or value.dim() != 2:
             continue
         # What is packed more tightly is held in unsigned bytes.
@@ -150,7 +147,7 @@ def _experts(graph: fx.Graph, ctx: PassContext) -> list[Rejection]:
     """Name the frozen weights that hold a matrix for each of several experts."""
     found = []
     for node in graph.nodes:
-        parameter, value = ctx.parameters.get(node.name), tensor_value(node)
+        parameter, value = ctx.env.parameters.get(node.name), tensor_value(node)
         stacked = parameter is not None and not parameter.trained and value is not None and value.dim() == 3
         # A convolution's weight has three dimensions too.
         if stacked and parameter is not None and not any("conv" in op_name(user) for user in node.users):

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,33 +43,30 @@ from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection
 from sparse_compile.kernels.channel_selection import prepare_count
 from sparse_compile.options.presets import kept_count
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
 
 _OPS = torch.ops.sparselora
 _DENSE_STEP = "sparselora_dense_step"
 
 
-@dataclass(frozen=True)
-class InsertPredictors:
+class InsertPredictors(Pass):
     """Insert token roles and channel predictors for the sites of the plan."""
 
-    name: str = "insert_predictors"
-    requires: tuple[str, ...] = ("plan",)
-    ensures: tuple[str, ...] = ("predictors",)
-    numerics: Numerics = Numerics.APPROXIMATE
-    analysis: bool = False
-    optimises: bool = False
+    requires = ("plan",)
+    ensures = ("predictors",)
+    # What is narrowed to the rows of the loss needs no sparsity any more.
+    after = ("plan_token_slots", "select_loss_rows")
+    numerics = Numerics.APPROXIMATE
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        ctx.selections = {}
-        if not ctx.plan.sparse_sites:
+        if not ctx.facts.plan.sparse_sites:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
         builder = _PredictorBuilder(rewriter, ctx, *_insert_roles(rewriter, ctx))
-        for plan in ctx.plan.sparse_sites:
-            ctx.selections[plan.site.identity] = builder.build(plan)
-        return PassOutcome(True, {"predictors": len(ctx.selections), "inserted": rewriter.inserted})
+        selections = {plan.site.identity: builder.build(plan) for plan in ctx.facts.plan.sparse_sites}
+        ctx.facts = replace(ctx.facts, selections=selections)
+        return PassOutcome(True, {"predictors": len(selections), "inserted": rewriter.inserted})
 
 
 def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Node | None]:
@@ -78,14 +75,14 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     Returns:
         The tokens that scores read; whether this is a dense step, None where none is.
     """
-    roles = ctx.roles
+    roles = ctx.facts.roles
     assert roles is not None
     nodes = nodes_by_name(rewriter.graph)
     top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
     # What is there already of the top of the graph is on the rows of the loss: their number is read with that of roles.
     (loss_rows,) = rewriter.graph.find_nodes(op="call_function", target=_OPS.loss_rows.default) or (None,)
     top = loss_rows or top
-    source = tensor_value(nodes[ctx.plan.sparse_sites[0].site.source])
+    source = tensor_value(nodes[ctx.facts.plan.sparse_sites[0].site.source])
     assert source is not None
 
     def beside_tokens(node: fx.Node, origin: fx.Node) -> fx.Node:
@@ -109,14 +106,14 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
         attended = nodes[roles.padding] if roles.padding else None
         if attended is not None:
             attended = beside_tokens(rewriter.method("to", attended, torch.bool), attended)
-        if ctx.config.token_selection == "all_sparse":
+        if ctx.env.config.token_selection == "all_sparse":
             mask = rewriter.call(torch.zeros_like, mask)
-        elif ctx.config.token_selection == "random_dense":
+        elif ctx.env.config.token_selection == "random_dense":
             eligible = attended if attended is not None else rewriter.call(torch.ones_like, mask)
             mask = rewriter.call(_OPS.shuffled_mask.default, mask, eligible)
         dense_step = None
-        if ctx.dense_step is not None:
-            dense_step = rewriter.buffer(_DENSE_STEP, ctx.dense_step(source.device))
+        if ctx.env.dense_step is not None:
+            dense_step = rewriter.buffer(_DENSE_STEP, ctx.env.dense_step(source.device))
             mask = rewriter.call(torch.logical_or, mask, dense_step)
         counts: tuple[fx.Node, ...] = ()
         if loss_rows is not None:
@@ -128,7 +125,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
             weights = rewriter.call(torch.logical_and, weights, attended)
     # The first node may be a checkpoint's, whose marks these have taken over.
     save_what_precedes(top)
-    ctx.rows = (rows[0].name, rows[1].name)
+    ctx.facts = replace(ctx.facts, rows=(rows[0].name, rows[1].name))
     return weights, dense_step
 
 
@@ -144,15 +141,15 @@ def _split(
         ctx: the slots.
         counts: the numbers of rows, where they are read anyway.
     """
-    slots = ctx.slots
+    slots = ctx.facts.slots
     if slots is None:
         return rewriter.call(_OPS.split_tokens.default, mask, *counts)
     tokens = rewriter.method("numel", mask)
     outputs: fx.Node | int = slots.among(count)
     contexts: fx.Node | int = tokens
-    if ctx.all_output:
+    if ctx.env.all_output:
         outputs, contexts = tokens, 0
-    elif ctx.config.token_selection == "all_sparse":
+    elif ctx.env.config.token_selection == "all_sparse":
         outputs = 0
     elif slots.bucket is not None:
         contexts = rewriter.call(operator.add, tokens, slots.bucket - slots.capacity)
@@ -161,11 +158,11 @@ def _split(
 
 def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:
     """Return an input of the graph whose first dimensions are those of the tokens."""
-    tokens = hinted_shape(nodes[ctx.plan.sparse_sites[0].site.source])[:2]
+    tokens = hinted_shape(nodes[ctx.facts.plan.sparse_sites[0].site.source])[:2]
     node: fx.Node
     for node in graph.nodes:
         value = tensor_value(node)
-        is_input = node.op == "placeholder" and node.name not in ctx.parameters
+        is_input = node.op == "placeholder" and node.name not in ctx.env.parameters
         if is_input and value is not None and value.dim() >= 2 and hinted_shape(node)[:2] == tokens:
             return node
     raise ValueError("no input of the graph has the shape of the tokens, to check the given roles against")
@@ -198,9 +195,9 @@ class _PredictorBuilder:
 
     def _ffn(self, site: FFNSite, kept: int) -> fx.Node:
         call = self.rewriter.call
-        if self.ctx.config.channel_selection == "random":
+        if self.ctx.env.config.channel_selection == "random":
             return self._top(self._random(site.channels, site.source), kept, site.name, site.source)
-        rows, valid = self._scored_rows(self._flat(site.source), self.ctx.config.predictor_tokens)
+        rows, valid = self._scored_rows(self._flat(site.source), self.ctx.env.config.predictor_tokens)
         values = {self.nodes[projection.output]: self._predicted(rows, projection) for projection in site.inputs}
         for name in site.vectors:
             vector = self.rewriter.method("detach", self.nodes[name])
@@ -221,7 +218,7 @@ class _PredictorBuilder:
 
     def _attention(self, site: AttentionSite, plan: SitePlan) -> tuple[fx.Node, fx.Node]:
         kept_vo = kept_count(site.value.out_features, plan.sparsity)
-        if self.ctx.config.channel_selection == "random":
+        if self.ctx.env.config.channel_selection == "random":
             qk, vo = (self._random(p.out_features, site.source) for p in (site.key, site.value))
         else:
             rows, valid = self._flat(site.source), self.rewriter.method("reshape", self.weights, -1)
@@ -254,7 +251,7 @@ class _PredictorBuilder:
         return self.rewriter.call(torch.index_select, x, 0, rows), valid
 
     def _factors(self, projection: Projection) -> tuple[fx.Node, fx.Node]:
-        factors = self.ctx.factors[projection.name]
+        factors = self.ctx.facts.factors[projection.name]
         stem = "sparselora_" + re.sub(r"\W", "_", projection.name)
         return self.rewriter.buffer(f"{stem}_a", factors.a), self.rewriter.buffer(f"{stem}_b", factors.b)
 

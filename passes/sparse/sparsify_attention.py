@@ -18,8 +18,6 @@ function (the authors' code passes none through the base path).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -28,26 +26,23 @@ from sparse_compile.graph.read import argument
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import AttentionSite, Projection
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
 from sparse_compile.passes.write.sparse_rows import SparseRows
 
 _OPS = torch.ops.sparselora
 
 
-@dataclass(frozen=True)
-class SparsifyAttention:
+class SparsifyAttention(Pass):
     """Rewrite the attention sites of the plan."""
 
-    name: str = "sparsify_attention"
-    requires: tuple[str, ...] = ("predictors",)
-    ensures: tuple[str, ...] = ("sparse",)
-    numerics: Numerics = Numerics.APPROXIMATE
-    analysis: bool = False
-    optimises: bool = False
+    requires = ("predictors",)
+    ensures = ("sparse",)
+    numerics = Numerics.APPROXIMATE
+    sparsifies = "attention"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        plans = [plan for plan in ctx.plan.sparse_sites if isinstance(plan.site, AttentionSite)]
+        plans = [plan for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, AttentionSite)]
         if not plans:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
@@ -60,7 +55,7 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> None:
     site = plan.site
     assert isinstance(site, AttentionSite)
     rows = SparseRows(rewriter, ctx)
-    kept_qk, kept_vo = (rows.nodes[name] for name in ctx.selections[site.identity])
+    kept_qk, kept_vo = (rows.nodes[name] for name in ctx.facts.selections[site.identity])
     inputs = (site.query, site.key, site.value)
     first = next(node for node in rewriter.graph.nodes if node.name in {projection.base for projection in inputs})
     with rewriter.before(first, site.name):

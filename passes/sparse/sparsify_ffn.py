@@ -19,7 +19,6 @@ not kept count as zero. The gradients are the exact gradients of that function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -29,24 +28,21 @@ from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite, Projection
 from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
 from sparse_compile.passes.write.sparse_rows import SparseRows
 
 
-@dataclass(frozen=True)
-class SparsifyFFN:
+class SparsifyFFN(Pass):
     """Rewrite the FFN sites of the plan."""
 
-    name: str = "sparsify_ffn"
-    requires: tuple[str, ...] = ("predictors",)
-    ensures: tuple[str, ...] = ("sparse",)
-    numerics: Numerics = Numerics.APPROXIMATE
-    analysis: bool = False
-    optimises: bool = False
+    requires = ("predictors",)
+    ensures = ("sparse",)
+    numerics = Numerics.APPROXIMATE
+    sparsifies = "ffn"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        sites = [plan.site for plan in ctx.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+        sites = [plan.site for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
         if not sites:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
@@ -60,7 +56,7 @@ def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
     rows = SparseRows(rewriter, ctx)
     nodes = rows.nodes
     end = nodes[site.output.output]
-    kept = nodes[ctx.selections[site.identity][0]]
+    kept = nodes[ctx.facts.selections[site.identity][0]]
     with rewriter.before(end, site.name):
         output, context = _Segment(rows, site), _Segment(rows, site, kept)
         source = nodes[site.source]

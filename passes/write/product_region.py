@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,11 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter
 from sparse_compile.graph.vocabulary import LINEAR
-from sparse_compile.kernels.codegen.elementwise import NotLiftableError, constant, lift
+from sparse_compile.kernels.codegen.elementwise import constant, lift
 from sparse_compile.kernels.codegen.formula import Formula
 from sparse_compile.kernels.codegen.triton_source import gradient_source, product_source
 from sparse_compile.kernels.dequantize_4bit.packed import PackedFormat
@@ -65,7 +67,7 @@ def match_product(node: fx.Node) -> FrozenProduct | None:
     """Return the gathered product that a node is, or None.
 
     Raises:
-        NotLiftableError: its weight is in 4 bits, in a format that no kernel reads.
+        Declined: its weight is in 4 bits, in a format that no kernel reads.
     """
     if node.target in _GATHERED:
         dim = _GATHERED[node.target]
@@ -79,12 +81,12 @@ def match_product(node: fx.Node) -> FrozenProduct | None:
     (rows, width), blocksize, quant_type, _, channels, dim = operands[5:]
     scales = tuple(each for each in tensors if each is not None)
     if reason := PackedFormat.reason_against(quant_type, blocksize, width):
-        raise NotLiftableError(f"its weight in 4 bits is dequantised before the product: {reason}")
+        raise Declined(node, f"its weight in 4 bits is dequantised before the product: {reason}")
     form = PackedFormat(quant_type, blocksize, rows, width, nested=len(scales) > 1)
     value = tensor_value(data)
     if not form.whole_rows and value is not None and value.device.type == "cpu":
         reason = "bitsandbytes counts blocks anew in each of its rows on a CPU"
-        raise NotLiftableError(f"its weight in 4 bits is dequantised before the product: {reason}")
+        raise Declined(node, f"its weight in 4 bits is dequantised before the product: {reason}")
     return FrozenProduct(argument(node, "input"), data, channels, dim, scales, form)
 
 
@@ -108,7 +110,7 @@ class ProductRegion:
         formula: what is computed of them.
 
     Raises:
-        NotLiftableError: it has no formula, or something inside it is read outside.
+        Declined: it has no formula, or something inside it is read outside.
     """
 
     end: fx.Node
@@ -121,12 +123,12 @@ class ProductRegion:
         self._lifted: dict[tuple[fx.Node, Window], sympy.Expr] = {}
         self.formula = Formula.of(self._lift(self.end, None))
         if not self.products:
-            raise NotLiftableError("it holds no product with a frozen weight")
+            raise Declined(self.end, "it holds no product with a frozen weight")
         inside = {node for node, _ in self._lifted}
         for node in inside - {self.end}:
             strangers = [user for user in node.users if user not in inside]
             if strangers and not _is_vector(node):
-                raise NotLiftableError(f"its intermediate {node.name} is also read by {strangers[0].name}")
+                raise Declined(node, f"its intermediate {node.name} is also read by {strangers[0].name}")
 
     @property
     def nodes(self) -> set[fx.Node]:
@@ -233,7 +235,7 @@ class ProductRegion:
             offset = 0 if window is None else window[0]
             return self._lift(node.args[0], (offset + start, length if window is None else window[1]))  # type: ignore[arg-type]
         if (written := overwritten(node)) is not None:
-            raise NotLiftableError(f"{op_name(node)} writes to {written.name}, which is read again")
+            raise Declined(node, f"{op_name(node)} writes to {written.name}, which is read again")
         return lift(node, lambda operand: self._operand(operand, window))
 
     def _operand(self, operand: Any, window: Window) -> Any:
@@ -241,9 +243,9 @@ class ProductRegion:
 
 
 def _flat(rewriter: Rewriter, node: fx.Node) -> fx.Node:
-    """Return a tensor as a matrix; what was inserted carries no shape of its own, and is one."""
-    value = tensor_value(node)
-    return node if value is None or value.ndim == 2 else rewriter.method("reshape", node, -1, value.shape[-1])
+    """Return a tensor as a matrix."""
+    shape = hinted_shape(node)
+    return node if len(shape) == 2 else rewriter.method("reshape", node, -1, shape[-1])
 
 
 def _narrowed(rewriter: Rewriter, node: fx.Node, dim: int, window: Window) -> fx.Node:
@@ -251,16 +253,10 @@ def _narrowed(rewriter: Rewriter, node: fx.Node, dim: int, window: Window) -> fx
 
 
 def _is_vector(node: fx.Node) -> bool:
-    """Tell whether a node holds one value a channel, or one in all: what was inserted carries no shape of its own."""
-    if tensor_value(node) is not None:
-        return set(hinted_shape(node)[:-1]) <= {1}
-    if op_name(node) in ("index_select", "to", "reshape", "detach"):
-        source = node.args[0]
-        return isinstance(source, fx.Node) and _is_vector(source)
-    return False
+    """Tell whether a node holds one value a channel, or one in all."""
+    return tensor_value(node) is not None and set(hinted_shape(node)[:-1]) <= {1}
 
 
 def _is_wide(node: fx.Node) -> bool:
     """Tell whether a vector has a value a channel."""
-    value = tensor_value(node)
-    return value is None or value.numel() > 1
+    return math.prod(hinted_shape(node)) > 1

@@ -30,12 +30,14 @@ class SparseRows:
     def __init__(self, rewriter: Rewriter, ctx: PassContext) -> None:
         self.rewriter = rewriter
         self.nodes = nodes_by_name(rewriter.graph)
-        assert ctx.rows is not None
-        self.rows = tuple(self.nodes[name] for name in ctx.rows)
-        self._slots = ctx.slots is not None
-        self._quantized = ctx.quantized_weights
-        devices = {parameter.value.device.type for parameter in ctx.parameters.values() if parameter.value is not None}
-        self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.autocast, device) for device in devices}
+        assert ctx.facts.rows is not None
+        self.rows = tuple(self.nodes[name] for name in ctx.facts.rows)
+        self._slots = ctx.facts.slots is not None
+        self._quantized = ctx.facts.quantized_weights
+        devices = {
+            parameter.value.device.type for parameter in ctx.env.parameters.values() if parameter.value is not None
+        }
+        self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.env.autocast, device) for device in devices}
 
     @property
     def roles(self) -> fx.Node:
@@ -85,7 +87,7 @@ class SparseRows:
         """Insert a product with the frozen weight, of some input channels; with its bias, where it has one."""
         h = self.cast(h, product)
         if projection.weight in self._quantized:
-            y = self.product(h, self._dequantized(projection, channels, 1), None, _count(channels))
+            y = self.product(h, self._dequantized(projection, channels, 1), None, hinted_shape(channels)[0])
         else:
             y = self.rewriter.call(_OPS.gathered_input_linear.default, h, self._weight(projection), channels)
         return self._with_bias(y, product, None)
@@ -172,10 +174,3 @@ class SparseRows:
             size if isinstance(size, int) else self.rewriter.method("size", like, dim)
             for dim, size in enumerate(value.shape[:-1])
         ]
-
-
-def _count(channels: fx.Node) -> int:
-    """Return how many channels a node holds that was made of a choice of channels."""
-    if channels.target is _OPS.expand_kv_channels.default:
-        return _count(channels.args[0]) * int(argument(channels, "groups"))  # type: ignore[arg-type]
-    return int(argument(channels, "k"))

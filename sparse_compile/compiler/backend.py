@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from sparse_compile.compiler.notices import (
 )
 from sparse_compile.compiler.outputs import restored
 from sparse_compile.compiler.peft_support import make_dora_traceable
-from sparse_compile.compiler.pipeline import evaluation_passes, run_pipeline
+from sparse_compile.compiler.pipeline import EVALUATION_PASSES
 from sparse_compile.compiler.report import GraphReport, graph_report, plan_data
+from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import RequestedFunctionError
@@ -95,7 +97,7 @@ def sparselora(
     if not trained or not trains:
         if not masks:
             return dense()
-        requested = run_pipeline(gm, ctx, order=evaluation_passes()).exact
+        requested = run_pipeline(gm, ctx, order=EVALUATION_PASSES).exact
         guard_masks(gm, ctx)
         tell_unmasked(ctx, session_for(trained, config).once if trained else IN_PROCESS.once)
         return compile_with_inductor(requested or gm, example_inputs, config.inductor, mode)
@@ -104,35 +106,35 @@ def sparselora(
     session = session_for(trained, config, sharded=model)
     root = dump_root(config.dump_dir)
     dump = GraphDump(root, compile_id(gm)) if root else None
-    ctx.dense_step, ctx.all_output = session.dense_step, session.phase == DENSE
+    ctx.env = replace(ctx.env, dense_step=session.dense_step, all_output=session.phase == DENSE)
     result = run_pipeline(gm, ctx, dump)
     report = graph_report(result, ctx, compile_id(gm), count_tokens(result.canonical, example_inputs, ctx))
     session.reports.append(report)
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     if dump is not None:
-        for name, source in ctx.kernel_sources.items():
+        for name, source in ctx.results.kernel_sources.items():
             dump.kernel(name, source)
-        dump.data("plan", plan_data(ctx.plan, ctx.product_orders))
+        dump.data("plan", plan_data(ctx.facts.plan, ctx.facts.product_orders))
         dump.data("manifest", report.to_dict())
-    tell_about_sites(gm, ctx, session, report, failed=result.failed)
+    tell_about_sites(gm, ctx, session, report, failed=result.failed_to_approximate)
     tell_about_slots(session, report)
 
     install_value_guard("sparse_compile.training.roles", "ROLES_GIVEN")
-    if config.token_bucket is not None and ctx.roles is not None:
-        shift = 1 if ctx.roles.origin == "given" else ctx.roles.labels[0][1]
+    if config.token_bucket is not None and ctx.facts.roles is not None:
+        shift = 1 if ctx.facts.roles.origin == "given" else ctx.facts.roles.labels[0][1]
         install_value_guard("sparse_compile.training.token_capacity", "CAPACITIES", watch(config.token_bucket, shift))
-    if result.sparse is not None and ctx.slots is not None:
+    if result.sparse is not None and ctx.facts.slots is not None:
         install_value_guard("sparse_compile.training.phase", "PHASES", session.id)
     path = "" if part is None else part.path
-    if result.sparse is not None or (path and ctx.roles is not None and asks_for_sparsity(config)):
+    if result.sparse is not None or (path and ctx.facts.roles is not None and asks_for_sparsity(config)):
         # Blocks are alike: what is planned for one, dense or sparse, goes for no other.
         install_identity_guards(_inputs_of_this_model(gm, ctx))
     if masks:
         guard_masks(gm, ctx)
     rewritten = {"sparse": result.sparse, "optimised": result.exact}
     compiled = _compile_rewritten(rewritten, example_inputs, ctx, mode)
-    if compiled is not None and ctx.loss_rows is not None:
-        compiled = restored(compiled, gm, ctx.loss_rows)
+    if compiled is not None and ctx.facts.loss_rows is not None:
+        compiled = restored(compiled, gm, ctx.facts.loss_rows)
     compiled = compiled or dense()
     if masks:
         compiled = watching_masks(compiled, ctx, session, whole_step=is_whole_step(gm, ctx))
@@ -141,9 +143,9 @@ def sparselora(
 
 def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:
     """Return the inputs that tie a graph to its model: weights that were factorised, and what the session trains."""
-    projections = [projection for plan in ctx.plan.sparse_sites for projection in plan.site.projections]
+    projections = [projection for plan in ctx.facts.plan.sparse_sites for projection in plan.site.projections]
     weights = {name for projection in projections for name in ctx.weight_inputs(projection)}
-    trained = next(name for name, parameter in ctx.parameters.items() if parameter.trained)
+    trained = next(name for name, parameter in ctx.env.parameters.items() if parameter.trained)
     return [node for node in gm.graph.nodes if node.op == "placeholder" and node.name in weights | {trained}]
 
 
@@ -158,7 +160,7 @@ def _compile_rewritten(
     Raises:
         RequestedFunctionError: none compiles, and the captured graph is not the function that was asked for.
     """
-    config, masked = ctx.config, any(not layer.reason for layer in ctx.masked_layers)
+    config, masked = ctx.env.config, any(not layer.reason for layer in ctx.facts.masked_layers)
     failed: dict[str, str] = {}
     compiled = None
     for kind, graph in graphs.items():

@@ -16,7 +16,7 @@ from sparse_compile.graph.sites import Parameter
 from sparse_compile.kernels.roles.given import current_roles
 from sparse_compile.kernels.roles.reference import output_mask
 from sparse_compile.options.config import SparseLoRAConfig
-from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.context import Environment, PassContext
 from sparse_compile.torch_private.dynamo import module_path, source_of
 from sparse_compile.torch_private.fake import is_fake
 from sparse_compile.training import roles
@@ -55,13 +55,13 @@ def capture_context(
     }
     stack = (0, 1) if part is None else (part.position, part.count)
     count = None if config.token_bucket is None else announced_count()
-    return PassContext(config, parameters, roles.ROLES_GIVEN, autocast, stack, values=values, output_count=count)
+    return PassContext(Environment(config, parameters, values, roles.ROLES_GIVEN, autocast, stack, output_count=count))
 
 
 def trained_parameters(gm: fx.GraphModule, example_inputs: Sequence[object], ctx: PassContext) -> list[Tensor]:
     """Return the live parameters of the graph that are trained."""
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    trained = {name for name, parameter in ctx.parameters.items() if parameter.trained}
+    trained = {name for name, parameter in ctx.env.parameters.items() if parameter.trained}
     inputs = zip(names, example_inputs, strict=True)
     return [value for name, value in inputs if name in trained and isinstance(value, Tensor) and not is_fake(value)]
 
@@ -73,7 +73,7 @@ def is_whole_step(gm: fx.GraphModule, ctx: PassContext) -> bool:
     """
     for node in gm.graph.nodes:
         value = tensor_value(node)
-        is_input = node.op == "placeholder" and node.name not in ctx.parameters
+        is_input = node.op == "placeholder" and node.name not in ctx.env.parameters
         if is_input and value is not None and value.is_floating_point() and value.dim() >= 3:
             return False
     return any("cross_entropy" in str(node.target) for node in gm.graph.nodes)
@@ -93,21 +93,21 @@ def count_tokens(gm: fx.GraphModule, inputs: Sequence[object], ctx: PassContext)
     Where the labels are no input of the graph, or only a stand-in is at hand, the share that the cost model assumes is
     taken of the tokens seen at tracing. The graph is one that the passes went over, in which sites are found by name.
     """
-    mask = current_roles() if ctx.roles and ctx.roles.origin == "given" else None
+    mask = current_roles() if ctx.facts.roles and ctx.facts.roles.origin == "given" else None
     loss = None
-    if ctx.roles is not None and ctx.roles.labels:
+    if ctx.facts.roles is not None and ctx.facts.roles.labels:
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         values = dict(zip(names, inputs, strict=True))
-        name, shift = ctx.roles.labels[0]
+        name, shift = ctx.facts.roles.labels[0]
         labels = values.get(name)
         if isinstance(labels, Tensor) and not is_fake(labels):
-            mask = output_mask(labels, ctx.roles.ignore_index, shift)
-            loss = int((labels[:, shift:] != ctx.roles.ignore_index).sum())
+            mask = output_mask(labels, ctx.facts.roles.ignore_index, shift)
+            loss = int((labels[:, shift:] != ctx.facts.roles.ignore_index).sum())
     if mask is not None:
         output = int(mask.sum())
         return TokenCounts(mask.numel() - output, output, output if loss is None else loss)
-    if not ctx.sites:
+    if not ctx.facts.sites:
         return TokenCounts(0, 0, 0)
-    total = math.prod(hinted_shape(nodes_by_name(gm.graph)[ctx.sites[0].source])[:-1])
+    total = math.prod(hinted_shape(nodes_by_name(gm.graph)[ctx.facts.sites[0].source])[:-1])
     context = round(ASSUMED_CONTEXT_SHARE * total)
     return TokenCounts(context, total - context, total - context)

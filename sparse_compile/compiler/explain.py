@@ -12,8 +12,8 @@ import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.compiler.capture import capture_context, count_tokens, trained_parameters
 from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.peft_support import make_dora_traceable
-from sparse_compile.compiler.pipeline import run_pipeline
 from sparse_compile.compiler.report import GraphReport, Report, graph_report
+from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.graph.read import hinted_shape, tensor_value
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.torch_private.dynamo import compile_id, without_recompile_limit

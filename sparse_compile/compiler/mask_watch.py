@@ -61,7 +61,7 @@ def tell_unmasked(ctx: PassContext, once: Callable[[Hashable], bool]) -> None:
         ctx: the graph's facts.
         once: says whether a layer is mentioned for the first time.
     """
-    declined = {layer.projection: layer.reason for layer in ctx.masked_layers if layer.reason}
+    declined = {layer.projection: layer.reason for layer in ctx.facts.masked_layers if layer.reason}
     lines = [f"  {name}: {reason}" for name, reason in declined.items() if once((_RULE, name))]
     if lines:
         head = "sparselora: pruned layers whose adapters have no mask, so that a merge fills their zeros:"
@@ -80,7 +80,7 @@ def _tell_if_none(session: Session) -> None:
 
 def _versions(ctx: PassContext) -> list[tuple[str, weakref.ref[Tensor], int]]:
     """Return, of each weight whose zeros were counted, its name and how often it had been written to."""
-    values = {each.name: ctx.parameters[each.weight].value for each in adapted_projections(ctx)}
+    values = {each.name: ctx.env.parameters[each.weight].value for each in adapted_projections(ctx)}
     return [
         (name, weakref.ref(value), count)
         for name, value in values.items()

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from sparse_compile.compiler.capture import is_whole_step
 from sparse_compile.compiler.peft_support import are_disabled
-from sparse_compile.compiler.pipeline import passes
+from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.report import GraphReport, summary_of
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
@@ -30,13 +30,13 @@ def tell_about_sites(
     gm: fx.GraphModule, ctx: PassContext, session: Session, report: GraphReport, *, failed: bool
 ) -> None:
     """Warn, once each, about what was asked for and is not there."""
-    config = ctx.config
-    session.add_site_names(site.name for site in ctx.sites)
+    config = ctx.env.config
+    session.add_site_names(site.name for site in ctx.facts.sites)
     if config.layer_sparsity is not None:
         session.expect_sites(config.layer_sparsity)
         if is_whole_step(gm, ctx):
             session.check_sites_now()
-    if ctx.plan.sparse_sites:
+    if any(site.kept < site.total for site in report.sites):
         _matched.add(config)
         _tell_declined(session, report)
     elif failed:
@@ -82,7 +82,7 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     kinds = Counter(site.kind for graph in graphs for site in graph.sites)
     roles = sorted({graph.roles for graph in graphs if graph.roles})
     # What an exact pass leaves alone is no reason for a site to stay dense.
-    optimising = {each.name for each in passes() if each.optimises}
+    optimising = {each.name for each in PASSES if each.optimises}
     declined = (rejection for graph in graphs for rejection in graph.rejections)
     reasons = summary_of(tuple(rejection for rejection in declined if rejection.rule not in optimising), most=6)
     skipped = {
@@ -112,10 +112,10 @@ def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None
     Silent where PEFT's adapters are switched off: the forward of the base alone (the reference model of preference
     tuning, say) is what was asked for.
     """
-    sparsity, requested = asks_for_sparsity(ctx.config), ctx.config.requested
+    sparsity, requested = asks_for_sparsity(ctx.env.config), ctx.env.config.requested
     if not sparsity and not requested:
         return
-    if any(parameter.trained for parameter in ctx.parameters.values()):
+    if any(parameter.trained for parameter in ctx.env.parameters.values()):
         without = f"dense, without {', '.join(requested)}" if requested else "dense"
         tell_once(
             f"TorchDynamo handed over a graph without its parameters, so it runs {without}. Its DDP optimizer does "
@@ -124,7 +124,7 @@ def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None
             "is lost), or train with SparseLoRACallback in transformers' Trainer, which does so"
         )
     elif sparsity and is_whole_step(gm, ctx):
-        paths = frozenset(parameter.path for parameter in ctx.parameters.values())
+        paths = frozenset(parameter.path for parameter in ctx.env.parameters.values())
         if model is not None and any(parameter.requires_grad for parameter in model.parameters()):
             tell_once(
                 "no trained parameter of this model takes part in this forward, so it runs dense: its adapters are "

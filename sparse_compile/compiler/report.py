@@ -10,22 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
-
 from sparse_compile.compiler.capture import TokenCounts
-from sparse_compile.compiler.pipeline import PassRecord, PipelineResult
-from sparse_compile.graph.cost import (
-    CONTEXT,
-    LOSS,
-    OUTPUT,
-    frozen_products,
-    loss_row_flops,
-    node_flops,
-    predictor_flops,
-    saved_flops,
-    step_flops,
-)
+from sparse_compile.compiler.pipeline import PASSES
+from sparse_compile.compiler.runner import PassRecord, PipelineResult
+from sparse_compile.graph.cost import LOSS, OUTPUT, saved_flops
 from sparse_compile.graph.facts import MaskedLayer, ProductOrder, Rejection, SitePlan, SparsityPlan
+from sparse_compile.graph.flops import step_flops
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.exact.select_loss_rows import ON_LOSS_ROWS
 
@@ -112,64 +102,36 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
         compile_id: Dynamo's name of the compilation.
         tokens: numbers of tokens to give FLOPs for.
     """
-    dense = step_flops(result.canonical.graph)
-    frozen = frozen_products(ctx.projections.values())
-    of_weights = sum(node_flops(node) for node in result.canonical.graph.nodes if node.name in frozen)
-    counts = {CONTEXT: tokens.context, OUTPUT: tokens.output, LOSS: tokens.loss}
-    passes, current = [], dense
-    for record in result.records:
-        change = _flops_change(record, ctx) if record.changed else sympy.Integer(0)
-        after = current + float(change.subs(counts))
+    counts = {OUTPUT: tokens.output, LOSS: tokens.loss}
+    before, of_weights_before = step_flops(result.canonical.graph).at(counts)
+    current, of_weights = before, of_weights_before
+    passes = []
+    for record, flops in zip(result.records, result.flops, strict=True):
+        after, of_weights = flops.at(counts)
         passes.append(PassReport(record, current, after))
         current = after
     return GraphReport(
         compile_id=compile_id,
-        roles=ctx.roles.origin if ctx.roles else None,
+        roles=ctx.facts.roles.origin if ctx.facts.roles else None,
         tokens=tokens,
-        projections=len(ctx.projections),
-        adapters=sum(len(projection.adapters) for projection in ctx.projections.values()),
+        projections=len(ctx.facts.projections),
+        adapters=sum(len(projection.adapters) for projection in ctx.facts.projections.values()),
         sites=_sites(result, ctx),
         passes=tuple(passes),
-        masks=ctx.masked_layers,
-        orders=ctx.product_orders,
+        masks=ctx.facts.masked_layers,
+        orders=ctx.facts.product_orders,
         rejections=result.rejections,
-        flops_before=dense,
+        flops_before=before,
         flops_after=current,
-        weight_flops_before=of_weights,
-        weight_flops_after=of_weights - float(_saved_on_weights(result, ctx).subs(counts)),
+        weight_flops_before=of_weights_before,
+        weight_flops_after=of_weights,
     )
 
 
-def _saved_on_weights(result: PipelineResult, ctx: PassContext) -> sympy.Expr:
-    """Return the FLOPs of products with frozen weights that the passes save: no pass adds any."""
-    ran = {record.name for record in result.records if record.changed}
-    saved = [saved_flops(ctx.plan, kind) for kind in ("ffn", "attention") if f"sparsify_{kind}" in ran]
-    saved += [loss_row_flops(ctx.loss_rows)[1]] if ctx.loss_rows is not None else []
-    return sum(saved, sympy.Integer(0))
-
-
-def _flops_change(record: PassRecord, ctx: PassContext) -> sympy.Expr:
-    name = record.name
-    if name == "insert_predictors":
-        return predictor_flops(ctx.plan, ctx.config.predictor_rank)
-    if name == "factor_dora_norm":
-        return sympy.Integer(-record.stats["saved_flops"])
-    if name == "select_loss_rows" and ctx.loss_rows is not None:
-        return -loss_row_flops(ctx.loss_rows)[0]
-    if name == "preserve_weight_mask":
-        return sympy.Float(sum(layer.added_flops for layer in ctx.masked_layers))
-    if name == "order_adapter_products":
-        return sympy.Float(-sum(order.saved_flops for order in ctx.product_orders))
-    kind = {"sparsify_ffn": "ffn", "sparsify_attention": "attention"}.get(name)
-    return -saved_flops(ctx.plan, kind) if kind else sympy.Integer(0)
-
-
 def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
-    ran = {record.name for record in result.records if record.changed}
     sites = []
-    for plan in ctx.plan.sites:
-        rewrite = f"sparsify_{plan.site.kind}"
-        left_out = plan.sparse and rewrite not in ran
+    for plan in ctx.facts.plan.sites:
+        left_out = plan.sparse and plan.site.kind not in result.made_sparse
         sites.append(
             SiteReport(
                 name=plan.site.name,
@@ -178,17 +140,22 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 kept=plan.total if left_out else plan.kept,
                 total=plan.total,
                 provider=_provider(plan, ctx),
-                reason=f"{rewrite} did not run" if left_out else plan.reason,
+                reason=f"{_rewrites(plan.site.kind)} did not run" if left_out else plan.reason,
                 adapters=sum(len(projection.adapters) for projection in plan.site.projections),
             )
         )
     return tuple(sites)
 
 
+def _rewrites(kind: str) -> str:
+    """Return the pass that makes a kind of site sparse."""
+    return next(each.name for each in PASSES if each.sparsifies == kind)
+
+
 def _provider(plan: SitePlan, ctx: PassContext) -> str:
     if plan.reason == ON_LOSS_ROWS:
         return "loss_rows"
-    return "+".join(ctx.providers.get(plan.site.name, ())) or "dense"
+    return "+".join(ctx.results.providers.get(plan.site.name, ())) or "dense"
 
 
 def plan_data(plan: SparsityPlan, orders: tuple[ProductOrder, ...] = ()) -> dict[str, Any]:

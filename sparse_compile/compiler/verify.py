@@ -1,38 +1,23 @@
-"""The legal graph after each stage, checked at the borders between passes.
+"""Checks the graph and its facts at the borders between passes.
 
-Light checks run after every pass. `SPARSELORA_VERIFY=1` adds a run of the whole graph on stand-ins (shapes and dtypes
-without data), which must give outputs of the shapes and dtypes that were captured.
+The rules of `legal.py` are checked after every pass. `SPARSELORA_VERIFY=1` adds a run of the whole graph on stand-ins
+(shapes and dtypes without data): what each node is recorded to hold must be what it computes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
-import torch
+import sympy
 from torch import Tensor, fx
-from torch.utils.checkpoint import CheckpointPolicy
 
-import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
-from sparse_compile.graph.facts import LossRows
-from sparse_compile.graph.read import calls_torch, op_name, tensor_value
-from sparse_compile.graph.vocabulary import MATMULS, TAG
-from sparse_compile.torch_private.fake import fake_outputs, size_hint
+from sparse_compile.compiler.legal import RULES, STAGES, Checked
+from sparse_compile.graph.read import tensor_value, value_of
+from sparse_compile.passes.context import PassContext
+from sparse_compile.torch_private.fake import StandIns, is_unbacked, size_expression, size_hint
 from sparse_compile.torch_private.fx import flattened
-
-STAGES = (
-    "captured", "canonical", "projections", "ffn", "attention", "roles", "plan", "predictors", "sparse", "lowered",
-)  # fmt: skip
-"""What the graph and its facts have gone through, in the order in which a full run reaches it."""
-
-_OPS = torch.ops.sparselora
-_NEVER_AGAIN = {
-    _OPS.top_channels.default: "a near tie would choose other channels",
-    _OPS.given_output_mask.default: "the roles may have closed by then",
-    _OPS.split_tokens.default: "each split is a host synchronisation",
-    _OPS.token_slots.default: "the roles may have closed by then",
-}
-"""Ops whose result is saved for the backward, with what would happen if it were computed again."""
 
 
 class VerificationError(AssertionError):
@@ -40,108 +25,90 @@ class VerificationError(AssertionError):
 
 
 def verify(
-    gm: fx.GraphModule,
-    captured: fx.GraphModule,
-    stages: Iterable[str],
-    parameters: Iterable[str],
-    loss_rows: LossRows | None = None,
+    gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], ctx: PassContext, *, changed: bool = True
 ) -> None:
-    """Check the graph after a pass.
+    """Check the graph and the facts after a pass.
 
     Args:
         gm: the graph to check.
         captured: the graph as it was captured.
         stages: the stages reached.
-        parameters: placeholders that hold parameters.
-        loss_rows: the outputs that hold the rows of the loss alone.
+        ctx: the facts.
+        changed: whether the pass changed the graph; values are checked only then.
 
     Raises:
-        VerificationError: naming the node and the invariant.
+        VerificationError: naming the node and the rule.
     """
-    reached = set(stages)
-    unknown = reached - set(STAGES)
-    if unknown:
+    reached = frozenset(stages)
+    if unknown := reached - set(STAGES):
         raise VerificationError(f"unknown stage {sorted(unknown)}")
     try:
         gm.graph.lint()
     except Exception as error:  # fx raises RuntimeError, AssertionError and KeyError alike
         raise VerificationError(f"the graph is malformed: {error}") from error
-    narrowed = {output.index for output in loss_rows.outputs} if loss_rows else set()
-    added = len({output.rows for output in loss_rows.outputs}) if loss_rows else 0
-    _check_interface(gm, captured, added)
-    known = {node.name for node in captured.graph.nodes}
-    for node in gm.graph.nodes:
-        _check_tag(node, known, inlined="ac_graph_id" in node.meta)
-    if "canonical" in reached:
-        _check_canonical(gm, set(parameters))
-    _check_sparse_ops(gm, lowered="lowered" in reached)
-    if os.environ.get("SPARSELORA_VERIFY", "0") not in ("", "0"):
-        _check_outputs(gm, captured, narrowed)
+    checked = Checked(gm, captured, reached, ctx)
+    for rule in RULES:
+        if rule.stage in reached:
+            for fault in rule.faults(checked):
+                raise VerificationError(f"{fault}. The rule of stage {rule.stage!r}: {rule.holds}")
+    if changed and os.environ.get("SPARSELORA_VERIFY", "0") not in ("", "0"):
+        _check_values(checked)
 
 
-def _check_interface(gm: fx.GraphModule, captured: fx.GraphModule, added: int) -> None:
-    before, after = (
-        [node.name for node in module.graph.nodes if node.op == "placeholder"] for module in (captured, gm)
-    )
-    if before != after:
-        raise VerificationError(f"the inputs changed: {set(before) ^ set(after) or 'their order'}")
-    returned = _output(gm).args[0]
-    if added:
-        assert isinstance(returned, tuple | list), "positions of rows are added to several outputs"
-        returned = returned[:-added]
-    structures = [flattened(each)[1] for each in (_output(captured).args[0], returned)]
-    if structures[0] != structures[1]:
-        raise VerificationError(f"the outputs changed from {structures[0]} to {structures[1]}")
-
-
-def _output(gm: fx.GraphModule) -> fx.Node:
-    return gm.graph.output_node()
-
-
-def _check_tag(node: fx.Node, known: set[str], *, inlined: bool) -> None:
-    if node.name not in known and not inlined and TAG not in node.meta:
-        raise VerificationError(f"{node.name} was inserted without a tag: use Rewriter")
-
-
-def _check_canonical(gm: fx.GraphModule, parameters: set[str]) -> None:
-    for node in gm.graph.nodes:
-        if not calls_torch(node) or op_name(node) not in MATMULS or len(node.args) < 2:
-            continue
-        x, weight = tensor_value(node.args[0]), node.args[1]
-        value = tensor_value(weight)
-        if x is not None and x.dim() < 2:
-            continue  # a vector has no tokens
-        if isinstance(weight, fx.Node) and weight.name in parameters and value is not None and value.dim() == 2:
-            raise VerificationError(f"{node.name} multiplies with the parameter {weight.name} and is no linear")
-
-
-def _check_sparse_ops(gm: fx.GraphModule, *, lowered: bool) -> None:
-    splits = [node for node in gm.graph.nodes if node.target in (_OPS.split_tokens.default, _OPS.token_slots.default)]
-    if len(splits) > 1:
-        raise VerificationError("tokens are split by role more than once: each split is a host synchronisation")
-    rows = {user for split in splits for user in split.users}
-    for node in gm.graph.nodes:
-        first = {_OPS.take_rows.default: 1, _OPS.put_rows.default: 2}.get(node.target)
-        if first is not None:
-            if not set(node.args[first : first + 2]) <= rows:
-                raise VerificationError(f"{node.name} does not use the rows of the one split")
-            if lowered and "provider" not in node.kwargs:
-                raise VerificationError(f"{node.name} has no provider")
-        reason = _NEVER_AGAIN.get(node.target)
-        if reason and node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
-            raise VerificationError(f"{node.name} could be recomputed: {reason}")
-
-
-def _check_outputs(gm: fx.GraphModule, captured: fx.GraphModule, narrowed: set[int]) -> None:
-    expected = [tensor_value(node) for node in flattened(_output(captured).args[0])[0]]
-    found = fake_outputs(gm)
-    if found is None:
+def _check_values(checked: Checked) -> None:
+    """Compare what each node is recorded to hold with what the graph computes, and outputs with the captured ones."""
+    stand_ins = StandIns(checked.gm)
+    if stand_ins.mode is None:
         return
-    leaves, _ = flattened(_output(gm).args[0])
-    actual = [found.get(node.name) if isinstance(node, fx.Node) else None for node in leaves]
+    found = stand_ins.propagate()
+    sizes: dict[sympy.Symbol, sympy.Expr] = {}
+    for node in checked.gm.graph.nodes:
+        if node.op in ("placeholder", "output") or (recorded := value_of(node)) is None:
+            continue
+        if reason := _difference(recorded, found[node], sizes):
+            raise VerificationError(f"{node.name} is recorded to hold {reason}")
+    narrowed = {output.index for output in checked.facts.loss_rows.outputs} if checked.facts.loss_rows else set()
+    leaves = [flattened(each.graph.output_node().args[0])[0] for each in (checked.captured, checked.gm)]
     # Positions of rows come last; outputs that are narrowed differ on purpose.
-    for index, (before, after) in enumerate(zip(expected, actual, strict=False)):
-        if index not in narrowed and isinstance(before, Tensor) and isinstance(after, Tensor):
-            shapes = [tuple(size_hint(size) for size in value.shape) for value in (before, after)]
-            if shapes[0] != shapes[1] or before.dtype != after.dtype:
-                raise VerificationError(f"an output of {before.dtype} {shapes[0]} became {after.dtype} {shapes[1]}")
+    for index, (before, after) in enumerate(zip(*leaves, strict=False)):
+        _check_output(tensor_value(before), found.get(after), narrowed=index in narrowed)
+
+
+def _check_output(before: Tensor | None, after: Any, *, narrowed: bool) -> None:
+    if narrowed or before is None or not isinstance(after, Tensor):
+        return
+    shapes = [tuple(size_hint(size) for size in value.shape) for value in (before, after)]
+    if shapes[0] != shapes[1] or before.dtype != after.dtype:
+        raise VerificationError(f"an output of {before.dtype} {shapes[0]} became {after.dtype} {shapes[1]}")
+
+
+def _difference(recorded: Any, found: Any, sizes: dict[sympy.Symbol, sympy.Expr]) -> str:
+    """Say in what a recorded value differs from a computed one; empty where it does not.
+
+    Args:
+        recorded: a tensor, a size, or a sequence of those; anything else is not compared.
+        found: what was computed.
+        sizes: data-dependent sizes of the computation to those that were recorded, which grows: each run makes its own.
+    """
+    if isinstance(recorded, tuple | list) and isinstance(found, tuple | list):
+        if len(recorded) != len(found):
+            return f"{len(recorded)} values, and computes {len(found)}"
+        reasons = (_difference(*pair, sizes) for pair in zip(recorded, found, strict=True))
+        return next((reason for reason in reasons if reason), "")
+    if not isinstance(recorded, Tensor):
+        return ""
+    if not isinstance(found, Tensor):
+        return f"a tensor, and computes {type(found).__name__}"
+    for name in ("dtype", "device"):
+        if getattr(recorded, name) != getattr(found, name):
+            return f"{name} {getattr(recorded, name)}, and computes {getattr(found, name)}"
+    known, computed = (tuple(size_expression(size) for size in value.shape) for value in (recorded, found))
+    if len(known) != len(computed) or not all(_same(*pair, sizes) for pair in zip(known, computed, strict=True)):
+        return f"shape {known}, and computes {tuple(each.xreplace(sizes) for each in computed)}"
+    return ""
+
+
+def _same(known: sympy.Expr, computed: sympy.Expr, sizes: dict[sympy.Symbol, sympy.Expr]) -> bool:
+    if is_unbacked(computed) and computed not in sizes:
+        sizes[computed] = known
+    return bool(sympy.expand(known - computed.xreplace(sizes)) == 0)

@@ -1,4 +1,4 @@
-"""What a training step costs: FLOPs of matrix products, and bytes moved by the gathers that sparsity needs.
+"""What a rewrite would cost or save in a training step, before it is made: FLOPs, and bytes moved as FLOPs.
 
 A product of (n, a) with (a, b) counts 2nab FLOPs. Of a frozen layer the forward and the gradient of its input are
 counted (there is no weight gradient); of an adapter both gradients. Causal attention is counted as executed: all S x S
@@ -8,19 +8,14 @@ any batch; `sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import Tensor, fx
 
-from sparse_compile.graph.facts import LossRows, SitePlan, SparsityPlan
-from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.facts import SitePlan, SparsityPlan
 from sparse_compile.graph.sites import AttentionSite, Projection, Site
-from sparse_compile.graph.vocabulary import LINEAR, MATMULS
-from sparse_compile.graph.walk import reach
 
 CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
 """Numbers of context tokens, of output tokens, and of rows of the loss in a batch."""
@@ -50,11 +45,6 @@ def projection_flops(projection: Projection, kept_share: float = 1.0) -> float:
     return 4.0 * projection.in_features * projection.out_features * kept_share * len(projection.products)
 
 
-def frozen_products(projections: Iterable[Projection]) -> set[str]:
-    """Return the names of the nodes that multiply with a frozen weight."""
-    return {name for projection in projections for name in projection.products}
-
-
 def site_flops(plan: SitePlan) -> sympy.Expr:
     """Return the FLOPs of the site's frozen products in a training step, over `CONTEXT` and `OUTPUT` tokens."""
     dense = sum(projection_flops(projection) for projection in plan.projections)
@@ -64,12 +54,6 @@ def site_flops(plan: SitePlan) -> sympy.Expr:
 def dense_site_flops(plan: SitePlan) -> sympy.Expr:
     """Return the FLOPs of the same products without sparsity."""
     return sum(projection_flops(projection) for projection in plan.projections) * (OUTPUT + CONTEXT)
-
-
-def loss_row_flops(loss_rows: LossRows) -> tuple[sympy.Expr, sympy.Expr]:
-    """Return the FLOPs of a training step that leaving out ignored rows saves: all, and those with frozen weights."""
-    ignored = CONTEXT + OUTPUT - LOSS
-    return loss_rows.flops_per_row * ignored, loss_rows.weight_flops_per_row * ignored
 
 
 @dataclass(frozen=True)
@@ -121,70 +105,10 @@ def gain(site: Site, kept: int, rank: int, itemsize: int, device: str, tokens: i
     return Gain(saved, moved * FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"]) + predictor)
 
 
-def step_flops(graph: fx.Graph) -> float:
-    """Return the FLOPs of the matrix products of one training step, at the sizes seen at tracing.
-
-    Counts every `linear` and `matmul` (gradients only where they are needed) and softmax attention with half of its
-    scores (causal), five products backward for two forward, as fused attention kernels execute it. Of what is detached
-    before it reaches an output, as DoRA's norm is, only the forward counts.
-    """
-    differentiated = reach(
-        [graph.output_node()],
-        lambda node: [operand for operand in node.all_input_nodes if op_name(operand) != "detach"],
-    )
-    return sum(node_flops(node, differentiated=node in differentiated) for node in graph.nodes)
-
-
-def node_flops(node: fx.Node, *, differentiated: bool = True) -> float:
-    """Return the FLOPs of a node in a training step, at the sizes seen at tracing: 0 for all but products.
-
-    Args:
-        node: the node.
-        differentiated: whether a gradient may reach it.
-    """
-    value = tensor_value(node)
-    if op_name(node) == "dora_norm":
-        weight, a, *_ = node.all_input_nodes
-        return 2.0 * math.prod(hinted_shape(weight)) * hinted_shape(a)[0]
-    if value is None:
-        return 0.0
-    if op_name(node) == "scaled_dot_product_attention":
-        query, key = (hinted_shape(argument(node, name)) for name in ("query", "key"))
-        forward = 4.0 * math.prod(query) * key[-2] / (2 if query[-2] == key[-2] else 1)
-        return forward * (3.5 if value.requires_grad else 1.0)
-    if node.target is not LINEAR and op_name(node) not in MATMULS | {"addmm"}:
-        return 0.0
-    operands = [operand for operand in node.all_input_nodes if len(hinted_shape(operand)) > 1]
-    if len(operands) < 2:
-        return 0.0
-    forward = 2.0 * math.prod(hinted_shape(node)) * hinted_shape(operands[0])[-1]
-    is_trained = differentiated and value.requires_grad
-    gradients = sum(bool(_value(operand).requires_grad) for operand in operands) if is_trained else 0
-    return forward * (1 + gradients)
-
-
-def _value(node: fx.Node) -> Tensor:
-    value = tensor_value(node)
-    assert value is not None
-    return value
-
-
 def saved_flops(plan: SparsityPlan, kind: str) -> sympy.Expr:
     """Return the FLOPs that the plan's sites of one kind save in a training step, over `CONTEXT` tokens."""
     plans = [each for each in plan.sparse_sites if each.site.kind == kind]
     return sum((dense_site_flops(each) - site_flops(each) for each in plans), sympy.Integer(0))
-
-
-def predictor_flops(plan: SparsityPlan, rank: int) -> sympy.Expr:
-    """Return the FLOPs of the predictors in a training step (nothing of them runs backward)."""
-    total = sympy.Integer(0)
-    for each in plan.sparse_sites:
-        width = each.site.projections[0].in_features
-        if isinstance(each.site, AttentionSite):
-            total += 2.0 * 3 * rank * (width + rank) * (CONTEXT + OUTPUT)
-        else:
-            total += 2.0 * width * (CONTEXT + OUTPUT)
-    return total
 
 
 def fused_adapters_pay(tokens: int, in_features: int, ranks: Sequence[int], *, input_gradient: bool) -> bool:

@@ -127,15 +127,11 @@ class LossRows:
     Attributes:
         nodes: the nodes that hold R rows, one for each target that is not ignored.
         outputs: the outputs among them, such as the logits.
-        flops_per_row: FLOPs of a training step that a row which is left out saves.
-        weight_flops_per_row: those of them that are products with frozen weights.
         spare: whether there may be more rows than that, whose position is -1.
     """
 
     nodes: frozenset[NodeName]
     outputs: tuple[NarrowedOutput, ...]
-    flops_per_row: float
-    weight_flops_per_row: float
     spare: bool = False
 
 

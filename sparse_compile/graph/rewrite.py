@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 from torch.utils.checkpoint import CheckpointPolicy
 
-from sparse_compile.graph.read import tensor_value, value_of
+from sparse_compile.graph.modes import switches_in_force, switches_modes
 from sparse_compile.graph.vocabulary import TAG
-from sparse_compile.torch_private.dynamo import copy_dynamo_attributes, take_source
+from sparse_compile.torch_private.dynamo import copy_dynamo_attributes, register_graph_buffer, take_source
+from sparse_compile.torch_private.fake import StandIns
 from sparse_compile.torch_private.fx import is_erased
 
 
@@ -36,6 +37,9 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 class Rewriter:
     """Inserts nodes into a graph, tagged with the pass and site they come from.
 
+    Each inserted node is evaluated on the stand-ins of the graph, so that its value (shape, dtype, device) is known as
+    that of a captured node is. What a pass changes in place it has evaluated again (`reevaluate`).
+
     Args:
         gm: the module whose graph is rewritten.
         pass_name: recorded in `node.meta["sparselora"]`.
@@ -48,17 +52,21 @@ class Rewriter:
         self.inserted = 0
         self._site = ""
         self._anchor: fx.Node | None = None
+        self._stand_ins = StandIns(gm)
+        self._has_switches = switches_modes(gm.graph)
+        self._switches: list[fx.Node] = []
 
     @contextmanager
     def before(self, anchor: fx.Node, site: str = "") -> Iterator[None]:
         """Insert before `anchor`; new nodes take over its stack trace, module stack and checkpoint tags."""
-        previous = self._anchor, self._site
+        previous = self._anchor, self._site, self._switches
         self._anchor, self._site = anchor, site or self._site
+        self._switches = switches_in_force(anchor) if self._has_switches else []
         try:
             with self.graph.inserting_before(anchor):
                 yield
         finally:
-            self._anchor, self._site = previous
+            self._anchor, self._site, self._switches = previous
 
     def call(self, target: Callable[..., Any], *args: Argument, **kwargs: Argument) -> fx.Node:
         """Insert a function call."""
@@ -74,8 +82,6 @@ class Rewriter:
 
     def buffer(self, name: str, value: Tensor) -> fx.Node:
         """Insert a read of a tensor constant of the graph; the tensor is registered under `name` on the first use."""
-        from sparse_compile.torch_private.dynamo import register_graph_buffer
-
         if not hasattr(self.gm, name):
             register_graph_buffer(self.gm, name, value)
         return self._tagged(self.graph.get_attr(name))
@@ -84,10 +90,13 @@ class Rewriter:
         """Insert a copy of `node` with its node arguments replaced."""
         copied = self.graph.node_copy(node, arg_map)
         copied.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
-        self._tagged(copied)
-        if (value := tensor_value(node)) is not None:
-            copied.meta[TAG]["dtype"] = value.dtype  # what is copied for fewer rows keeps it
-        return copied
+        return self._tagged(copied)
+
+    def reevaluate(self, node: fx.Node) -> None:
+        """Tag a captured node that was changed in place, and record what it holds now."""
+        node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
+        switches = switches_in_force(node) if self._has_switches else []
+        node.meta["example_value"] = self._stand_ins.evaluate(node, switches)
 
     def _tagged(self, node: fx.Node) -> fx.Node:
         self.inserted += 1
@@ -96,6 +105,7 @@ class Rewriter:
                 if key in self._anchor.meta and key not in node.meta:
                     node.meta[key] = self._anchor.meta[key]
         node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
+        node.meta["example_value"] = self._stand_ins.evaluate(node, self._switches)
         return node
 
 
@@ -110,7 +120,6 @@ def take_over(old: fx.Node, new: fx.Node) -> int:
 
     `new` takes over the name as well: facts refer to nodes by name, and diffs between dumps stay small.
     """
-    new.meta["example_value"] = value_of(old)
     old.replace_all_uses_with(new)
     name = old.name
     erased = erase_unused(old)

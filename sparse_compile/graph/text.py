@@ -1,7 +1,8 @@
 """Write graphs as text that can be read and compared.
 
 One node a line: name, dtype and shape, call, operands. Parameters are named by their path in the user's model. The text
-depends on the graph alone, so that two runs give the same text and `diff -u` between two passes shows what one did.
+depends on the graph alone, so that two runs give the same text and `diff -u` between two passes shows what one did:
+sizes that depend on data are numbered in the order in which they appear.
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ def render_graph(graph: fx.Graph, parameters: Mapping[str, Parameter]) -> str:
         parameters: its parameters by placeholder name.
     """
     names = {node.name: parameters[node.name].path for node in graph.nodes if node.name in parameters}
-    return "\n".join(_line(node, names) for node in graph.nodes) + "\n"
+    sizes: dict[str, str] = {}
+    return "\n".join(_line(node, names, sizes) for node in graph.nodes) + "\n"
 
 
-def _line(node: fx.Node, names: Mapping[str, str]) -> str:
+def _line(node: fx.Node, names: Mapping[str, str], sizes: dict[str, str]) -> str:
     name = f"%{names.get(node.name, node.name)}"
     if node.op == "output":
         return f"return {_operand(node.args[0], names)}"
     if node.op == "placeholder":
-        return f"{name} : {_type(value_of(node))} = input"
+        return f"{name} : {_type(value_of(node), sizes)} = input"
+    annotation = f" : {_type(value_of(node), sizes)}" if value_of(node) is not None else ""
     if node.op == "get_attr":
-        return f"{name} = constant {node.target}"
+        return f"{name}{annotation} = constant {node.target}"
     operands = [_operand(arg, names) for arg in node.args]
     operands += [f"{key}={_operand(value, names)}" for key, value in node.kwargs.items()]
-    annotation = f" : {_type(value_of(node))}" if value_of(node) is not None else ""
     tag = node.meta.get(TAG)
     origin = f"    # {tag['pass']}" + (f" {tag['site']}" if tag["site"] else "") if tag else ""
     return f"{name}{annotation} = {_target(node)}({', '.join(operands)}){origin}"
@@ -73,9 +75,12 @@ def _operand(value: Any, names: Mapping[str, str]) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _type(value: Any) -> str:
+def _type(value: Any, sizes: dict[str, str]) -> str:
+    """Return a type as text; `sizes` maps what PyTorch calls data-dependent sizes to `u0`, `u1`, ..., and grows."""
     if isinstance(value, Tensor):
-        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(str(size) for size in value.shape)}]"
+        shape = ", ".join(str(size) for size in value.shape)
+        shape = re.sub(r"\bu\d+\b", lambda found: sizes.setdefault(found[0], f"u{len(sizes)}"), shape)
+        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]"
     if isinstance(value, tuple | list):
-        return f"({', '.join(_type(item) for item in value)})"
+        return f"({', '.join(_type(item, sizes) for item in value)})"
     return type(value).__name__

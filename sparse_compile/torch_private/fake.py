@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.node import map_arg
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 
 def new_unbacked_size(max_size: int | torch.SymInt) -> torch.SymInt:
@@ -43,24 +47,6 @@ def size_expression(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
-def evaluate_on_stand_ins(like: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function on the stand-ins of a captured graph; data-dependent sizes that it makes are bound to nothing.
-
-    Args:
-        like: a stand-in of the graph, whose mode is entered.
-        function: what to call.
-        *arguments: its arguments, stand-ins among them.
-    """
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if not isinstance(like, FakeTensor):
-        return function(*arguments)
-    mode = like.fake_mode
-    ignore = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env is not None else nullcontext()
-    with mode, ignore:
-        return function(*arguments)
-
-
 def is_fake(value: object) -> bool:
     """Tell whether `value` is a FakeTensor: a tensor with a shape but no data."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -68,37 +54,110 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def fake_outputs(gm: fx.GraphModule) -> dict[str, Tensor] | None:
-    """Run a captured graph on the stand-ins it was captured with; return the value of every output node by name.
+def with_hints(size: torch.SymInt) -> sympy.Expr:
+    """Return a size as an expression over the symbols that depend on data; the others are as seen at tracing."""
+    shape_env = size.node.shape_env
+    # PyTorch 2.12 renamed the table, and warns of the old name.
+    table = "backed_var_to_val" if hasattr(shape_env, "backed_var_to_val") else "var_to_val"
+    expression: sympy.Expr = size.node.expr.xreplace(getattr(shape_env, table))
+    return expression
 
-    Returns None for a graph without stand-ins. Symbols made on the way are dropped: AOTAutograd traces the graph
-    again and makes its own.
+
+def is_unbacked(size: sympy.Expr) -> bool:
+    """Tell whether a size is a symbol of its own that depends on data."""
+    return isinstance(size, sympy.Symbol) and symbol_is_type(size, SymT.UNBACKED_INT)
+
+
+class StandIns:
+    """Computes what the nodes of a graph hold, on the stand-ins that the graph was captured with.
+
+    Data-dependent sizes that are made on the way are bound to nothing: AOTAutograd traces the graph again and makes its
+    own, and adds the guards that it needs.
+
+    Args:
+        gm: a graph as Dynamo hands it over, rewritten or not.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
 
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    values = [node.meta.get("example_value") for node in placeholders]
-    # Dynamo captured with a mode of its own; the one in force now is AOTAutograd's, with the same ShapeEnv.
-    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
-    if not modes:
-        return None
-    mode = modes[0]
-    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    wanted = set(output.all_input_nodes)
-    found: dict[str, Tensor] = {}
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        values = (node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder")
+        # Dynamo captured with a mode of its own; the one in force now is AOTAutograd's, with the same ShapeEnv.
+        self.mode = next((value.fake_mode for value in values if is_fake(value)), None)
 
-    class _Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if n in wanted:
-                found[n.name] = result
-            return result
+    def evaluate(self, node: fx.Node, switches: Sequence[fx.Node] = ()) -> Any:
+        """Return what a node holds, computed from the recorded values of its operands.
 
-        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-            value = super().get_attr(target, args, kwargs)
-            return mode.from_tensor(value) if isinstance(value, Tensor) and not is_fake(value) else value
+        Args:
+            node: the node.
+            switches: the calls before it that changed how calls are executed, in order: autocast, gradients.
 
-    ignore = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env is not None else nullcontext()
-    with mode, ignore:
-        _Recorder(gm).run(*values)
-    return found
+        Raises:
+            ValueError: an operand has no recorded value.
+        """
+        if node.op == "get_attr":
+            return self._stand_in(_attribute(self._gm, str(node.target)))
+        args, kwargs = map_arg((node.args, node.kwargs), _recorded)
+        with self._entered(), _switched(switches):
+            if node.op == "call_method":
+                receiver, *rest = args
+                return getattr(receiver, str(node.target))(*rest, **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def propagate(self) -> dict[fx.Node, Any]:
+        """Run the whole graph; return what each node holds."""
+        found: dict[fx.Node, Any] = {}
+        stand_in = self._stand_in
+
+        class _Recorder(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                found[n] = super().run_node(n)
+                return found[n]
+
+            def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+                return stand_in(super().get_attr(target, args, kwargs))
+
+        inputs = [node.meta.get("example_value") for node in self._gm.graph.nodes if node.op == "placeholder"]
+        with self._entered():
+            _Recorder(self._gm, garbage_collect_values=False).run(*inputs)
+        return found
+
+    def _stand_in(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or is_fake(value) or self.mode is None:
+            return value
+        return self.mode.from_tensor(value, static_shapes=True)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+                if self.mode.shape_env is not None:
+                    stack.enter_context(self.mode.shape_env.ignore_fresh_unbacked_symbols())
+                # Kernels written in C++ compare symbolic sizes with numbers; those in Python keep them symbols.
+                stack.enter_context(enable_python_dispatcher())
+            yield
+
+
+def _recorded(node: fx.Node) -> Any:
+    if "example_value" not in node.meta:
+        raise ValueError(f"what {node.name} holds was not recorded")
+    return node.meta["example_value"]
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), gm)
+
+
+@contextmanager
+def _switched(switches: Sequence[fx.Node]) -> Iterator[None]:
+    """Have the calls of a graph that change a mode in force."""
+    with ExitStack() as stack:
+        for node in switches:
+            name, (first, *rest) = getattr(node.target, "__name__", ""), node.args
+            if name == "_enter_autocast":
+                stack.enter_context(torch.autocast(first, *rest))  # type: ignore[arg-type]
+            elif name == "_enter_inference_mode":
+                stack.enter_context(torch.inference_mode(bool(first)))
+            else:
+                stack.enter_context(torch.set_grad_enabled(bool(first)))
+        yield

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphs import capture, render
+from graphs import PASS_NAMES, capture, render
 from models import batch, fp64_decoder
 from sparse_compile.compiler.dump import GraphDump, dump_root
-from sparse_compile.passes import PASS_NAMES
 
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = """
@@ -111,7 +110,7 @@ def test_diffs_show_what_a_pass_did(folders: tuple[Path, Path]) -> None:
 def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
     captured = capture(fp64_decoder(layers=1), **batch(61))
     first = GraphDump(tmp_path, "0/1")
-    first.graph("captured", captured.gm.graph, captured.ctx.parameters)
+    first.graph("captured", captured.gm.graph, captured.ctx.env.parameters)
     second = GraphDump(tmp_path, "0/1")
     assert (first.folder.name, second.folder.name) == ("0_1", "0_1-1")
     assert (first.folder / "00_captured.txt").read_text() == render(captured)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphs import Head, frozen, lora, tokens
+from graphs import PASS_NAMES, Head, frozen, lora, tokens
 from models import batch, fp64_decoder, tiny_llama, with_lora
 from sparse_compile import SparseLoRAConfig, explain
 from sparse_compile.compiler.report import Report
-from sparse_compile.passes import PASS_NAMES
 
 SITES = {"1.mlp": 0.75, "2.mlp": 0.5, "2.self_attn": 0.5}
 

@@ -290,7 +290,7 @@ def test_both_forms_of_the_product_become_linear(gradient: bool) -> None:
     assert ("autograd_function_apply" in text) == gradient
     run_passes(captured, PASS, "canonicalize_linears", "find_projections")
     assert not re.search("autograd_function_apply|gemm_4bit|clone", str(captured.gm.graph))
-    (projection,) = captured.ctx.projections.values()
+    (projection,) = captured.ctx.facts.projections.values()
     assert (projection.in_features, projection.out_features) == (64, 32)
     assert projection.bias is not None
     assert not run_passes(captured, PASS)[PASS].changed

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from graphs import Captured, Head, capture, frozen, lora, stand_in_pass, tokens
-from sparse_compile.compiler.pipeline import passes, run_pipeline
+from graphs import PASS_NAMES, Captured, Head, capture, frozen, lora, stand_in_pass, tokens
+from sparse_compile.compiler.pipeline import PASSES, in_order
+from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.graph.text import render_graph
 from sparse_compile.options.config import SparseLoRAConfig
-from sparse_compile.passes import PASS_NAMES
+from sparse_compile.options.pass_names import pass_names
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
+from sparse_compile.passes.sites.find_ffn import FindFFN
 
 # Sparsity without the exact optimisations, which have a test of their own below.
 SPARSE = {"preset": "none", "layer_sparsity": {"body.0": 0.5}}
@@ -36,7 +38,7 @@ def captured_with(**options: object) -> Captured:
 
 
 def replaced(name: str, function: object) -> list[Pass]:
-    return [stand_in_pass(function, each) if each.name == name else each for each in passes()]  # type: ignore[arg-type]
+    return [stand_in_pass(function, each) if each.name == name else each for each in PASSES]  # type: ignore[arg-type]
 
 
 def fails(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
@@ -47,28 +49,39 @@ def fails(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
     raise RuntimeError("lost the thread")
 
 
-def test_names_and_order() -> None:
-    assert tuple(each.name for each in passes()) == PASS_NAMES
-    assert len(set(PASS_NAMES)) == len(PASS_NAMES)
+def test_every_module_of_a_chapter_is_a_pass_of_its_name() -> None:
+    assert set(PASS_NAMES) == pass_names() and len(set(PASS_NAMES)) == len(PASSES)
+    assert all(each.name == type(each).__module__.rpartition(".")[2] for each in PASSES)
 
 
-def test_each_stage_is_ensured_before_it_is_required() -> None:
-    reached = {"captured"}
-    for each in passes():
-        assert set(each.requires) <= reached, each.name
-        reached |= set(each.ensures)
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        (("canonicalize_linears", "expose_4bit_weights"), "canonicalize_linears stands before expose_4bit_weights"),
+        (("find_projections",), "find_projections requires canonical, which no pass before it ensures"),
+        (("canonicalize_linears", "canonicalize_linears"), "a pass stands twice"),
+    ],
+)
+def test_an_order_that_breaks_a_declaration(order: tuple[str, ...], reason: str) -> None:
+    by_name = {each.name: each for each in PASSES}
+    with pytest.raises(ValueError, match=reason):
+        in_order(by_name[name] for name in order)
 
 
-def test_passes_are_frozen_values() -> None:
-    for each in passes():
-        with pytest.raises(AttributeError):
-            each.name = "other"  # type: ignore[misc]
-    assert passes() == passes()
+@pytest.mark.parametrize(("declared", "reason"), [("ensures", "the stage polished"), ("after", "follow polished")])
+def test_a_declaration_of_what_does_not_exist(declared: str, reason: str) -> None:
+    broken = type("Polish", (FindFFN,), {"name": "find_ffn", "requires": ("captured",), declared: ("polished",)})
+    with pytest.raises(ValueError, match=reason):
+        in_order([broken()])
+
+
+def test_passes_have_no_state() -> None:
+    assert not any(vars(each) for each in PASSES)
 
 
 def test_a_whole_run() -> None:
     captured = captured_with(**SPARSE)
-    before = render_graph(captured.gm.graph, captured.ctx.parameters)
+    before = render_graph(captured.gm.graph, captured.ctx.env.parameters)
     result = run_pipeline(captured.gm, captured.ctx)
     assert result.sparse is not None and result.rejections == ()
     changed = [record.name for record in result.records if record.changed]
@@ -78,8 +91,8 @@ def test_a_whole_run() -> None:
     for record, following in zip(result.records, result.records[1:], strict=False):
         assert record.nodes_after == following.nodes_before and record.milliseconds >= 0
     # The captured graph is as it was, and the canonical one lies between the two.
-    assert render_graph(captured.gm.graph, captured.ctx.parameters) == before
-    assert "sparselora" not in render_graph(result.canonical.graph, captured.ctx.parameters)
+    assert render_graph(captured.gm.graph, captured.ctx.env.parameters) == before
+    assert "sparselora" not in render_graph(result.canonical.graph, captured.ctx.env.parameters)
     assert result.canonical is not captured.gm
 
 
@@ -94,7 +107,7 @@ def test_an_exact_optimisation_runs_with_sparse_sites_and_without() -> None:
     captured = captured_with(layer_sparsity=SPARSE["layer_sparsity"])
     result = run_pipeline(captured.gm, captured.ctx)
     graphs = (result.canonical, result.exact, result.sparse)
-    texts = [render_graph(graph.graph, captured.ctx.parameters) for graph in graphs if graph is not None]
+    texts = [render_graph(graph.graph, captured.ctx.env.parameters) for graph in graphs if graph is not None]
     assert ["select_rows" in text for text in texts] == [False, True, True]
     assert ["gathered_linear" in text for text in texts] == [False, False, True]
 
@@ -107,13 +120,13 @@ def test_both_numbers_of_rows_are_read_at_once() -> None:
     assert sorted(str(user.target) for user in counts.users) == [
         "sparselora.loss_rows.default", "sparselora.split_tokens.default",
     ]  # fmt: skip
-    assert "row_counts" not in render_graph(result.exact.graph, captured.ctx.parameters)
+    assert "row_counts" not in render_graph(result.exact.graph, captured.ctx.env.parameters)
 
 
 def test_preset_none_leaves_out_what_only_saves_work() -> None:
     captured = captured_with(**SPARSE)
     records = {record.name: record for record in run_pipeline(captured.gm, captured.ctx).records}
-    optimising = {each.name for each in passes() if each.optimises}
+    optimising = {each.name for each in PASSES if each.optimises}
     assert optimising and all(records[name].skipped == "preset 'none'" for name in optimising)
     assert not any(record.skipped for name, record in records.items() if name not in optimising)
 
@@ -163,18 +176,6 @@ def test_a_failing_exact_pass_is_left_out() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["insert_predictors", "sparsify_ffn", "lower_sparse_ops"])
-def test_a_failure_after_the_plan_undoes_all_that_approximates(name: str) -> None:
-    captured = captured_with(**SPARSE)
-    with pytest.warns(UserWarning, match=f"{name} failed, this graph runs dense") as seen:
-        result = run_pipeline(captured.gm, captured.ctx, order=replaced(name, fails))
-    assert len(seen) == 1 and result.sparse is None
-    assert captured.ctx.plan.sites == () and captured.ctx.selections == {}
-    assert "sparselora" not in render_graph(result.canonical.graph, captured.ctx.parameters)
-    later = [r for r in result.records[PASS_NAMES.index(name) + 1 :] if r.numerics == "approximate"]
-    assert all(record.skipped == "an approximate pass failed" for record in later)
-
-
 @pytest.mark.parametrize("name", ["canonicalize_linears", "find_ffn", "sparsify_ffn"])
 def test_strict_raises(name: str) -> None:
     captured = captured_with(strict=True, **SPARSE)
@@ -188,13 +189,13 @@ def raises(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
 
 def test_analyses_leave_the_graph_alone() -> None:
     captured = captured_with(**SPARSE)
-    analyses = [each for each in passes() if each.analysis]
+    analyses = [each for each in PASSES if each.analysis]
     assert len(analyses) == 6 and all(each.numerics is Numerics.EXACT for each in analyses)
-    next(each for each in passes() if each.name == "canonicalize_linears").run(captured.gm, captured.ctx)
-    before = render_graph(captured.gm.graph, captured.ctx.parameters)
+    next(each for each in PASSES if each.name == "canonicalize_linears").run(captured.gm, captured.ctx)
+    before = render_graph(captured.gm.graph, captured.ctx.env.parameters)
     for each in analyses:
         assert not each.run(captured.gm, captured.ctx).changed
-        assert render_graph(captured.gm.graph, captured.ctx.parameters) == before, each.name
+        assert render_graph(captured.gm.graph, captured.ctx.env.parameters) == before, each.name
 
 
 def test_rejections_of_all_passes_are_kept() -> None:

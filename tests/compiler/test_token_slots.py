@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_a_dense_step_has_a_slot_for_every_token_and_none_for_context() -> None:
     model, inputs = Head(_ffn_body()), tokens(context=0)
     config = SparseLoRAConfig(layer_sparsity={"body.0": 0.5}, token_capacity=5, preset="none")
     captured = capture(model, *inputs, config=config)
-    captured.ctx.all_output = True
+    captured.ctx.env = replace(captured.ctx.env, all_output=True)
     run_passes(
         captured, "canonicalize_linears", "find_projections", "find_ffn", "find_attention", "trace_roles",
         "plan_token_slots", "plan_sparsity", "insert_predictors", "sparsify_ffn",
@@ -240,7 +241,7 @@ def test_a_dense_step_has_a_slot_for_every_token_and_none_for_context() -> None:
     placeholders = [node for node in captured.gm.graph.nodes if node.op == "placeholder"]
     by_path = dict(model.named_parameters()) | dict(model.named_buffers())
     values = [
-        by_path[captured.ctx.parameters[node.name].path] if node.name in captured.ctx.parameters
+        by_path[captured.ctx.env.parameters[node.name].path] if node.name in captured.ctx.env.parameters
         else next(each for each, hint in zip(inputs, ("input_ids", "labels"), strict=True) if hint in node.name)
         for node in placeholders
     ]  # fmt: skip

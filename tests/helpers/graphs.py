@@ -16,7 +16,8 @@ import sparse_compile.kernels  # noqa: F401 - registers torch.ops.sparselora
 from decoder import LoRALinear, randomize
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.outputs import restored
-from sparse_compile.compiler.pipeline import PipelineResult, passes, run_pipeline
+from sparse_compile.compiler.pipeline import PASSES
+from sparse_compile.compiler.runner import PipelineResult, run_pipeline
 from sparse_compile.compiler.verify import verify
 from sparse_compile.graph.read import op_name
 from sparse_compile.graph.rewrite import copy_graph_module
@@ -28,6 +29,7 @@ from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.reference import MaskedAttention, MaskedFFN, masked_dense, output_mask_from_labels
 from tolerances import assert_close_rms
 
+PASS_NAMES = tuple(each.name for each in PASSES)
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 IGNORE = -100
 
@@ -81,14 +83,14 @@ def capture(
 
 def run_passes(captured: Captured, *names: str) -> dict[str, PassOutcome]:
     """Run the named passes on the captured graph in place, verified like the pipeline does; return their outcomes."""
-    by_name = {each.name: each for each in passes()}
+    by_name = {each.name: each for each in PASSES}
     original = copy_graph_module(captured.gm)
     outcomes, stages = {}, {"captured"}
     for name in names:
         before = render(captured)
         outcomes[name] = by_name[name].run(captured.gm, captured.ctx)
         stages |= set(by_name[name].ensures)
-        verify(captured.gm, original, stages, captured.ctx.parameters, captured.ctx.loss_rows)
+        verify(captured.gm, original, stages, captured.ctx, changed=outcomes[name].changed)
         if not outcomes[name].changed:
             assert render(captured) == before, f"{name} changed the graph and did not say so"
     captured.gm.recompile()
@@ -112,7 +114,7 @@ def targets(gm: fx.GraphModule) -> list[str]:
 def stand_in_pass(function: Callable[[fx.GraphModule, PassContext], PassOutcome], like: Pass) -> Pass:
     """Return a pass with the name and stages of another that runs `function`."""
     kind = type(like)
-    body = {"run": lambda self, gm, ctx: function(gm, ctx), "__annotations__": {}}
+    body = {"name": like.name, "run": lambda self, gm, ctx: function(gm, ctx)}
     return type(kind.__name__, (kind,), body)()  # type: ignore[no-any-return]
 
 
@@ -121,7 +123,7 @@ def stand_in_pass(function: Callable[[fx.GraphModule, PassContext], PassOutcome]
 
 def render(captured: Captured) -> str:
     """Return the text of the graph, as dumps hold it."""
-    return render_graph(captured.gm.graph, captured.ctx.parameters)
+    return render_graph(captured.gm.graph, captured.ctx.env.parameters)
 
 
 def assert_golden(name: str, text: str) -> None:
@@ -189,11 +191,11 @@ def run_rewritten(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ctx = capture_context(gm, example_inputs, config or SparseLoRAConfig())
-        order = [each for each in passes() if each.name in only] if only else None
+        order = [each for each in PASSES if each.name in only] if only else PASSES
         result = run_pipeline(gm, ctx, order=order)
         seen.extend((result, ctx))
         compiled = compiler(result.sparse or result.exact or result.canonical, example_inputs)
-        return restored(compiled, gm, ctx.loss_rows) if ctx.loss_rows else compiled
+        return restored(compiled, gm, ctx.facts.loss_rows) if ctx.facts.loss_rows else compiled
 
     torch._dynamo.reset()
     value = torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)

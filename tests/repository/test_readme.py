@@ -14,7 +14,7 @@ import pytest
 
 from documents import anchors, faults, fences, tables
 from sparse_compile import SparseLoRAConfig
-from sparse_compile.compiler.pipeline import passes
+from sparse_compile.compiler.pipeline import PASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -104,7 +104,7 @@ def test_the_passes_are_those_of_the_pipeline_in_their_order(repo_root: Path) ->
     for names, kind in re.findall(r"^(\*\*`.+?`\*\*) \(([a-z ]+)\)\.", read(repo_root, "docs/passes.md"), re.MULTILINE):
         documented += [(name, kind) for name in re.findall(r"`(\w+)`", names)]
     kinds = {"exact": "exact", "approximate": "approximate", "requested": "by request"}
-    expected = [(each.name, "analysis" if each.analysis else kinds[each.numerics.value]) for each in passes()]
+    expected = [(each.name, "analysis" if each.analysis else kinds[each.numerics.value]) for each in PASSES]
     assert documented == expected
 
 

@@ -75,7 +75,7 @@ def test_spelling(spelling: str) -> None:
     ran = run_rewritten(model, x, only=(PASS,))
     used = Layer(model.function)  # gradients of unused parameters are left out
     used.load_state_dict(model.state_dict())
-    for name in {"w", "v", "b"} - {node.split("_")[-2] for node in captured.ctx.parameters}:
+    for name in {"w", "v", "b"} - {node.split("_")[-2] for node in captured.ctx.env.parameters}:
         model.get_parameter(name).requires_grad_(False)
     actual, expected = (gradients_of((value * weighting).sum(), model, x) for value in (ran.value, model(x)))
     assert_close_rms(ran.value, model(x))

@@ -34,9 +34,11 @@ from models import batch, normal
 from sparse_compile import explain
 from sparse_compile.compiler import backend
 from sparse_compile.compiler.capture import capture_context
-from sparse_compile.compiler.pipeline import passes, run_pipeline
+from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.report import plan_data
-from sparse_compile.graph.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs, step_flops
+from sparse_compile.compiler.runner import run_pipeline
+from sparse_compile.graph.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
+from sparse_compile.graph.flops import step_flops
 from sparse_compile.graph.facts import SparsityPlan
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.exact.order_adapter_products import break_even
@@ -139,7 +141,7 @@ def test_what_is_cheapest_as_it_stands_stays() -> None:
 def test_the_choice_is_that_of_the_cost_model() -> None:
     for name, (inputs, outputs, count) in SHAPES.items():
         captured, _ = order(Layer(inputs, outputs), given(count, inputs))
-        (chosen,) = captured.ctx.product_orders
+        (chosen,) = captured.ctx.facts.product_orders
         costs = association_costs(inputs, outputs, 4, FLOPS_PER_BYTE["cpu"], 8)
         at = {key: float(cost.subs(TOKENS, count)) for key, cost in costs.items()}
         assert chosen.order == name and chosen.tokens == count and chosen.projection == "layer"
@@ -150,12 +152,12 @@ def test_the_choice_is_that_of_the_cost_model() -> None:
 
 def test_the_break_even_is_where_the_choice_turns() -> None:
     captured, _ = order(Layer(), given())
-    (chosen,) = captured.ctx.product_orders
+    (chosen,) = captured.ctx.facts.product_orders
     assert chosen.break_even.startswith("N > ")
     turn = int(chosen.break_even.removeprefix("N > "))
     for count, merged in ((turn, False), (turn + 1, True)):
         captured, _ = order(Layer(), normal(1, count, 16).requires_grad_())
-        assert (captured.ctx.product_orders[0].order != "F1B1") == merged
+        assert (captured.ctx.facts.product_orders[0].order != "F1B1") == merged
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_costs_count_the_products_that_run() -> None:
     captured = capture(Layer(bias=False), given())
     run_passes(captured, *ANALYSES)
     found = float(association_costs(16, 16, 4)["F1B1"].subs(TOKENS, 96))
-    assert found == step_flops(captured.gm.graph)
+    assert found == step_flops(captured.gm.graph).total
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 8), (8, 64), (32, 32)])
@@ -287,14 +289,14 @@ def test_a_dynamic_number_of_tokens() -> None:
     """The choice is made once and right for any number; no guard is added."""
     module, x = Layer(16, 8), given()
     captured, outcome = order(module, x, dynamic=((x, 0), (x, 1)))
-    assert outcome.stats == {"F2B5": 1} and captured.ctx.product_orders[0].tokens == 96
+    assert outcome.stats == {"F2B5": 1} and captured.ctx.facts.product_orders[0].tokens == 96
     assert not captured.gm.graph.find_nodes(op="call_method", target="size")
     torch._dynamo.reset()
     compilations: list[Any] = []
 
     def rewritten(gm: Any, example_inputs: Any) -> Any:
         ctx = capture_context(gm, example_inputs, SparseLoRAConfig())
-        result = run_pipeline(gm, ctx, order=[each for each in passes() if each.name in EXACT])
+        result = run_pipeline(gm, ctx, order=[each for each in PASSES if each.name in EXACT])
         compilations.append(result)
         return aot_eager(result.exact, example_inputs)
 
@@ -337,7 +339,7 @@ def test_fused_adapters_are_left_alone() -> None:
 
 def test_a_graph_without_adapters() -> None:
     captured, outcome = order(Layer(16, 16, lambda m, x: m.layer.base_layer(x) * m.extra), given())
-    assert not outcome.changed and not outcome.rejections and captured.ctx.product_orders == ()
+    assert not outcome.changed and not outcome.rejections and captured.ctx.facts.product_orders == ()
 
 
 # --- Where it does not ------------------------------------------------------------------------------------------------
@@ -398,7 +400,7 @@ def test_near_misses(name: str) -> None:
 
 def test_a_base_product_that_is_read_elsewhere_has_no_branch() -> None:
     captured, outcome = order(Layer(16, 16, lambda m, x: (y := m.layer.base_layer(x)) * (y + branch(m, x))), given())
-    (projection,) = captured.ctx.projections.values()
+    (projection,) = captured.ctx.facts.projections.values()
     assert not outcome.changed and not projection.branches
 
 
@@ -461,7 +463,7 @@ def test_a_sparse_site_is_never_merged() -> None:
     config = SparseLoRAConfig(layer_sparsity={"body.1": 0.5})
     captured, outcome = order(model, *inputs, config=config)
     assert not outcome.rejections
-    merged = {found.projection for found in captured.ctx.product_orders if found.order != "F1B1"}
+    merged = {found.projection for found in captured.ctx.facts.product_orders if found.order != "F1B1"}
     assert merged and not any(name.startswith("body.1") for name in merged)
     _, dense = order(model, *inputs)
     assert sum(dense.stats.values()) == sum(outcome.stats.values()) + 3

@@ -35,7 +35,7 @@ from graphs import (
 )
 from models import BATCHES, batch, tiny_llama, with_lora
 from oracle import assert_same_step, oracle_step, sparse_step, train_step
-from sparse_compile.compiler.pipeline import passes
+from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.graph.read import op_name
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.protocol import PassOutcome
@@ -352,7 +352,7 @@ def test_the_last_output_projection_is_not_gathered() -> None:
     run_passes(captured, *ANALYSES, PASS, "insert_predictors", "sparsify_attention")
     assert targets(captured.gm).count("gathered_linear") == 3
     assert "gathered_input_linear" not in targets(captured.gm)
-    (plan,) = captured.ctx.plan.sparse_sites
+    (plan,) = captured.ctx.facts.plan.sparse_sites
     assert [projection.name for projection in plan.projections] == [f"layers.0.self_attn.{n}_proj" for n in "qkv"]
 
 
@@ -459,22 +459,22 @@ def test_golden() -> None:
 def test_idempotent() -> None:
     captured, _ = narrowed(WithLogits(Block()), *tokens())
     before = render(captured)
-    (select,) = [each for each in passes() if each.name == PASS]
+    (select,) = [each for each in PASSES if each.name == PASS]
     assert not select.run(captured.gm, captured.ctx).changed
     assert render(captured) == before
 
 
 def test_unrelated_graph() -> None:
     captured, outcome = narrowed(nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True))
-    assert not outcome.changed and captured.ctx.loss_rows is None
+    assert not outcome.changed and captured.ctx.facts.loss_rows is None
 
 
 @pytest.mark.parametrize("dynamic", [0, 1])
 def test_dynamic_sizes(dynamic: int) -> None:
     ids, labels = tokens(rows=3)
     captured, outcome = narrowed(WithLogits(Block(0.5)), ids, labels, dynamic=((ids, dynamic), (labels, dynamic)))
-    assert outcome.changed and captured.ctx.loss_rows is not None
-    (output,) = captured.ctx.loss_rows.outputs
+    assert outcome.changed and captured.ctx.facts.loss_rows is not None
+    (output,) = captured.ctx.facts.loss_rows.outputs
     assert [size.is_Symbol for size in output.lead] == [dynamic == 0, dynamic == 1]
 
 

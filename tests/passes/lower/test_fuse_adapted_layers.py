@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_output_tokens_of_a_sparse_block() -> None:
     # Gate, up and down of output tokens, the layer before the block, the head.
     assert record.stats["fused"] == 5
     assert ran.result.sparse is not None
-    assert "body.1.gate.adapted.py" in ran.ctx.kernel_sources
+    assert "body.1.gate.adapted.py" in ran.ctx.results.kernel_sources
 
 
 class GatedMLP(nn.Module):
@@ -183,6 +184,6 @@ def test_not_asked_for_and_asked_for_where_it_does_not_run() -> None:
     model = Head(Layers(FUNCTIONS["one input"][0]))
     captured, outcome = fused(model, kernels="measured")
     assert not outcome.changed and not outcome.rejections
-    captured.ctx.config = SparseLoRAConfig(kernels="triton")
+    captured.ctx.env = replace(captured.ctx.env, config=SparseLoRAConfig(kernels="triton"))
     outcome = run_passes(captured, PASS)[PASS]
     assert not outcome.changed and rejections(outcome) == ["triton: runs on NVIDIA GPUs, not on cpu"]

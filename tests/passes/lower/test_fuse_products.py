@@ -126,7 +126,7 @@ def test_golden_and_idempotent() -> None:
 @pytest.mark.usefixtures("with_a_provider")
 def test_the_source_of_each_kernel_is_kept(tmp_path: Path) -> None:
     captured, _ = fused(Head(MLP(FUNCTIONS["silu gate"])))
-    sources = captured.ctx.kernel_sources
+    sources = captured.ctx.results.kernel_sources
     # A sum has no derivative that is to be computed: the gradients of the result need no kernel.
     assert list(sources) == ["body.0.intermediate.py", "body.0.intermediate.backward.py", "body.0.result.py"]
     dump = GraphDump(tmp_path, "0/0")

@@ -146,7 +146,7 @@ def test_golden_and_idempotent() -> None:
 @pytest.mark.usefixtures("with_a_provider")
 def test_the_source_of_the_kernels_is_kept() -> None:
     captured, _ = fused(Head(MLP(silu_gate)))
-    ((name, source),) = captured.ctx.kernel_sources.items()
+    ((name, source),) = captured.ctx.results.kernel_sources.items()
     assert name == "body.0.score.py" and source.startswith('"""body.0.score.\n')
     functions = [each.name for each in ast.parse(source).body if isinstance(each, ast.FunctionDef)]
     assert functions == ["thin_products", "scores"]
@@ -156,7 +156,10 @@ def test_the_source_of_the_kernels_is_kept() -> None:
 def test_repeated_sites() -> None:
     model = Head(*(MLP(silu_gate) for _ in range(3)))
     captured, outcome = fused(model, layer_sparsity={"body.0": 0.5, "body.2": 0.5})
-    assert outcome.stats["fused"] == 2 and list(captured.ctx.kernel_sources) == ["body.0.score.py", "body.2.score.py"]
+    assert outcome.stats["fused"] == 2 and list(captured.ctx.results.kernel_sources) == [
+        "body.0.score.py",
+        "body.2.score.py",
+    ]
 
 
 @pytest.mark.usefixtures("with_a_provider")
@@ -183,7 +186,9 @@ def written_and_read(m: Any, x: Tensor) -> Tensor:
 )
 def test_a_region_without_a_formula_stays_composed(function: Function, reason: str) -> None:
     captured, outcome = fused(Head(MLP(function)), dynamic=1)
-    assert not outcome.changed and "low_rank_product" in targets(captured.gm) and not captured.ctx.kernel_sources
+    assert (
+        not outcome.changed and "low_rank_product" in targets(captured.gm) and not captured.ctx.results.kernel_sources
+    )
     (found,) = rejections(outcome)
     assert reason in found
 

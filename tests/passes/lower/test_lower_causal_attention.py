@@ -23,7 +23,7 @@ from graphs import (
     targets,
 )
 from models import batch, normal, tiny_llama, with_lora
-from sparse_compile.compiler.pipeline import run_pipeline
+from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.lower import lower_causal_attention
 from tolerances import assert_close_rms

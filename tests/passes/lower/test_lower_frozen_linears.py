@@ -26,7 +26,8 @@ from graphs import (
     tokens,
 )
 from models import normal
-from sparse_compile.compiler.pipeline import passes, run_pipeline
+from sparse_compile.compiler.pipeline import PASSES
+from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.kernels import cpu_gemm
 from sparse_compile.options.config import SparseLoRAConfig
 from tolerances import assert_close_rms
@@ -169,7 +170,7 @@ def test_where_it_fails_sparsity_goes_on() -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("no such library")
 
-    order = [stand_in_pass(fails, each) if each.name == PASS else each for each in passes()]
+    order = [stand_in_pass(fails, each) if each.name == PASS else each for each in PASSES]
     with pytest.warns(UserWarning, match=f"{PASS} failed, the pass is left out"):
         result = run_pipeline(captured.gm, captured.ctx, order=order)
     assert result.sparse is not None and "gathered_linear" in targets(result.sparse)

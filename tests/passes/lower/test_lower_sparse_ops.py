@@ -37,7 +37,7 @@ def lowered(*extra: str, **options: object) -> tuple[Captured, PassOutcome]:
 def test_every_sparse_op_has_a_provider() -> None:
     captured, outcome = lowered()
     assert outcome.stats == {"cpu_index": 6, "cpu_gemm": 4} and not outcome.rejections
-    assert captured.ctx.providers == dict.fromkeys(("body.0", "body.1"), ("cpu_index", "cpu_gemm"))
+    assert captured.ctx.results.providers == dict.fromkeys(("body.0", "body.1"), ("cpu_index", "cpu_gemm"))
     for line in render(captured).splitlines():
         if any(f"{op}.default(" in line for op in ("take_rows", "put_rows", "linear")):
             assert "provider='cpu_" in line
@@ -52,7 +52,7 @@ def test_idempotent() -> None:
 
 def test_nothing_to_lower() -> None:
     captured, outcome = lowered(preset="exact")
-    assert not outcome.changed and captured.ctx.providers == {}
+    assert not outcome.changed and captured.ctx.results.providers == {}
 
 
 def test_another_device_is_declined_with_the_reason() -> None:
@@ -60,10 +60,10 @@ def test_another_device_is_declined_with_the_reason() -> None:
     run_passes(captured, *ANALYSES, *SPARSE)
     meta = {
         name: replace(parameter, value=parameter.value.to("meta"))
-        for name, parameter in captured.ctx.parameters.items()
+        for name, parameter in captured.ctx.env.parameters.items()
         if parameter.value is not None
     }
-    captured.ctx.parameters = meta
+    captured.ctx.env = replace(captured.ctx.env, parameters=meta)
     outcome = run_passes(captured, PASS)[PASS]
     assert outcome.stats == {"reference": 5}
     assert Rejection(PASS, "gathered_linear", "cpu_gemm: runs on cpu, not on meta") in outcome.rejections
@@ -90,4 +90,4 @@ def test_dynamic_sizes(dynamic: int) -> None:
         dynamic=((ids, dynamic), (labels, dynamic)),
     )
     assert run_passes(captured, *ANALYSES, *SPARSE, PASS)[PASS].changed
-    assert torch.is_tensor(captured.ctx.factors["body.0.up"].b)
+    assert torch.is_tensor(captured.ctx.facts.factors["body.0.up"].b)

@@ -30,7 +30,8 @@ from graphs import (
 )
 from models import normal, random_mask
 from sparse_compile import explain
-from sparse_compile.compiler.pipeline import evaluation_passes, passes, run_pipeline
+from sparse_compile.compiler.pipeline import EVALUATION_PASSES, PASSES
+from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.kernels.masked_linear.pattern import mask_pattern, zero_fraction
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
@@ -99,7 +100,7 @@ def test_a_layer_that_runs_twice() -> None:
 
     module, x = Layer(twice), given()
     ran = run_rewritten(module, x, config=EXACT)
-    assert [layer.reason for layer in ran.ctx.masked_layers] == ["", ""]
+    assert [layer.reason for layer in ran.ctx.facts.masked_layers] == ["", ""]
     assert_close_rms(ran.value, masked(module.layer, F.pad(masked(module.layer, x.tanh()), (0, 4))))
 
 
@@ -111,7 +112,7 @@ def test_off_by_default() -> None:
 
 def test_evaluation_is_masked_too() -> None:
     captured = capture(Layer(), given(), config=PAPER)
-    result = run_pipeline(captured.gm, captured.ctx, order=evaluation_passes())
+    result = run_pipeline(captured.gm, captured.ctx, order=EVALUATION_PASSES)
     assert result.exact is not None and "masked_linear" in str(result.exact.graph)
 
 
@@ -134,13 +135,13 @@ def test_near_misses(name: str) -> None:
     captured = capture(Layer(function), given(), config=PAPER)
     outcome = run_passes(captured, *ANALYSES, PASS)[PASS]
     assert not outcome.changed and rejections(outcome) == [reason]
-    assert [layer.reason for layer in captured.ctx.masked_layers] == [reason]
+    assert [layer.reason for layer in captured.ctx.facts.masked_layers] == [reason]
 
 
 def test_a_layer_that_is_not_pruned() -> None:
     captured = capture(Layer(), given(), config=SparseLoRAConfig(preserve_weight_mask="auto", mask_threshold=0.9))
     outcome = run_passes(captured, *ANALYSES, PASS)[PASS]
-    assert rejections(outcome) == ["less than 90% of its weight is zero"] and not captured.ctx.masked_layers
+    assert rejections(outcome) == ["less than 90% of its weight is zero"] and not captured.ctx.facts.masked_layers
 
 
 def test_a_site_with_a_masked_layer_stays_dense() -> None:
@@ -157,7 +158,7 @@ def test_a_site_with_a_masked_layer_stays_dense() -> None:
     options: dict[str, Any] = {"layer_sparsity": {"body.0": 0.5, "body.1": 0.5}, "preset": "none"}
     captured = capture(model, *tokens(rows=9), config=SparseLoRAConfig(preserve_weight_mask="auto", **options))
     result = run_pipeline(captured.gm, captured.ctx)
-    assert result.sparse is not None and [plan.sparse for plan in captured.ctx.plan.sites] == [False, True]
+    assert result.sparse is not None and [plan.sparse for plan in captured.ctx.facts.plan.sites] == [False, True]
     assert any("keep the zeros" in each.reason and each.node == "body.0" for each in result.rejections)
 
 
@@ -188,7 +189,7 @@ def illegal(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
 @pytest.mark.filterwarnings("ignore:sparselora. find_projections failed")
 def test_a_failure_is_an_error(name: str, function: Any, reason: str) -> None:
     captured = capture(Layer(), given(), config=PAPER)
-    order = [stand_in_pass(function, each) if each.name == name else each for each in passes()]
+    order = [stand_in_pass(function, each) if each.name == name else each for each in PASSES]
     with pytest.raises(RequestedFunctionError, match=f"preserve_weight_mask failed.* than the one asked for. {reason}"):
         run_pipeline(captured.gm, captured.ctx, order=order)
     assert "masked_linear" not in str(captured.gm.graph)
@@ -196,7 +197,7 @@ def test_a_failure_is_an_error(name: str, function: Any, reason: str) -> None:
 
 def test_another_failure_is_no_error_where_no_mask_was_asked_for() -> None:
     captured = capture(Layer(), given(), config=SparseLoRAConfig(preset="none"))
-    order = [stand_in_pass(lost, each) if each.name == "find_projections" else each for each in passes()]
+    order = [stand_in_pass(lost, each) if each.name == "find_projections" else each for each in PASSES]
     with pytest.warns(UserWarning, match="find_projections failed, the pass is left out"):
         run_pipeline(captured.gm, captured.ctx, order=order)
 

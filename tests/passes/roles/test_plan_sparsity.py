@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def plan(model: nn.Module, *args: Tensor, **options: Any) -> tuple[Captured, Pas
 
 
 def by_name(captured: Captured) -> dict[str, SitePlan]:
-    return {each.site.name: each for each in captured.ctx.plan.sites}
+    return {each.site.name: each for each in captured.ctx.facts.plan.sites}
 
 
 def test_named_sites_and_the_rest_stay_dense() -> None:
@@ -47,7 +48,7 @@ def test_named_sites_and_the_rest_stay_dense() -> None:
     assert (sites["body.1"].sparsity, sites["body.1"].kept, sites["body.1"].total) == (0.75, 4, 16)
     assert not sites["body.0"].sparse and sites["body.0"].kept == 16
     assert outcome.stats == {"sparse": 1, "dense": 1} and not outcome.rejections
-    assert set(captured.ctx.factors) == {"body.1.gate", "body.1.up"}
+    assert set(captured.ctx.facts.factors) == {"body.1.gate", "body.1.up"}
 
 
 def test_the_most_specific_name_wins() -> None:
@@ -58,7 +59,7 @@ def test_the_most_specific_name_wins() -> None:
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 16), (0.01, 16), (0.0625, 15), (0.29, 12), (0.999, 1)])
 def test_kept_counts(sparsity: float, kept: int) -> None:
     captured, _ = plan(Head(MLP()), layer_sparsity={"body.0": sparsity})
-    (site,) = captured.ctx.plan.sites
+    (site,) = captured.ctx.facts.plan.sites
     assert site.kept == kept and site.sparse == (kept < 16)
 
 
@@ -79,7 +80,7 @@ def test_presets_follow_depth(
     model = fp64_decoder(layers=8, hidden=8, ffn=16, head_dim=4, vocab=11, adapters=("q_proj",))
     captured, _ = plan(model, *tokens(), preset=preset)
     found: dict[str, dict[int, float]] = {"ffn": {}, "attention": {}}
-    for each in captured.ctx.plan.sparse_sites:
+    for each in captured.ctx.facts.plan.sparse_sites:
         found[each.site.kind][each.site.index] = each.sparsity
     assert found == {"ffn": ffn, "attention": attention}
 
@@ -94,7 +95,7 @@ def test_sites_come_in_graph_order() -> None:
 
 def test_a_preset_declines_what_does_not_pay() -> None:
     captured, outcome = plan(Head(*(MLP() for _ in range(4))), preset="o2")
-    assert not captured.ctx.plan.sparse_sites
+    assert not captured.ctx.facts.plan.sparse_sites
     assert len(outcome.rejections) == 2
     for reason in rejections(outcome):
         assert reason.startswith("saves ") and "costs the time of" in reason
@@ -102,15 +103,15 @@ def test_a_preset_declines_what_does_not_pay() -> None:
 
 def test_a_named_site_is_never_declined_for_cost() -> None:
     captured, outcome = plan(Head(*(MLP() for _ in range(4))), layer_sparsity={"1": 0.99})
-    (site,) = captured.ctx.plan.sparse_sites
+    (site,) = captured.ctx.facts.plan.sparse_sites
     assert site.site.name == "body.1" and site.reason.startswith("saves ") and not outcome.rejections
 
 
 def test_a_preset_takes_what_pays() -> None:
     model = Head(*(MLP(512, 2048) for _ in range(3)), hidden=512)
     captured, outcome = plan(model, preset="o2")
-    assert [each.site.name for each in captured.ctx.plan.sparse_sites] == ["body.1"]
-    assert not outcome.rejections and captured.ctx.plan.sparse_sites[0].reason == ""
+    assert [each.site.name for each in captured.ctx.facts.plan.sparse_sites] == ["body.1"]
+    assert not outcome.rejections and captured.ctx.facts.plan.sparse_sites[0].reason == ""
 
 
 # --- What forbids sparsity --------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_low_sparsity_pays_where_many_tokens_share_the_gathered_weights(
 
 def test_declines_without_roles() -> None:
     captured, outcome = plan(Head(MLP(), loss=lambda logits, labels: logits.sum() + labels.sum()), **ALL)
-    assert not captured.ctx.plan.sparse_sites
+    assert not captured.ctx.facts.plan.sparse_sites
     assert rejections(outcome) == ["nothing tells output tokens from context"]
 
 
@@ -145,7 +146,7 @@ def test_declines_a_weight_that_is_not_finite(layer: str, bad: float) -> None:
     model = Head(MLP())
     model.body[0].get_submodule(layer).base_layer.weight.data[0, 0] = bad
     captured, outcome = plan(model, **ALL)
-    assert not captured.ctx.plan.sparse_sites and not captured.ctx.factors
+    assert not captured.ctx.facts.plan.sparse_sites and not captured.ctx.facts.factors
     assert rejections(outcome) == [f"the weight of body.0.{layer} is not finite"]
 
 
@@ -159,7 +160,7 @@ def test_declines_a_site_without_predictor(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(plan_sparsity, "_factor_store", no_factors)
     captured, outcome = plan(Head(MLP()), **ALL)
     assert rejections(outcome) == ["no predictor: published for another model"]
-    assert not captured.ctx.plan.sparse_sites
+    assert not captured.ctx.facts.plan.sparse_sites
 
 
 class Pooled(nn.Module):
@@ -176,7 +177,7 @@ class Pooled(nn.Module):
 def test_declines_other_tokens_than_those_of_the_labels() -> None:
     captured, outcome = plan(Head(Pooled()), layer_sparsity={"mlp": 0.5})
     assert rejections(outcome) == ["its tokens (2, 3) are not those of the labels (2, 6)"]
-    assert not captured.ctx.plan.sparse_sites
+    assert not captured.ctx.facts.plan.sparse_sites
 
 
 class Flat(nn.Module):
@@ -190,31 +191,31 @@ class Flat(nn.Module):
 
 def test_flattened_tokens_are_those_of_the_labels() -> None:
     captured, _ = plan(Head(Flat()), layer_sparsity={"mlp": 0.5})
-    assert len(captured.ctx.plan.sparse_sites) == 1
+    assert len(captured.ctx.facts.plan.sparse_sites) == 1
 
 
 def test_declines_flattened_tokens_for_given_roles() -> None:
     captured = capture(Head(Flat()), *tokens(), config=SparseLoRAConfig(layer_sparsity={"mlp": 0.5}))
-    captured.ctx.roles_given = True
+    captured.ctx.env = replace(captured.ctx.env, roles_given=True)
     outcome = run_passes(captured, *ANALYSES)["plan_sparsity"]
     assert rejections(outcome) == ["its tokens have no (batch, sequence) shape for the given roles"]
 
 
 def test_analysis_is_idempotent() -> None:
     captured, _ = plan(Head(MLP()), **ALL)
-    first = captured.ctx.plan
+    first = captured.ctx.facts.plan
     run_passes(captured, "plan_sparsity")
-    assert captured.ctx.plan == first
+    assert captured.ctx.facts.plan == first
 
 
 def test_no_sites() -> None:
     captured, outcome = plan(Head(frozen(nn.Linear(8, 8))), **ALL)
-    assert captured.ctx.plan.sites == () and not outcome.rejections
+    assert captured.ctx.facts.plan.sites == () and not outcome.rejections
 
 
 def test_dynamic_first_dimension() -> None:
     ids, labels = tokens(rows=3)
     captured = capture(Head(MLP()), ids, labels, config=SparseLoRAConfig(**ALL), dynamic=((ids, 0), (labels, 0)))
     run_passes(captured, *ANALYSES)
-    assert len(captured.ctx.plan.sparse_sites) == 1
-    assert torch.is_tensor(captured.ctx.factors["body.0.gate"].a)
+    assert len(captured.ctx.facts.plan.sparse_sites) == 1
+    assert torch.is_tensor(captured.ctx.facts.factors["body.0.gate"].a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ UNSHIFTED: dict[str, Callable[..., Tensor]] = {
 def test_causal_loss(name: str) -> None:
     captured, outcome = trace(SHIFTED[name])
     assert not outcome.rejections
-    roles = captured.ctx.roles
+    roles = captured.ctx.facts.roles
     assert roles == TokenRoles("cross_entropy", (("l_inputs_1_", 1),), IGNORE, None, roles.loss)
     assert len(roles.loss) == 1
 
@@ -82,13 +83,13 @@ def test_causal_loss(name: str) -> None:
 @pytest.mark.parametrize("name", UNSHIFTED)
 def test_labels_shifted_beforehand(name: str) -> None:
     captured, _ = trace(UNSHIFTED[name])
-    assert captured.ctx.roles.labels == (("l_inputs_1_", 0),)
+    assert captured.ctx.facts.roles.labels == (("l_inputs_1_", 0),)
 
 
 def test_labels_that_are_the_ids() -> None:
     ids, _ = tokens()
     captured, _ = trace(sliced, ids, ids)
-    assert captured.ctx.roles.labels == (("l_inputs_0_", 1),)
+    assert captured.ctx.facts.roles.labels == (("l_inputs_0_", 1),)
 
 
 @pytest.mark.parametrize("ignore", [0, -1])
@@ -96,7 +97,7 @@ def test_another_ignore_index(ignore: int) -> None:
     captured, _ = trace(
         lambda z, x, y: F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1), ignore_index=ignore)
     )
-    assert captured.ctx.roles.ignore_index == ignore
+    assert captured.ctx.facts.roles.ignore_index == ignore
 
 
 def two(z: Tensor, x: Tensor, y: Tensor, second: Tensor) -> Tensor:
@@ -105,15 +106,15 @@ def two(z: Tensor, x: Tensor, y: Tensor, second: Tensor) -> Tensor:
 
 def test_two_losses() -> None:
     captured, _ = trace(two, *tokens(), tokens(seed=1)[1])
-    assert captured.ctx.roles.labels == (("l_inputs_1_", 1), ("l_inputs_2_", 0))
-    assert len(captured.ctx.roles.loss) == 2
+    assert captured.ctx.facts.roles.labels == (("l_inputs_1_", 1), ("l_inputs_2_", 0))
+    assert len(captured.ctx.facts.roles.loss) == 2
 
 
 def test_two_losses_of_one_label_tensor_and_two_shifts() -> None:
     """Next-token and token-after-next share labels; a row that only the second loss reads is an output token too."""
     captured, _ = trace(lambda z, x, y: sliced(z, x, y) + F.cross_entropy(z.view(-1, V), y.view(-1)))
-    assert captured.ctx.roles is not None
-    assert set(captured.ctx.roles.labels) == {("l_inputs_1_", 1), ("l_inputs_1_", 0)}
+    assert captured.ctx.facts.roles is not None
+    assert set(captured.ctx.facts.roles.labels) == {("l_inputs_1_", 1), ("l_inputs_1_", 0)}
 
 
 @pytest.mark.parametrize("how", ["masked_fill", "where"])
@@ -124,7 +125,7 @@ def test_labels_made_of_inputs_are_hoisted(how: str) -> None:
 
     captured, outcome = trace(loss)
     assert not outcome.rejections
-    ((name, shift),) = captured.ctx.roles.labels
+    ((name, shift),) = captured.ctx.facts.roles.labels
     assert (shift == 1 and how in name) or name == "y"
 
 
@@ -138,18 +139,18 @@ def test_labels_compared_with_ignore_index() -> None:
 
     captured, outcome = trace(loss)
     assert not outcome.rejections
-    assert captured.ctx.roles == TokenRoles("labels", (("l_inputs_1_", 1),), IGNORE, None)
+    assert captured.ctx.facts.roles == TokenRoles("labels", (("l_inputs_1_", 1),), IGNORE, None)
 
 
 def test_comparison_with_another_number_says_nothing() -> None:
     captured, outcome = trace(lambda z, x, y: (z.sum(-1) * (y != -1)).sum())
-    assert captured.ctx.roles is None
+    assert captured.ctx.facts.roles is None
     assert "open `token_roles(labels=...)`" in rejections(outcome)[0]
 
 
 def test_no_loss() -> None:
     captured, outcome = trace(lambda z, x: z.sum(), tokens()[0])
-    assert captured.ctx.roles is None
+    assert captured.ctx.facts.roles is None
     assert len(outcome.rejections) == 1
 
 
@@ -171,9 +172,9 @@ def test_a_graph_that_is_cut_behind_a_hooked_embedding(make: Callable[[Tensor], 
 
 def test_given_roles_come_first() -> None:
     captured = capture(Model(sliced), *tokens())
-    captured.ctx.roles_given = True
+    captured.ctx.env = replace(captured.ctx.env, roles_given=True)
     run_passes(captured, *PASSES)
-    assert captured.ctx.roles.origin == "given" and captured.ctx.roles.labels == ()
+    assert captured.ctx.facts.roles.origin == "given" and captured.ctx.facts.roles.labels == ()
 
 
 INDEX = torch.tensor([0, 2])
@@ -229,7 +230,7 @@ DECLINED: dict[str, tuple[Callable[..., Tensor], str]] = {
 def test_declines(name: str) -> None:
     loss, reason = DECLINED[name]
     captured, outcome = trace(loss)
-    assert captured.ctx.roles is None
+    assert captured.ctx.facts.roles is None
     assert len(outcome.rejections) == 1 and reason in rejections(outcome)[0], outcome.rejections
 
 
@@ -237,20 +238,20 @@ def test_classes_in_the_middle_of_equal_size() -> None:
     """A vocabulary as large as the sequence is long must not be taken for it."""
     ids, labels = tokens(length=V)
     captured, outcome = trace(lambda z, x, y: F.cross_entropy(z.transpose(1, 2)[:, :, :-1], y[:, 1:]), ids, labels)
-    assert captured.ctx.roles is None and len(outcome.rejections) == 1
+    assert captured.ctx.facts.roles is None and len(outcome.rejections) == 1
 
 
 def test_losses_that_ignore_different_labels() -> None:
     captured, outcome = trace(
         lambda z, x, y: sliced(z, x, y) + F.cross_entropy(z.view(-1, V), y.view(-1), ignore_index=0)
     )
-    assert captured.ctx.roles is None
+    assert captured.ctx.facts.roles is None
     assert rejections(outcome) == ["losses with different ignore_index [-100, 0]"]
 
 
 def test_a_loss_that_cannot_be_followed_forbids_pruning_for_the_others() -> None:
     captured, outcome = trace(lambda z, x, y: sliced(z, x, y) + DECLINED["probabilities"][0](z, x, y))
-    assert captured.ctx.roles is None and len(outcome.rejections) == 1
+    assert captured.ctx.facts.roles is None and len(outcome.rejections) == 1
 
 
 # --- Padding ----------------------------------------------------------------------------------------------------------
@@ -271,30 +272,30 @@ def test_padding_mask(name: str) -> None:
         return sliced(z * MASKS[name](mask)[..., None], x, y)
 
     captured, _ = trace(loss, *tokens(), torch.ones(2, 6, dtype=torch.long))
-    assert captured.ctx.roles.padding == "l_inputs_2_"
+    assert captured.ctx.facts.roles.padding == "l_inputs_2_"
 
 
 def test_bool_input_is_a_mask() -> None:
     captured, _ = trace(
         lambda z, x, y, m: sliced(z * m[..., None], x, y), *tokens(), torch.ones(2, 6, dtype=torch.bool)
     )
-    assert captured.ctx.roles.padding == "l_inputs_2_"
+    assert captured.ctx.facts.roles.padding == "l_inputs_2_"
 
 
 def test_position_ids_are_no_mask() -> None:
     captured, _ = trace(lambda z, x, y, p: sliced(z * p[..., None].cos(), x, y), *tokens(), torch.arange(12).view(2, 6))
-    assert captured.ctx.roles is not None and captured.ctx.roles.padding is None
+    assert captured.ctx.facts.roles is not None and captured.ctx.facts.roles.padding is None
 
 
 def test_ids_compared_with_the_padding_id_are_no_mask() -> None:
     captured, _ = trace(lambda z, x, y: sliced(z * (x != 0)[..., None], x, y))
-    assert captured.ctx.roles is not None and captured.ctx.roles.padding is None
+    assert captured.ctx.facts.roles is not None and captured.ctx.facts.roles.padding is None
 
 
 def test_two_candidates_are_none() -> None:
     ones = torch.ones(2, 6, dtype=torch.bool)
     captured, _ = trace(lambda z, x, y, m, n: sliced(z * (m & n)[..., None], x, y), *tokens(), ones, ones.clone())
-    assert captured.ctx.roles is not None and captured.ctx.roles.padding is None
+    assert captured.ctx.facts.roles is not None and captured.ctx.facts.roles.padding is None
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_llama(shape: str) -> None:
     captured = capture(lambda **kwargs: model(**kwargs).loss, **inputs)
     outcome = run_passes(captured, *PASSES)["trace_roles"]
     assert not outcome.rejections
-    roles = captured.ctx.roles
+    roles = captured.ctx.facts.roles
     assert roles.origin == "cross_entropy"
     ((name, shift),) = roles.labels
     assert "labels" in name and shift == 1
@@ -317,7 +318,7 @@ def test_llama(shape: str) -> None:
 def test_dynamic_and_idempotent() -> None:
     ids, labels = tokens(rows=3)
     captured, outcome = trace(hugging_face, ids, labels, dynamic=((ids, 0), (labels, 0), (ids, 1), (labels, 1)))
-    first = captured.ctx.roles
+    first = captured.ctx.facts.roles
     assert first is not None and not outcome.rejections
     run_passes(captured, "trace_roles")
-    assert captured.ctx.roles == first
+    assert captured.ctx.facts.roles == first

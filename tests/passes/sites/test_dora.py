@@ -61,7 +61,7 @@ def check(
     with record_channels() as chosen:
         ran = run_rewritten(loss, **inputs, config=SparseLoRAConfig(layer_sparsity=sites, disable=disable))
     assert ran.result.sparse is not None, ran.result.rejections
-    assert not disable or len(ran.ctx.plan.sparse_sites) == len(sites), ran.result.rejections
+    assert not disable or len(ran.ctx.facts.plan.sparse_sites) == len(sites), ran.result.rejections
     ran.value.backward()
     actual = gradients(model)
     names = {f".{name}": found[0] for name, found in chosen.items()}
@@ -103,14 +103,14 @@ def test_dropout_gives_a_product_of_its_own(bias: bool) -> None:
     targets = [target for target in ALL_TARGETS if target != "down_proj"]
     model = decoder(replace(DecoderConfig(), bias=bias), targets, dropout=0.3)
     ran = check(model, batch(61), SITES)
-    assert all(projection.dora[0].product for projection in ran.ctx.projections.values() if projection.dora)
+    assert all(projection.dora[0].product for projection in ran.ctx.facts.projections.values() if projection.dora)
 
 
 def test_dropout_on_an_out_projection() -> None:
     """In expectation it is the oracle: with a dropout that drops hardly anything, so it is itself."""
     model = decoder(replace(DecoderConfig(), bias=True), ("down_proj",), dropout=1e-12)
     ran = check(model, batch(61), SITES)
-    assert all(projection.dora[0].product for projection in ran.ctx.projections.values() if projection.dora)
+    assert all(projection.dora[0].product for projection in ran.ctx.facts.projections.values() if projection.dora)
 
 
 @pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
@@ -135,9 +135,9 @@ def test_two_adapters(kinds: tuple[bool, bool]) -> None:
             elif "lora_" in name:
                 parameter.mul_(0.3)
     ran = check(model, batch(61), SITES)
-    found = [len(projection.adapters) for projection in ran.ctx.projections.values() if projection.adapters]
+    found = [len(projection.adapters) for projection in ran.ctx.facts.projections.values() if projection.adapters]
     assert found == [2] * 12
-    assert {len(p.dora) for p in ran.ctx.projections.values() if p.adapters} == {sum(kinds)}
+    assert {len(p.dora) for p in ran.ctx.facts.projections.values() if p.adapters} == {sum(kinds)}
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -152,7 +152,7 @@ def find(model: nn.Module, *args: Tensor) -> tuple[Captured, PassOutcome]:
 def test_found(name: str) -> None:
     captured, outcome = find(FOUND[name])
     assert not outcome.rejections
-    (site,) = captured.ctx.attention_sites
+    (site,) = captured.ctx.facts.attention_sites
     kv_heads = FOUND[name].k.base_layer.out_features // D
     assert (site.kv_heads, site.groups, site.head_dim, site.value_head_dim) == (kv_heads, HEADS // kv_heads, D, D)
     assert [p.name for p in site.projections] == ["q", "k", "v", "o"]
@@ -164,7 +164,7 @@ def test_found(name: str) -> None:
 def test_head_geometry_is_that_of_loops() -> None:
     """Query head h reads key/value head h // groups: zero a key/value head and see which query heads notice."""
     model = FOUND["repeat_interleave"]
-    site: AttentionSite = find(model)[0].ctx.attention_sites[0]
+    site: AttentionSite = find(model)[0].ctx.facts.attention_sites[0]
     x = normal(B, S, HIDDEN)
     q, k, v = interleaved(model, x)
     for head in range(KV):
@@ -338,13 +338,13 @@ DECLINED: dict[str, tuple[Attention, str]] = {
 def test_declines(name: str) -> None:
     model, reason = DECLINED[name]
     captured, outcome = find(model)
-    assert not captured.ctx.attention_sites
+    assert not captured.ctx.facts.attention_sites
     assert len(outcome.rejections) == 1 and reason in rejections(outcome)[0], outcome.rejections
 
 
 def test_unrelated_graph() -> None:
     captured, outcome = find(frozen(nn.Sequential(nn.Linear(HIDDEN, 4), nn.Softmax(-1), nn.Linear(4, 4))))
-    assert not captured.ctx.attention_sites and not outcome.rejections
+    assert not captured.ctx.facts.attention_sites and not outcome.rejections
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -354,7 +354,7 @@ def test_llama(attention: str) -> None:
     captured = capture(lambda: model(**inputs).loss)
     outcome = run_passes(captured, *PASSES)["find_attention"]
     assert not outcome.rejections
-    sites = captured.ctx.attention_sites
+    sites = captured.ctx.facts.attention_sites
     assert [(site.kv_heads, site.groups, site.head_dim) for site in sites] == [(2, 2, 16)] * 2
     assert [site.name.split(".")[-2:] for site in sites] == [["0", "self_attn"], ["1", "self_attn"]]
 
@@ -365,7 +365,7 @@ def test_repeated_dynamic_and_idempotent() -> None:
     ids, labels = inputs["input_ids"], inputs["labels"]
     captured = capture(model, ids, labels, dynamic=((ids, 0), (labels, 0)))
     outcome = run_passes(captured, *PASSES)["find_attention"]
-    first = captured.ctx.attention_sites
+    first = captured.ctx.facts.attention_sites
     assert len(first) == 2 and not outcome.rejections
     run_passes(captured, "find_attention")
-    assert captured.ctx.attention_sites == first
+    assert captured.ctx.facts.attention_sites == first

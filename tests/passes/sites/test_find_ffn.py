@@ -62,7 +62,7 @@ UNGATED: dict[str, Callable[[MLP, Tensor], object]] = {
 @pytest.mark.parametrize("name", [*GATED, *UNGATED])
 def test_activation(name: str, adapters: bool) -> None:
     captured, outcome = find((GATED | UNGATED)[name], adapters)
-    (site,) = captured.ctx.ffn_sites
+    (site,) = captured.ctx.facts.ffn_sites
     assert {projection.name for projection in site.inputs} == ({"gate", "up"} if name in GATED else {"up"})
     assert site.output.name == "down" and site.channels == 12 and not site.vectors
     assert site.region[-1] == site.output.source
@@ -71,7 +71,7 @@ def test_activation(name: str, adapters: bool) -> None:
 
 def test_scale_vector_and_scalar() -> None:
     captured, _ = find(lambda m, x: m.down(F.silu(m.up(x)) * m.scale * x.max().detach()))
-    (site,) = captured.ctx.ffn_sites
+    (site,) = captured.ctx.facts.ffn_sites
     assert len(site.vectors) == 2 and any("scale" in vector for vector in site.vectors)
 
 
@@ -103,7 +103,7 @@ DECLINED: dict[str, tuple[Callable[[MLP, Tensor], object], str]] = {
 def test_declines(name: str) -> None:
     function, reason = DECLINED[name]
     captured, outcome = find(function)
-    assert not captured.ctx.ffn_sites
+    assert not captured.ctx.facts.ffn_sites
     found = rejections(outcome)
     assert found, "no near miss was reported"
     for text in found:
@@ -123,7 +123,7 @@ UNRELATED: dict[str, Callable[[MLP, Tensor], object]] = {
 @pytest.mark.parametrize("name", UNRELATED)
 def test_unrelated(name: str) -> None:
     captured, outcome = find(UNRELATED[name])
-    assert not captured.ctx.ffn_sites and not outcome.rejections
+    assert not captured.ctx.facts.ffn_sites and not outcome.rejections
 
 
 def test_trained_base_is_no_site() -> None:
@@ -131,14 +131,14 @@ def test_trained_base_is_no_site() -> None:
     model.up.base_layer.weight.requires_grad_(True)
     captured = capture(model, normal(2, 3, 8))
     run_passes(captured, *PASSES)
-    assert not captured.ctx.ffn_sites
+    assert not captured.ctx.facts.ffn_sites
 
 
 def test_chained_sites_have_names_and_order() -> None:
     model = Head(MLP(GATED["silu gate"]), MLP(UNGATED["relu"]))
     captured = capture(model, *tokens())
     run_passes(captured, *PASSES)
-    first, second = captured.ctx.ffn_sites
+    first, second = captured.ctx.facts.ffn_sites
     assert (first.name, first.index, second.name, second.index) == ("body.0", 0, "body.1", 1)
     assert second.source == first.output.output
 
@@ -147,14 +147,14 @@ def test_one_module_used_twice() -> None:
     mlp = MLP(GATED["silu gate"])
     captured = capture(Head(mlp, mlp), *tokens())
     run_passes(captured, *PASSES)
-    assert len(captured.ctx.ffn_sites) == 2
+    assert len(captured.ctx.facts.ffn_sites) == 2
 
 
 def test_idempotent_and_dynamic() -> None:
     ids, labels = tokens(rows=3)
     captured = capture(Head(MLP(GATED["silu gate"])), ids, labels, dynamic=((ids, 0), (labels, 0)))
     run_passes(captured, *PASSES)
-    first = captured.ctx.ffn_sites
+    first = captured.ctx.facts.ffn_sites
     assert len(first) == 1
     run_passes(captured, "find_ffn")
-    assert captured.ctx.ffn_sites == first
+    assert captured.ctx.facts.ffn_sites == first

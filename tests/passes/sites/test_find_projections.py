@@ -24,7 +24,7 @@ def find(function: Callable[..., Tensor], *args: Tensor, **kwargs: object) -> tu
 
 
 def only(captured: Captured) -> Projection:
-    (projection,) = captured.ctx.projections.values()
+    (projection,) = captured.ctx.facts.projections.values()
     return projection
 
 
@@ -243,7 +243,7 @@ DORA: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], int]] = {
 def test_dora_written_by_hand(name: str) -> None:
     function, count = DORA[name]
     captured, outcome = find(ByHand(function), normal(2, 3, 4))
-    projection = next(iter(captured.ctx.projections.values()))
+    projection = next(iter(captured.ctx.facts.projections.values()))
     assert len(projection.dora) == count and not projection.branches and not outcome.rejections
     if not count:
         assert projection.output == projection.base
@@ -253,7 +253,7 @@ def test_dora_written_by_hand(name: str) -> None:
 def test_branches_written_by_hand(name: str) -> None:
     function, count = BRANCHES[name]
     captured, outcome = find(ByHand(function), normal(2, 3, 4))
-    projection = next(iter(captured.ctx.projections.values()))
+    projection = next(iter(captured.ctx.facts.projections.values()))
     assert len(projection.branches) == count and not outcome.rejections
     nodes = {node.name for node in captured.gm.graph.nodes}
     for branch in projection.branches:
@@ -270,7 +270,8 @@ def test_declines_a_weight_that_is_not_at_hand() -> None:
     ctx = captured.ctx
     from dataclasses import replace
 
-    ctx.parameters = {name: replace(parameter, value=None) for name, parameter in ctx.parameters.items()}
+    parameters = {name: replace(parameter, value=None) for name, parameter in ctx.env.parameters.items()}
+    ctx.env = replace(ctx.env, parameters=parameters)
     assert rejections(run_passes(captured, *PASSES)["find_projections"]) == [
         "its weight is not at hand while compiling"
     ]
@@ -280,18 +281,18 @@ def test_a_trained_layer_is_none() -> None:
     model = ByHand(ByHand.base)
     model.w.requires_grad_(True)
     captured, outcome = find(model, normal(2, 4))
-    assert not captured.ctx.projections and not outcome.rejections
+    assert not captured.ctx.facts.projections and not outcome.rejections
 
 
 def test_repeated_and_idempotent_and_dynamic() -> None:
     x = normal(5, 4)
     captured, outcome = find(ByHand(lambda m, x: m.base(x) * m.base(x.relu())), x, dynamic=((x, 0),))
     assert outcome.stats["projections"] == 2
-    first = dict(captured.ctx.projections)
+    first = dict(captured.ctx.facts.projections)
     run_passes(captured, "find_projections")
-    assert captured.ctx.projections == first
+    assert captured.ctx.facts.projections == first
 
 
 def test_unrelated_graph() -> None:
     captured, outcome = find(ByHand(lambda m, x: x @ x.T), normal(3, 4))
-    assert not captured.ctx.projections and not outcome.rejections
+    assert not captured.ctx.facts.projections and not outcome.rejections

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_golden() -> None:
 
 def test_nothing_planned_nothing_inserted() -> None:
     captured, outcome = insert(Head(Plain()), *tokens(), preset="exact")
-    assert not outcome.changed and captured.ctx.selections == {} and captured.ctx.rows is None
+    assert not outcome.changed and captured.ctx.facts.selections == {} and captured.ctx.facts.rows is None
 
 
 def test_one_split_for_all_sites_and_choices_that_are_saved() -> None:
@@ -84,8 +85,8 @@ def test_one_split_for_all_sites_and_choices_that_are_saved() -> None:
     choices = [node for node in captured.gm.graph.nodes if node.target is TOP]
     assert len(choices) == 4 and all(node.meta["recompute"] is CheckpointPolicy.MUST_SAVE for node in choices)
     names = {node.name for node in captured.gm.graph.nodes}
-    assert {name for chosen in captured.ctx.selections.values() for name in chosen} <= names
-    assert {len(chosen) for site, chosen in captured.ctx.selections.items() if "mlp" in site} == {1}
+    assert {name for chosen in captured.ctx.facts.selections.values() for name in chosen} <= names
+    assert {len(chosen) for site, chosen in captured.ctx.facts.selections.items() if "mlp" in site} == {1}
 
 
 def test_the_models_function_is_unchanged() -> None:
@@ -120,7 +121,7 @@ def test_choices_are_those_of_the_oracle(predictor_tokens: Any, padding: str | N
         ran = run_rewritten(model, **inputs, config=config)
 
     def predicted(name: str) -> Callable[[Tensor], Tensor]:
-        factors, layer = ran.ctx.factors[f"{site}.{name}"], model.get_submodule(f"{site}.{name}.base_layer")
+        factors, layer = ran.ctx.facts.factors[f"{site}.{name}"], model.get_submodule(f"{site}.{name}.base_layer")
         return lambda rows: rows @ factors.a.double() @ factors.b.double() + layer.bias
 
     scored = scored_positions(output_mask_from_labels(inputs["labels"]), inputs.get("attention_mask"))
@@ -181,9 +182,9 @@ def test_declines_given_roles_without_an_input_of_their_shape() -> None:
         *(each.reshape(-1) for each in tokens()),
         config=SparseLoRAConfig(layer_sparsity={"body.0": 0.5}),
     )
-    captured.ctx.roles_given = True
+    captured.ctx.env = replace(captured.ctx.env, roles_given=True)
     run_passes(captured, *ANALYSES)
-    assert captured.ctx.plan.sparse_sites
+    assert captured.ctx.facts.plan.sparse_sites
     with pytest.raises(ValueError, match="no input of the graph has the shape of the tokens"):
         run_passes(captured, PASS)
 

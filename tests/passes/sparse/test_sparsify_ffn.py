@@ -172,7 +172,7 @@ def test_dropout_before_an_adapter_stays_as_drawn() -> None:
     model = Head(mlp)
     captured = capture(model, *tokens(), config=SparseLoRAConfig(layer_sparsity={"0": 0.5}))
     run_passes(captured, *ANALYSES, "insert_predictors", PASS)
-    (up,) = (found for found in captured.ctx.projections.values() if found.name.startswith("body.0.up"))
+    (up,) = (found for found in captured.ctx.facts.projections.values() if found.name.startswith("body.0.up"))
     assert up.branches[0].dropout is not None
     called = targets(captured.gm)
     # One draw, and none among the copies of the two segments.
@@ -213,7 +213,7 @@ def test_dynamic_sizes() -> None:
 
 def backend_of(config: SparseLoRAConfig) -> Callable[..., Any]:
     from sparse_compile.compiler.capture import capture_context
-    from sparse_compile.compiler.pipeline import run_pipeline
+    from sparse_compile.compiler.runner import run_pipeline
 
     torch._dynamo.utils.counters.clear()
 
