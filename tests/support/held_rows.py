@@ -60,11 +60,11 @@ TRAINING = (
     Held("autocast around the model (bf16, fp16) or in it (bf16)", "compiler/test_oracle.py::test_autocast"),
     Held(
         "a gradient scaler that skips steps",
-        "training/test_schedule.py::TestCounting::test_steps_that_the_gradient_scaler_skips",
+        "training/test_registry.py::TestCounting::test_steps_that_the_gradient_scaler_skips",
     ),
     Held(
         "`resume_from_checkpoint`, the position of the schedule included",
-        "training/test_schedule.py::TestCallback::test_a_resumed_run_resumes_its_phase",
+        "ecosystem/test_callback.py::TestCallback::test_a_resumed_run_resumes_its_phase",
     ),
     Held("evaluation between steps", "compiler/test_backend.py::test_evaluation_runs_dense_and_silent", DENSE),
     Held("`generate` between steps", "compiler/test_backend.py::test_generate_runs_dense_and_silent", DENSE),
