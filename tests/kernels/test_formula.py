@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F  # noqa: N812
 
-from sparse_compile.kernels.codegen.elementwise import NotLiftableError, lift
+from sparse_compile.graph.declined import Declined
+from sparse_compile.kernels.codegen.elementwise import lift
 from sparse_compile.kernels.codegen.formula import FUNCTIONS, Formula, number, parsed, select, sigmoid
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -175,7 +176,7 @@ def test_no_number(value: float) -> None:
     ],
 )
 def test_what_is_not_lifted(function: Callable[[Tensor], Tensor], reason: str) -> None:
-    with pytest.raises(NotLiftableError, match=reason):
+    with pytest.raises(Declined, match=reason):
         formula_of(function)
 
 
