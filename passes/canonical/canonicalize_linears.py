@@ -16,8 +16,6 @@ is compiled as it was captured: the canonical copy is dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -27,19 +25,15 @@ from sparse_compile.graph.read import argument, calls_torch, op_name, strip_tran
 from sparse_compile.graph.rewrite import Rewriter, forward_to, take_over
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 
 
-@dataclass(frozen=True)
-class CanonicalizeLinears:
+class CanonicalizeLinears(Pass):
     """Rewrite every spelling of a linear layer with a parameter to `linear(x, W, b)`."""
 
-    name: str = "canonicalize_linears"
-    requires: tuple[str, ...] = ("captured",)
-    ensures: tuple[str, ...] = ("canonical",)
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = False
+    ensures = ("canonical",)
+    # Exposed products are written in the one spelling already.
+    after = ("expose_4bit_weights",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -91,7 +85,7 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> bool:
     if x_value is None or weight_value is None or weight_value.dim() != 2 or x_value.dim() < 2:
         return False
     parameter, transposes = strip_transposes(weight)
-    if parameter.name not in ctx.parameters:
+    if parameter.name not in ctx.env.parameters:
         return False
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         raise Declined(node, "addmm with alpha or beta other than 1")
@@ -101,8 +95,6 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> bool:
     with rewriter.before(node):
         # `weight` is (in, out); `linear` wants (out, in).
         operand = parameter if transposes % 2 else rewriter.method("t", parameter)
-        if operand is not parameter:
-            operand.meta["example_value"] = _transposed(weight_value)
         linear = rewriter.call(LINEAR, x, operand, bias)
     take_over(node, linear)
     _drop_flattening(linear, rewriter)
@@ -129,7 +121,6 @@ def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
         return
     with rewriter.before(linear):
         whole = rewriter.call(LINEAR, x, *linear.args[1:])
-    whole.meta["example_value"] = tensor_value(views[0])
     for view in views:
         forward_to(view, whole)
     rewriter.graph.erase_node(linear)
@@ -141,8 +132,3 @@ def _shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     """Return the shape of a tensor node, empty for anything else."""
     value = tensor_value(node)
     return () if value is None else tuple(value.shape)
-
-
-def _transposed(value: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return value.t()

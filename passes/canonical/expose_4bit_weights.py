@@ -30,11 +30,11 @@ from sparse_compile.graph.read import calls_torch, op_name, strip_casts, tensor_
 from sparse_compile.graph.rewrite import Rewriter, erase_unused, forward_to, take_over
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, SUMS
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
+from sparse_compile.passes.quantized_weight import QuantizedWeight
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.passes.read.four_bit import calls_bitsandbytes, mark_for_recomputation
 from sparse_compile.passes.read.mutation import mutation_between
-from sparse_compile.passes.read.quantized_weight import QuantizedWeight
 
 _VIEWS = {"view", "reshape", "detach", "contiguous", "t"}
 
@@ -57,20 +57,15 @@ _OPERANDS = (
 _SCALES = ("absmax", "absmax_8bit", "absmax_code", "absmax_offset")
 
 
-@dataclass(frozen=True)
-class Expose4BitWeights:
+class Expose4BitWeights(Pass):
     """Rewrite products with weights that bitsandbytes holds in 4 bits to `linear(x, dequantize_4bit(...), b)`."""
 
-    name: str = "expose_4bit_weights"
-    requires: tuple[str, ...] = ("captured",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = False
+    # Every pass but the first sees one flat graph.
+    after = ("inline_checkpoint_bodies",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        ctx.quantized_weights = {}
+        ctx.facts = replace(ctx.facts, quantized_weights={})
         rewriter = Rewriter(gm, self.name)
         casts = _Casts()
         rejections: list[Rejection] = []
@@ -168,7 +163,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _path(layer: _Layer, ctx: PassContext) -> str:
     packed = layer.operand("B")
-    parameter = ctx.parameters.get(packed.name) if isinstance(packed, fx.Node) else None
+    parameter = ctx.env.parameters.get(packed.name) if isinstance(packed, fx.Node) else None
     return parameter.path if parameter else ""
 
 
@@ -182,10 +177,10 @@ def _weight(layer: _Layer, ctx: PassContext) -> QuantizedWeight:
         raise Declined(layer.node, "its shape or the format of its weight is computed in the graph")
     if any(node is not None and (not isinstance(node, fx.Node) or node.op != "placeholder") for node in nodes):
         raise Declined(layer.node, "its weight is computed in the graph, not a parameter")
-    parameter = ctx.parameters.get(nodes[0].name)
+    parameter = ctx.env.parameters.get(nodes[0].name)
     if parameter is None or parameter.trained:
         raise Declined(layer.node, "its packed weight is not a frozen parameter")
-    live = tuple(None if node is None else ctx.values.get(node.name) for node in nodes)
+    live = tuple(None if node is None else ctx.env.values.get(node.name) for node in nodes)
     if any(node is not None and tensor is None for node, tensor in zip(nodes, live, strict=True)):
         raise Declined(layer.node, "its weight is not at hand while compiling")
     return QuantizedWeight(
@@ -203,7 +198,7 @@ def _check_autocast(layer: _Layer, gm: fx.GraphModule, ctx: PassContext) -> None
     """Decline a layer that computes in another dtype than autocast would have the dense product compute in."""
     value = tensor_value(layer.operand("A"))
     assert value is not None
-    cast = autocast_dtypes(gm.graph, ctx.autocast, value.device.type)[layer.node.name]
+    cast = autocast_dtypes(gm.graph, ctx.env.autocast, value.device.type)[layer.node.name]
     if cast is not None and cast != value.dtype:
         wanted, given = (str(dtype).removeprefix("torch.") for dtype in (cast, value.dtype))
         raise Declined(
@@ -217,18 +212,14 @@ def _rewrite(layer: _Layer, weight: QuantizedWeight, rewriter: Rewriter, ctx: Pa
     """Write a product with the dequantised weight; return that."""
     x, bias = layer.operand("A"), layer.operand("bias")
     packed, *scales = (layer.operand(name) for name in ("B", *_SCALES))
-    value = tensor_value(x)
-    assert value is not None
     with rewriter.before(layer.node):
         dense = rewriter.call(
             torch.ops.sparselora.dequantize_4bit.default,
             packed, *scales, list(weight.shape), weight.blocksize, weight.quant_type, weight.dtype,
         )  # fmt: skip
         mark_for_recomputation(dense)
-        with torch.no_grad():
-            dense.meta["example_value"] = value.new_empty(weight.shape)
         product = rewriter.call(LINEAR, x, dense, bias)
-    ctx.quantized_weights[dense.name] = weight
+    ctx.facts = replace(ctx.facts, quantized_weights={**ctx.facts.quantized_weights, dense.name: weight})
     take_over(layer.product, product)
     _drop_clones(product)
     return dense
@@ -242,7 +233,7 @@ def _share(node: fx.Node, exposed: Mapping[str, fx.Node], ctx: PassContext) -> N
     dense = exposed.get(_stored(packed).name) if isinstance(packed, fx.Node) else None
     if dense is None or not isinstance(absmax, fx.Node):
         return
-    weight = ctx.quantized_weights[dense.name]
+    weight = ctx.facts.quantized_weights[dense.name]
     blocksize, quant_type, shape, dtype = form
     is_same = (blocksize, quant_type, dtype) == (weight.blocksize, weight.quant_type, weight.dtype)
     is_same = is_same and isinstance(shape, Sequence) and tuple(shape) == weight.shape

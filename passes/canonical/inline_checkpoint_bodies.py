@@ -13,7 +13,6 @@ Declines when: the user gave the checkpoint a policy of its own (`context_fn`), 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,20 +22,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.torch_private.autograd import next_checkpoint_id
 
 
-@dataclass(frozen=True)
-class InlineCheckpointBodies:
+class InlineCheckpointBodies(Pass):
     """Replace each activation checkpoint by the nodes of its body, marked for recomputation."""
-
-    name: str = "inline_checkpoint_bodies"
-    requires: tuple[str, ...] = ("captured",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sparse_compile.graph.cost import step_flops
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import (
@@ -38,7 +37,7 @@ from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS, MULTIPLICATI
 from sparse_compile.graph.walk import readers
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.lora_branch import is_sum
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,21 +61,17 @@ class _Product:
     biased: bool = False
 
 
-@dataclass(frozen=True)
-class FactorDoRANorm:
+class FactorDoRANorm(Pass):
     """Replace every norm of the rows of W + s B A."""
 
-    name: str = "factor_dora_norm"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("canonical",)
+    # The analyses follow the norm's vector, not what it is computed from.
+    after = ("find_projections", "find_ffn", "find_attention")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
-        flops = step_flops(gm.graph)
         rejections: list[Rejection] = []
         norms = erased = 0
         for node in list(gm.graph.nodes):
@@ -90,7 +85,7 @@ class FactorDoRANorm:
                 continue
             norms += 1
             erased += _rewrite(node, *found, rewriter)
-        stats = {"norms": norms, "erased": erased, "saved_flops": round(flops - step_flops(gm.graph))}
+        stats = {"norms": norms, "erased": erased}
         return PassOutcome(bool(norms), stats, tuple(rejections))
 
 
@@ -105,7 +100,7 @@ def _match(norm: fx.Node, ctx: PassContext) -> tuple[fx.Node, _Product] | None:
     if len(operands) != 2:
         return None
     for weight, other in (operands, reversed(operands)):
-        product = _product(other) if stored_matrix(weight)[0].name in ctx.parameters else None
+        product = _product(other) if stored_matrix(weight)[0].name in ctx.env.parameters else None
         if product is not None and _shape(weight) == _shape(other):
             return weight, product
     return None
@@ -168,7 +163,7 @@ def _check_norm(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassCont
         raise Declined(norm, "a gradient flows through the norm")
     if product.biased:
         raise Declined(norm, "an adapter with a bias is more than the product of its factors")
-    if ctx.parameters[stored_matrix(weight)[0].name].trained:
+    if ctx.env.parameters[stored_matrix(weight)[0].name].trained:
         raise Declined(norm, "its weight is trained")
 
 
@@ -185,21 +180,13 @@ def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewrit
     a, b = (strip_casts(each) for each in (product.a, product.b))
     with rewriter.before(norm):
         # Uncast: the op casts a block at a time.
-        matrix = _method(rewriter, "t", stored) if transposed else stored
-        a, b = (_method(rewriter, "detach", each) for each in (a, b))
-        a = _method(rewriter, "t", a) if product.a_transposed else a
+        matrix = rewriter.method("t", stored) if transposed else stored
+        a, b = (rewriter.method("detach", each) for each in (a, b))
+        a = rewriter.method("t", a) if product.a_transposed else a
         norms = rewriter.call(torch.ops.sparselora.dora_norm.default, matrix, a, b, product.scale)
         if at_least_fp32(*(_value(each) for each in (matrix, a, b))) != value.dtype:
             norms = rewriter.method("to", norms, value.dtype)
     return take_over(norm, norms)
-
-
-def _method(rewriter: Rewriter, name: str, operand: fx.Node) -> fx.Node:
-    """Insert a tensor method, with its example value: later analyses ask for shapes."""
-    node = rewriter.method(name, operand)
-    with torch.no_grad():
-        node.meta["example_value"] = getattr(_value(operand), name)()
-    return node
 
 
 def _value(node: fx.Node) -> Tensor:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -35,22 +34,19 @@ from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
 from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.adapter_inputs import Adapter, adapters_by_input
 from sparse_compile.passes.read.mutation import mutation_between, writes_in_place
 from sparse_compile.passes.read.projections import site_name
 
 
-@dataclass(frozen=True)
-class FuseAdapters:
+class FuseAdapters(Pass):
     """Give adapters of the same tensor one stacked product."""
 
-    name: str = "fuse_adapters"
-    requires: tuple[str, ...] = ("plan",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("plan",)
+    # A merged adapter has no product of its own left.
+    after = ("order_adapter_products",)
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
@@ -84,7 +80,7 @@ class FuseAdapters:
 
 def _gathered_products(ctx: PassContext) -> set[str]:
     """Return the products with A whose columns a sparse feed-forward block gathers: they must stay products."""
-    outputs = [plan.site.output for plan in ctx.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+    outputs = [plan.site.output for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
     return {branch.a for projection in outputs for branch in projection.adapters}
 
 
@@ -134,8 +130,6 @@ def _fuse(adapters: list[Adapter], rewriter: Rewriter) -> None:
         ranks = [hinted_shape(product)[-1] for product in products]
         # Its gradient is one `cat`; the gradients of slices would be padded with zeros and added up.
         slices = rewriter.items(rewriter.call(torch.split_with_sizes, stacked, ranks, -1), len(ranks))
-    _set_shape(stacked_factors, argument(first, "weight"), 0, sum(ranks))
-    _set_shape(stacked, first, -1, sum(ranks))
     for product, part in zip(products, slices, strict=True):
         take_over(product, part)
 
@@ -145,12 +139,3 @@ def _available_before(anchor: fx.Node, operand: fx.Node, rewriter: Rewriter) -> 
     if operand.op == "placeholder" or operand < anchor:
         return operand
     return rewriter.copy(operand, lambda source: _available_before(anchor, source, rewriter))
-
-
-def _set_shape(node: fx.Node, like: fx.Node, dim: int, size: int) -> None:
-    """Record the stand-in of an inserted node: that of `like` with another size in one dimension."""
-    value = tensor_value(like)
-    assert value is not None
-    shape = list(value.shape)
-    shape[dim] = size
-    node.meta["example_value"] = value.new_empty(shape).requires_grad_(value.requires_grad)

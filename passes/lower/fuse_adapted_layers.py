@@ -19,7 +19,6 @@ what they read may be written to in between. What another pass merged, masked or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -29,34 +28,31 @@ from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, calls_torch, op_name, stored_matrix, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
-from sparse_compile.graph.vocabulary import CASTS, LINEAR, MULTIPLICATIONS, TAG
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MULTIPLICATIONS
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext, declined_providers
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.passes.read.lora_branch import is_adapter_product, is_sum
 from sparse_compile.passes.read.mutation import mutation_between
 from sparse_compile.passes.write.product_region import ProductRegion
 
 
-@dataclass(frozen=True)
-class FuseAdaptedLayers:
+class FuseAdaptedLayers(Pass):
     """Rewrite the sums of a frozen layer and its adapters."""
 
-    name: str = "fuse_adapted_layers"
-    requires: tuple[str, ...] = ("plan",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("plan",)
+    # Those take sums away; this pass takes what they leave.
+    after = ("order_adapter_products", "fuse_adapters", "fuse_products")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        if ctx.config.kernels != "triton":
+        if ctx.env.config.kernels != "triton":
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
-        layers = {projection.weight: projection for projection in ctx.projections.values()}
+        layers = {projection.weight: projection for projection in ctx.facts.projections.values()}
         rejections: dict[Rejection, None] = {}
         fused = 0
         products = [(node, _layer(node, layers)) for node in gm.graph.nodes]
@@ -64,11 +60,11 @@ class FuseAdaptedLayers:
             if projection is None or (end := _end(base, ctx)) is None:
                 continue
             dtype, device = ctx.weight_kind(projection)
-            choice = FUSED_LINEAR.choose(OpCall(device, dtype), ctx.config.kernels)
+            choice = FUSED_LINEAR.choose(OpCall(device, dtype), ctx.env.config.kernels)
             if choice.provider == REFERENCE:
                 rejections |= declined_providers(self.name, "fused_linear", choice)
                 continue
-            cast = None if dtype == torch.float64 else autocast_dtypes(gm.graph, ctx.autocast, device)[base.name]
+            cast = None if dtype == torch.float64 else autocast_dtypes(gm.graph, ctx.env.autocast, device)[base.name]
             try:
                 found = _region(base, end, cast, ctx)
             except Declined as declined:
@@ -78,7 +74,7 @@ class FuseAdaptedLayers:
             with rewriter.before(end, projection.name):
                 y = found.insert(rewriter, _dtype(end), choice.provider, cast)
                 take_over(end, _shaped(rewriter, y, end, x, projection.out_features))
-            ctx.kernel_sources |= found.sources(f"{projection.name}.adapted")
+            ctx.add_sources(found.sources(f"{projection.name}.adapted"))
             fused += 1
         return PassOutcome(fused > 0, {"fused": fused, "inserted": rewriter.inserted}, tuple(rejections))
 
@@ -119,7 +115,7 @@ def _region(base: fx.Node, end: fx.Node, cast: torch.dtype | None, ctx: PassCont
     Raises:
         Declined: a layer and its adapters cannot be.
     """
-    if argument(base, "weight").name in ctx.quantized_weights:
+    if argument(base, "weight").name in ctx.facts.quantized_weights:
         raise Declined(base, "its weight is stored in 4 bits: used whole, it is dequantised once, before the product")
     found = ProductRegion(end, frozenset({base}))
     # Autocast has all of them compute in one dtype; without it, each computes in that of its weight.
@@ -136,7 +132,8 @@ def _region(base: fx.Node, end: fx.Node, cast: torch.dtype | None, ctx: PassCont
 
 def _dtype(node: fx.Node) -> torch.dtype:
     value = tensor_value(node)
-    return node.meta[TAG]["dtype"] if value is None else value.dtype
+    assert value is not None
+    return value.dtype
 
 
 def _shaped(rewriter: Rewriter, y: fx.Node, like: fx.Node, x: fx.Node, width: int) -> fx.Node:
@@ -144,7 +141,8 @@ def _shaped(rewriter: Rewriter, y: fx.Node, like: fx.Node, x: fx.Node, width: in
     if width % 16:
         y = rewriter.method("contiguous", y)
     value = tensor_value(like)
-    if value is None or value.ndim == 2:
+    assert value is not None
+    if value.ndim == 2:
         return y
     leading = [
         size if isinstance(size, int) else rewriter.method("size", x, dim) for dim, size in enumerate(value.shape[:-1])

@@ -24,46 +24,39 @@ intermediate is read outside the region; a weight in 4 bits has a format that th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan
-from sparse_compile.graph.read import argument, tensor_value
+from sparse_compile.graph.read import argument, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
-from sparse_compile.graph.vocabulary import LINEAR, TAG
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, TAG
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE
 from sparse_compile.passes.context import PassContext, declined_providers
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.write.product_region import ProductRegion, chosen_of_4bit
 
 _OPS = torch.ops.sparselora
 
 
-@dataclass(frozen=True)
-class FuseProducts:
+class FuseProducts(Pass):
     """Rewrite the context part of the sparse feed-forward sites."""
 
-    name: str = "fuse_products"
-    requires: tuple[str, ...] = ("sparse",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = False
+    requires = ("sparse",)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
         rejections: dict[Rejection, None] = {}
         fused = 0
-        for plan in ctx.plan.sparse_sites:
+        for plan in ctx.facts.plan.sparse_sites:
             if not (isinstance(plan.site, FFNSite) or any(_products_in_4bit(plan, gm.graph))):
                 continue
-            choice = FUSED_LINEAR.choose(ctx.op_call(plan), ctx.config.kernels)
+            choice = FUSED_LINEAR.choose(ctx.op_call(plan), ctx.env.config.kernels)
             if choice.provider == REFERENCE:
                 # Not fused, it is computed by the providers of single products: the op's own reference is none of them.
                 rejections |= declined_providers(self.name, "fused_linear", choice)
@@ -77,7 +70,7 @@ class FuseProducts:
                 if found.worthwhile:
                     with rewriter.before(end, plan.site.name):
                         take_over(end, found.insert(rewriter, dtype))
-                    ctx.kernel_sources |= found.sources(f"{plan.site.name}.{part}")
+                    ctx.add_sources(found.sources(f"{plan.site.name}.{part}"))
                     fused += 1
         stats = {"fused": fused, "inserted": rewriter.inserted}
         return PassOutcome(fused > 0, stats, tuple(rejections))
@@ -92,25 +85,24 @@ def _ends(plan: SitePlan, graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[s
         yield from _ends_of_ffn(plan, graph)
     for product in list(_products_in_4bit(plan, graph)):
         dense = argument(product, "weight")
-        path = ctx.parameters[dense.args[0].name].path.removesuffix(".weight")
+        path = ctx.env.parameters[dense.args[0].name].path.removesuffix(".weight")
         yield path.removeprefix(f"{plan.site.name}."), product, dense.args[8]
 
 
 def _ends_of_ffn(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node, torch.dtype]]:
     inside = _inside(plan, graph)
-    result = tensor_value(next(node for node in graph.nodes if node.name == plan.site.output.output))
-    assert result is not None
+    result = _dtype(next(node for node in graph.nodes if node.name == plan.site.output.output))
     products = [node for node in inside if _gathers_inputs(node)]
     if len(products) == 1:
         hidden = argument(products[0], "input" if products[0].target is LINEAR else "h")
-        while "dtype" not in hidden.meta[TAG]:
-            hidden = hidden.args[0]  # a cast as autocast would make it, behind the region's last call
-        yield "intermediate", hidden, hidden.meta[TAG]["dtype"]
+        while op_name(hidden) in CASTS and _dtype(hidden) == _dtype(hidden.args[0]):
+            hidden = hidden.args[0]  # autocast's, which does nothing behind the region's last call
+        yield "intermediate", hidden, _dtype(hidden)
     for node in inside:
         if node.target is _OPS.put_rows.default:
             context = node.args[1]
             assert isinstance(context, fx.Node)
-            yield "result", context, result.dtype
+            yield "result", context, result
 
 
 def _products_in_4bit(plan: SitePlan, graph: fx.Graph) -> Iterator[fx.Node]:
@@ -126,3 +118,9 @@ def _gathers_inputs(node: fx.Node) -> bool:
     if chosen is None:
         return node.target is _OPS.gathered_input_linear.default
     return bool(argument(chosen, "dim") == 1)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = tensor_value(node)
+    assert value is not None
+    return value.dtype

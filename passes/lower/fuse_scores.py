@@ -39,39 +39,36 @@ from sparse_compile.kernels.codegen.formula import Formula
 from sparse_compile.kernels.codegen.score_source import ScoreSpec, score_source
 from sparse_compile.kernels.providers import REFERENCE
 from sparse_compile.passes.context import PassContext, declined_providers
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.mutation import overwritten
 
 _OPS = torch.ops.sparselora
 
 
-@dataclass(frozen=True)
-class FuseScores:
+class FuseScores(Pass):
     """Rewrite the scores of the sparse feed-forward sites."""
 
-    name: str = "fuse_scores"
-    requires: tuple[str, ...] = ("predictors",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("predictors",)
+    # Both read the choices of channels; this pass replaces what those rank.
+    after = ("sparsify_ffn", "sparsify_attention")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        if ctx.config.kernels != "triton":
+        if ctx.env.config.kernels != "triton":
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
         nodes = nodes_by_name(gm.graph)
         rejections: dict[Rejection, None] = {}
         fused = 0
-        for plan in ctx.plan.sparse_sites:
+        for plan in ctx.facts.plan.sparse_sites:
             if not isinstance(plan.site, FFNSite):
                 continue
-            (kept,) = ctx.selections[plan.site.identity]
+            (kept,) = ctx.facts.selections[plan.site.identity]
             norm = _norm(nodes[kept])
             if norm is None:
                 continue
-            choice = PREDICTED_SCORES.choose(ctx.op_call(plan), ctx.config.kernels)
+            choice = PREDICTED_SCORES.choose(ctx.op_call(plan), ctx.env.config.kernels)
             if choice.provider == REFERENCE:
                 rejections |= declined_providers(self.name, "predicted_scores", choice)
                 continue
@@ -81,7 +78,7 @@ class FuseScores:
                 rejections[declined.by(self.name, at=plan.site.name)] = None
                 continue
             title = f"{plan.site.name}.score"
-            ctx.kernel_sources[f"{title}.py"] = score_source(score.spec(gm), title)
+            ctx.add_sources({f"{title}.py": score_source(score.spec(gm), title)})
             with rewriter.before(norm, plan.site.name):
                 take_over(norm, score.insert(rewriter))
             fused += 1
@@ -144,7 +141,7 @@ class _Score:
             self.products.append(node)
             return sympy.Symbol(f"p{len(self.products) - 1}")
         if not _is_predicted(node):
-            if not _is_tensor(node):
+            if tensor_value(node) is None:
                 raise Declined(node, f"{node.name} is no tensor")
             self.vectors.append(node)
             return sympy.Symbol(f"v{len(self.vectors) - 1}")
@@ -163,10 +160,3 @@ def _is_predicted(node: fx.Node) -> bool:
     inserted = node.meta.get(TAG, {}).get("pass") == "insert_predictors"
     is_product = node.target is _OPS.low_rank_product.default
     return is_product or (inserted and any(map(_is_predicted, node.all_input_nodes)))
-
-
-def _is_tensor(node: Any) -> bool:
-    """Tell whether a value is a tensor; what was inserted to detach and shape it carries no example of its own."""
-    while isinstance(node, fx.Node) and op_name(node) in ("detach", "reshape", "narrow"):
-        node = node.args[0]
-    return tensor_value(node) is not None

@@ -15,7 +15,6 @@ many as queries or fewer heads than queries have, or the mask cannot be shown to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +26,7 @@ from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.kernels.causal_attention import CAUSAL_ATTENTION
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.protocol import Numerics, PassOutcome
+from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.passes.read.causal_mask import CausalMasks
 from sparse_compile.passes.read.mutation import written_in_place
@@ -39,21 +38,18 @@ SHORTEST = 256
 """Tokens from which on blocks of queries pay: for 256 they took 0.83 of the time."""
 
 
-@dataclass(frozen=True)
-class LowerCausalAttention:
+class LowerCausalAttention(Pass):
     """Replace attention under a causal mask by an op that skips what the mask forbids."""
 
-    name: str = "lower_causal_attention"
-    requires: tuple[str, ...] = ("canonical",)
-    ensures: tuple[str, ...] = ()
-    numerics: Numerics = Numerics.EXACT
-    analysis: bool = False
-    optimises: bool = True
+    requires = ("canonical",)
+    # Both know attention by the name that this pass replaces.
+    after = ("find_attention", "select_loss_rows")
+    optimises = True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
-        casts = autocast_dtypes(gm.graph, ctx.autocast, "cpu")
+        casts = autocast_dtypes(gm.graph, ctx.env.autocast, "cpu")
         attentions = [node for node in gm.graph.nodes if op_name(node) == "scaled_dot_product_attention"]
         masks = CausalMasks(written_in_place(gm.graph) if attentions else ())
         additive: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,9 +243,9 @@ class ProductRegion:
 
 
 def _flat(rewriter: Rewriter, node: fx.Node) -> fx.Node:
-    """Return a tensor as a matrix; what was inserted carries no shape of its own, and is one."""
-    value = tensor_value(node)
-    return node if value is None or value.ndim == 2 else rewriter.method("reshape", node, -1, value.shape[-1])
+    """Return a tensor as a matrix."""
+    shape = hinted_shape(node)
+    return node if len(shape) == 2 else rewriter.method("reshape", node, -1, shape[-1])
 
 
 def _narrowed(rewriter: Rewriter, node: fx.Node, dim: int, window: Window) -> fx.Node:
@@ -252,16 +253,10 @@ def _narrowed(rewriter: Rewriter, node: fx.Node, dim: int, window: Window) -> fx
 
 
 def _is_vector(node: fx.Node) -> bool:
-    """Tell whether a node holds one value a channel, or one in all: what was inserted carries no shape of its own."""
-    if tensor_value(node) is not None:
-        return set(hinted_shape(node)[:-1]) <= {1}
-    if op_name(node) in ("index_select", "to", "reshape", "detach"):
-        source = node.args[0]
-        return isinstance(source, fx.Node) and _is_vector(source)
-    return False
+    """Tell whether a node holds one value a channel, or one in all."""
+    return tensor_value(node) is not None and set(hinted_shape(node)[:-1]) <= {1}
 
 
 def _is_wide(node: fx.Node) -> bool:
     """Tell whether a vector has a value a channel."""
-    value = tensor_value(node)
-    return value is None or value.numel() > 1
+    return math.prod(hinted_shape(node)) > 1
