@@ -43,14 +43,6 @@ RICH: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def pass_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparse_compile.passes
-
-    names = ("insert_predictors", "sparsify_attention", "sparsify_ffn")
-    monkeypatch.setattr(sparse_compile.passes, "PASS_NAMES", names, raising=False)
-
-
 class TestValue:
     def test_defaults(self) -> None:
         config = SparseLoRAConfig()

@@ -22,8 +22,9 @@ ROOMS = (
 """From the lowest to the highest. `sparse_compile/__init__.py` and `backend.py` stand above all of them."""
 
 PASS_FLOORS = (
-    ("quantized_weight", "protocol"),
+    ("quantized_weight",),
     ("context",),
+    ("protocol",),
     ("read",),
     ("write",),
     ("canonical", "sites", "roles", "exact", "requested", "sparse", "lower"),
@@ -76,7 +77,7 @@ def upward(importer: str, target: str) -> str | None:
     if own == other == "passes":
         floors = {name: level for level, names in enumerate(PASS_FLOORS) for name in names}
         (a, *_), (b, *_) = importer.split(".")[2:] or [""], target.split(".")[2:] or [""]
-        if a and b and a != b and (floors[b] > floors[a] or (floors[a] == floors[b] and a not in PASS_FLOORS[0])):
+        if a and b and a != b and (floors[b] > floors[a] or (floors[a] == floors[b])):
             return f"passes/{b} stands above or beside passes/{a}"
     return None
 
