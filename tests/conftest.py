@@ -121,7 +121,7 @@ def aot_eager_inductor(monkeypatch: pytest.MonkeyPatch) -> EagerCompiler:
     Data-dependent sizes, autograd formulas and the partitioner are exercised in a second, where Inductor takes many.
     """
     compiler = EagerCompiler(ahead_of_time=True)
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compiler)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", compiler)
     return compiler
 
 
@@ -136,7 +136,7 @@ def eager_inductor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         through_aot: EagerCompiler = request.getfixturevalue("aot_eager_inductor")
         return through_aot
     compiler = EagerCompiler(ahead_of_time=False)
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compiler)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", compiler)
     return compiler
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from models import ALL_TARGETS, DecoderConfig, Fp64Decoder, batch, fp64_decoder, gradients, tiny_llama, with_lora
 from oracle import Step, assert_differs, assert_same_step, kept_from, oracle_step, sparse_step, told, train_step
 from sparse_compile import token_roles
-from sparse_compile.compiler import backend
+from sparse_compile.compiler import executable
 from sparse_compile.kernels.channel_selection import degenerate_counts, record_channels
 from sparse_compile.passes.sparse.insert_predictors import InsertPredictors
 from sparse_compile.passes.sparse.sparsify_ffn import SparsifyFFN
@@ -122,14 +122,14 @@ def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
 def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are known at run time only, through C++: the compiled callable runs, at every split."""
     runs: list[bool] = []
-    real = backend.compile_with_inductor
+    real = executable.compile_with_inductor
 
     def watched(gm: Any, *args: Any) -> Any:
         run = real(gm, *args)
         sparse = any("split_tokens" in str(node.target) for node in gm.graph.nodes)
         return lambda *inputs: (runs.append(sparse), run(*inputs))[1]
 
-    monkeypatch.setattr(backend, "compile_with_inductor", watched)
+    monkeypatch.setattr(executable, "compile_with_inductor", watched)
     torch._dynamo.utils.counters.clear()
     model = Fp64Decoder(DecoderConfig(layers=2, dtype=torch.float32))
     call = torch.compile(model, backend="sparselora", dynamic=False, fullgraph=True, options={"layer_sparsity": SITES})
@@ -285,7 +285,7 @@ def test_where_inductor_fails_on_the_sparse_graph_the_dense_one_runs(
             raise error()
         return eager_inductor(gm, *args)
 
-    monkeypatch.setattr(backend, "compile_with_inductor", failing)
+    monkeypatch.setattr(executable, "compile_with_inductor", failing)
     model = fp64_decoder(layers=2)
     inputs = batch(61)
     with told() as messages:

@@ -22,8 +22,8 @@ import sys
 import torch
 from graphs import graph_eager
 from models import batch, fp64_decoder
-import sparse_compile.compiler.backend
-sparse_compile.compiler.backend.compile_with_inductor = graph_eager
+import sparse_compile.compiler.executable
+sparse_compile.compiler.executable.compile_with_inductor = graph_eager
 options = {"layer_sparsity": {"1.mlp": 0.5, "1.self_attn": 0.5}}
 torch.compile(fp64_decoder(layers=3), backend="sparselora", options=options)(**batch(61))
 """

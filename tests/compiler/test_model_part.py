@@ -23,7 +23,7 @@ SPARSE = SparseLoRAConfig(layer_sparsity={"layers.0.mlp": 0.75, "layers.1.self_a
 @pytest.fixture
 def op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile as nothing: the rewritten graph is run by autograd."""
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", lambda gm, *_: gm.forward)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", lambda gm, *_: gm.forward)
 
 
 def batch() -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def test_no_op_of_a_step_needs_the_host(options: dict[str, int], monkeypatch: py
         found.append(gm)
         return graph_eager(gm, example_inputs)
 
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compile_and_keep)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", compile_and_keep)
     monkeypatch.setattr("sparse_compile.kernels.channel_selection.op._degenerate", {})
     inputs = batch(61, padding="left")
     with known_tokens(inputs["labels"]):
@@ -204,7 +204,7 @@ def test_slots_are_saved_for_the_backward_of_a_checkpoint(monkeypatch: pytest.Mo
         )
         return backend(gm, list(example_inputs))
 
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compile_ahead)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", compile_ahead)
     model = _Checkpointed(fp64_decoder(layers=2))
     inputs = batch(61, padding="left")
     call = compiled(model, preset="none", token_bucket=B)

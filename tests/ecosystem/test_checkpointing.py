@@ -131,7 +131,7 @@ def test_recomputations_stay_where_they_are_needed(
         seen.append(dict(options))
         return gm.forward
 
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", compiler)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", compiler)
     model, inputs = fp64_decoder(layers=2), batch(61)
     options = {"layer_sparsity": {"layers.0.mlp": 0.6}, "inductor": given}
     if layers == "Stack":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-import sparse_compile.compiler.backend as backend
+import sparse_compile.compiler.executable as executable
 from adapter_rows import SITES, peft
 from distributed_worker import op_by_op
 from models import batch
@@ -21,7 +21,7 @@ STEPS = 2
 
 
 def main(out: Path) -> None:
-    backend.compile_with_inductor = op_by_op  # type: ignore[assignment]
+    executable.compile_with_inductor = op_by_op  # type: ignore[assignment]
     torch.manual_seed(0)
     model = peft()()
     model.compile(backend="sparselora", options={"layer_sparsity": SITES, "preset": "none", "start_step": 0})

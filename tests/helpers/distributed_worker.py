@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-import sparse_compile.compiler.backend as backend
+import sparse_compile.compiler.executable as executable
 import sparse_compile.compiler.notices as notices
 import sparse_compile.predictor.store as factors
 from decoder import Fp64Decoder, fp64_decoder
@@ -189,7 +189,7 @@ def sharded_decoder(options: dict[str, Any] | None = None, layers: int = LAYERS)
 def fsdp_blocks_compiled(options: dict[str, Any]) -> dict[str, Any]:
     """By AOTAutograd: what its graphs save for the backward are gathered parameters, freed and gathered again."""
     model = sharded_decoder(options)
-    with patched(backend, "compile_with_inductor", aot_eager):
+    with patched(executable, "compile_with_inductor", aot_eager):
         return step(model, batch(dist.get_rank()), roles=True) | outcome(model, sharded=model)
 
 
@@ -269,7 +269,7 @@ def note_factorized() -> list[tuple[int, float]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    backend.compile_with_inductor = op_by_op
+    executable.compile_with_inductor = op_by_op
     # A rank that waits for ever must not keep the test waiting.
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     calls = note_factorized()

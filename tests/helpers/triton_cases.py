@@ -258,7 +258,7 @@ def whole_model(autocast: bool) -> None:
             ran = run_rewritten(model, *inputs, config=config)
         found[kernels] = (ran, gradients_of(ran.value, model))
     ran, gradients = found["triton"]
-    assert ran.ctx.providers == {"body.1": ("triton",)}, ran.ctx.providers
+    assert ran.ctx.results.providers == {"body.1": ("triton",)}, ran.ctx.results.providers
     assert next(record for record in ran.result.records if record.name == "fuse_products").stats["fused"] == 2
     assert next(record for record in ran.result.records if record.name == "fuse_adapted_layers").stats["fused"] >= 4
     (other, expected) = found["measured"]
@@ -281,7 +281,7 @@ def whole_decoder() -> None:
             ran = run_rewritten(model, ids, labels, config=config)
         found[kernels] = (ran, record, gradients_of(ran.value[0], model))
     (ran, record, gradients), (_, expected_record, expected) = found["triton"], found["measured"]
-    assert set(ran.ctx.providers.values()) == {("triton",)}, ran.ctx.providers
+    assert set(ran.ctx.results.providers.values()) == {("triton",)}, ran.ctx.results.providers
     (scores,) = (each for each in ran.result.records if each.name == "fuse_scores")
     assert scores.stats["fused"] == 1
     assert set(record) == set(expected_record) and len(record) == 3

@@ -32,14 +32,14 @@ from graphs import (
 )
 from models import batch, normal
 from sparse_compile import explain
-from sparse_compile.compiler import backend
+from sparse_compile.compiler import executable
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.report import plan_data
 from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.graph.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
-from sparse_compile.graph.flops import step_flops
 from sparse_compile.graph.facts import SparsityPlan
+from sparse_compile.graph.flops import step_flops
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.exact.order_adapter_products import break_even
 from sparse_compile.passes.protocol import PassOutcome
@@ -487,14 +487,14 @@ class Model(nn.Module):
 
 def test_inductor_compiles_fused_and_merged_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
-    real = backend.compile_with_inductor
+    real = executable.compile_with_inductor
 
     def watched(gm: Any, *args: Any) -> Any:
         run = real(gm, *args)
         names = targets(gm)
         return lambda *inputs: (ran.append(names), run(*inputs))[1]
 
-    monkeypatch.setattr(backend, "compile_with_inductor", watched)
+    monkeypatch.setattr(executable, "compile_with_inductor", watched)
     model = Model()
     call = torch.compile(model, backend="sparselora", fullgraph=True, options={"preset": "exact"})
     for rows, length in ((2, 10), (3, 5)):

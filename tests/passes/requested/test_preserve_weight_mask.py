@@ -208,7 +208,7 @@ def test_a_masked_graph_that_does_not_compile_is_an_error(monkeypatch: pytest.Mo
             raise NotImplementedError("no code for it")
         return aot_eager(gm, inputs)
 
-    monkeypatch.setattr("sparse_compile.compiler.backend.compile_with_inductor", inductor)
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", inductor)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="NotImplementedError: no code for it") as told:
         compiled(Layer(), preserve_weight_mask="auto")(given())
     assert isinstance(told.value.inner_exception, RequestedFunctionError)
