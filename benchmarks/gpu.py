@@ -156,51 +156,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"parts are {', '.join(PARTS)}, workloads {', '.join(CASES)}")
     surroundings = environment("gpu.py", sys.argv[1:])
     surroundings["machine"]["gpu"] = torch.cuda.get_device_name()
-    floor = next((each for each in DEVICES if each.name in surroundings["machine"]["gpu"]), DEVICES[0])
-    failed = False
+    complete = True
     for name in names:
         if "kernels" in parts:
-            for case in kernel_cases(CASES[name], "cuda"):
-                try:
-                    row = measure_kernel(case, ("reference", "triton"), floor, launch_seconds)
-                except Exception as error:  # whatever a compiler or a driver raises: the others are still measured
-                    failed = True
-                    print(f"FAILED {name}, {case.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                    continue
-                append_rows([row | {"workload": name} | surroundings], args.out)
-                triton, composed = (1e6 * row[provider]["seconds"] for provider in ("triton", "reference"))
-                print(
-                    f"{name}, {case.name}: floor {1e6 * row['floor']:.0f} us ({floor.name}), "
-                    f"triton {triton:.0f} us, composed {composed:.0f} us",
-                    flush=True,
-                )
+            complete &= _measure_kernels(name, surroundings, args.out)
         if "steps" in parts:
-            workload = dataclasses.replace(WORKLOADS[name], layers=args.layers)
-            default = [*PEERS, LIGER, "exact", workload.preset, f"triton/{workload.preset}"]
-            arms = args.arms.split(",") if args.arms else default
-            for arm in arms:
-                check_arm(arm)
-            try:
-                measured = measure_steps(workload, arms, "cuda", args.steps)
-            except Exception as error:
-                failed = True
-                print(f"FAILED {name}, steps: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                continue
-            for row in measured:
-                append_rows([row | surroundings], args.out)
-                if "error" in row:
-                    failed |= row["error"] != liger_missing()
-                    print(f"{row['label']}, {row['arm']}: {row['error']}", flush=True)
-                    continue
-                ratios = ", ".join(f"{each['median']:.2f}x {peer}" for peer, each in row["ratios"].items())
-                share = "" if row["predictor_share"] is None else f"; predictor {row['predictor_share']:.1%}"
-                print(
-                    f"{row['label']}, {row['arm']}: {1e3 * row['step_seconds']['median']:.1f} ms; {ratios}; "
-                    f"first call {row['first_call_seconds']:.0f} s, peak {row['peak_bytes'] / 2**30:.1f} GiB{share}",
-                    flush=True,
-                )
+            complete &= _measure_steps(name, args, surroundings)
     _redraw(args.out)
-    return int(failed)
+    return int(not complete)
+
+
+def _measure_kernels(name: str, surroundings: dict[str, Any], out: Path) -> bool:
+    """Measure, print and append every kernel of a workload; return whether all were measured."""
+    floor = next((each for each in DEVICES if each.name in surroundings["machine"]["gpu"]), DEVICES[0])
+    complete = True
+    for case in kernel_cases(CASES[name], "cuda"):
+        try:
+            row = measure_kernel(case, ("reference", "triton"), floor, launch_seconds)
+        except Exception as error:  # whatever a compiler or a driver raises: the others are still measured
+            complete = False
+            print(f"FAILED {name}, {case.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        append_rows([row | {"workload": name} | surroundings], out)
+        triton, composed = (1e6 * row[provider]["seconds"] for provider in ("triton", "reference"))
+        print(
+            f"{name}, {case.name}: floor {1e6 * row['floor']:.0f} us ({floor.name}), "
+            f"triton {triton:.0f} us, composed {composed:.0f} us",
+            flush=True,
+        )
+    return complete
+
+
+def _measure_steps(name: str, args: argparse.Namespace, surroundings: dict[str, Any]) -> bool:
+    """Measure, print and append the training steps of a workload; return whether all were measured."""
+    workload = dataclasses.replace(WORKLOADS[name], layers=args.layers)
+    default = [*PEERS, LIGER, "exact", workload.preset, f"triton/{workload.preset}"]
+    arms = args.arms.split(",") if args.arms else default
+    for arm in arms:
+        check_arm(arm)
+    try:
+        measured = measure_steps(workload, arms, "cuda", args.steps)
+    except Exception as error:
+        print(f"FAILED {name}, steps: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return False
+    complete = True
+    for row in measured:
+        append_rows([row | surroundings], args.out)
+        if "error" in row:
+            complete &= row["error"] == liger_missing()
+            print(f"{row['label']}, {row['arm']}: {row['error']}", flush=True)
+            continue
+        ratios = ", ".join(f"{each['median']:.2f}x {peer}" for peer, each in row["ratios"].items())
+        share = "" if row["predictor_share"] is None else f"; predictor {row['predictor_share']:.1%}"
+        print(
+            f"{row['label']}, {row['arm']}: {1e3 * row['step_seconds']['median']:.1f} ms; {ratios}; "
+            f"first call {row['first_call_seconds']:.0f} s, peak {row['peak_bytes'] / 2**30:.1f} GiB{share}",
+            flush=True,
+        )
+    return complete
 
 
 def _redraw(rows: Path) -> None:

@@ -5,41 +5,8 @@ import triton.language as tl
 
 
 @triton.jit
-def masked_product(
-    x,
-    w,
-    left,
-    right,
-    bias,
-    y,
-    rows,
-    columns,
-    depth,
-    scale,
-    x_row,
-    x_depth,
-    w_column,
-    w_depth,
-    left_column,
-    left_rank,
-    right_rank,
-    right_depth,
-    RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Compute a (BLOCK_M, BLOCK_N) tile of y (rows, columns), contiguous, over `depth` products an element.
-
-    W is (columns, depth), L (columns, RANK) and R (RANK, depth), of any strides. A tile of W is merged in fp32, masked
-    and rounded to the dtype of x as it is loaded. Sums are fp32; offsets of rows are int64. GROUP tiles of rows run
-    side by side for the sake of L2.
-    """
+def _tile_of_program(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Return the rows and columns of this program's tile; GROUP tiles of rows run side by side for the sake of L2."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
@@ -47,9 +14,23 @@ def masked_product(
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     tile_m = group * GROUP + program % (GROUP * tiles_n) % height
     tile_n = program % (GROUP * tiles_n) // height
+    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+@triton.jit
+def masked_product(
+    x, w, left, right, bias, y,
+    rows, columns, depth, scale,
+    x_row, x_depth, w_column, w_depth, left_column, left_rank, right_rank, right_depth,
+    RANK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Compute a (BLOCK_M, BLOCK_N) tile of y (rows, columns), contiguous, over `depth` products an element.
+
+    W is (columns, depth), L (columns, RANK) and R (RANK, depth), of any strides. A tile of W is merged in fp32, masked
+    and rounded to the dtype of x as it is loaded. Sums are fp32; offsets of rows are int64.
+    """
+    m, n = _tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     wide_n = n.to(tl.int64)
