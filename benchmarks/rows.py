@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from measure import Alone, Flops, Spread
+from tabulate import tabulate
 from workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,8 +161,8 @@ def table(rows: Sequence[Row]) -> str:
                 "-" if alone is None else f"{alone.first_call_cold:.1f}/{alone.first_call_warm:.1f} s",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    alignment = ["right"] * len(cells[0])
+    return tabulate(cells[1:], cells[0], tablefmt="plain", disable_numparse=True, colalign=alignment)
 
 
 def _times(ratio: float | None) -> str:

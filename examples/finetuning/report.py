@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from .arms import TrainedArm
 from .measure import Quality, StepTime, StepWork
@@ -64,13 +65,9 @@ def table(results: Sequence[Result]) -> str:
                 "-" if work is None or flops is None else f"{flops / 1e9:.1f} G ({flops / work.dense:.0%})",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, *_notes(results)])
+    alignment = ["left", *["right"] * (len(rows[0]) - 1)]
+    lines = tabulate(rows[1:], rows[0], tablefmt="simple", disable_numparse=True, colalign=alignment)
+    return "\n".join([lines, *_notes(results)])
 
 
 def _notes(results: Sequence[Result]) -> list[str]:

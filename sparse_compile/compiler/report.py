@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from sparse_compile.compiler.capture import TokenCounts
 from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.runner import PassRecord, PipelineResult
@@ -280,6 +282,4 @@ def summary_of(rejections: tuple[Rejection, ...], most: int = 12) -> list[str]:
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return aligned columns of text."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
-    return "\n".join(line.rstrip() for line in lines)
+    return tabulate(rows, header, tablefmt="plain", disable_numparse=True)
