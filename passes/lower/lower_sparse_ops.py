@@ -35,6 +35,7 @@ class LowerSparseOps(Pass):
         rejections: dict[Rejection, None] = {}
         used: dict[str, dict[str, None]] = {}
         calls = {plan.site.name: ctx.op_call(plan) for plan in ctx.facts.plan.sparse_sites}
+        changed = False
         for node in gm.graph.nodes:
             table = PROVIDERS.get(node.target)
             if table is None:
@@ -44,10 +45,11 @@ class LowerSparseOps(Pass):
                 continue  # of no sparse site: the pass that inserted it chose
             choice = table.choose(calls[site], ctx.env.config.kernels)
             node.kwargs = {**node.kwargs, "provider": choice.provider}
+            changed = True
             if choice == Choice(REFERENCE, ()):
                 continue  # this device has no other, so nothing was chosen
             stats[choice.provider] = stats.get(choice.provider, 0) + 1
             used.setdefault(site, {})[choice.provider] = None
             rejections |= declined_providers(self.name, table.op, choice)
         ctx.results = replace(ctx.results, providers={site: tuple(names) for site, names in used.items()})
-        return PassOutcome(bool(stats), stats, tuple(rejections))
+        return PassOutcome(changed, stats, tuple(rejections))

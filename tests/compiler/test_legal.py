@@ -30,7 +30,7 @@ def legal() -> Checked:
     labels = ids.clone()
     labels[:, :4] = IGNORE
     config = SparseLoRAConfig(layer_sparsity={"layers.0.mlp": 0.5, "layers.0.self_attn": 0.5})
-    captured = capture(Fp64Decoder(DecoderConfig(layers=1)), ids, labels, torch.ones_like(ids), config=config)
+    captured = capture(Fp64Decoder(DecoderConfig(layers=2)), ids, labels, torch.ones_like(ids), config=config)
     result = run_pipeline(captured.gm, captured.ctx)
     assert result.sparse is not None
     return Checked(result.sparse, captured.gm, frozenset(STAGES), captured.ctx)

@@ -30,7 +30,7 @@ def run(fails: str = "", *, in_verifier: bool = False, **options: Any) -> tuple[
     labels = ids.clone()
     labels[:, :4] = IGNORE
     config = SparseLoRAConfig(layer_sparsity=EVERY_SITE, token_capacity=None, **options)
-    captured = capture(Fp64Decoder(DecoderConfig(layers=1)), ids, labels, config=config)
+    captured = capture(Fp64Decoder(DecoderConfig(layers=2)), ids, labels, config=config)
     order = [
         stand_in_pass(_raising(each, before=not in_verifier), each) if each.name == fails else each for each in PASSES
     ]
