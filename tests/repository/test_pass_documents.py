@@ -1,4 +1,4 @@
-"""What documents say of the passes is what the code declares: tables of `passes/README.md`, the picture of their way."""
+"""What documents say of the passes is what the code declares: tables of `passes/README.md`, the picture of the way."""
 
 from __future__ import annotations
 
