@@ -61,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["MPLBACKEND"] = "Agg"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # What each node is recorded to hold is checked after every pass, in every test.
+    os.environ.setdefault("SPARSELORA_VERIFY", "1")
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Workers are the parallelism: more threads, or pools of compile processes, would only fight over the cores.
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -85,7 +85,8 @@ def run_passes(captured: Captured, *names: str) -> dict[str, PassOutcome]:
     """Run the named passes on the captured graph in place, verified like the pipeline does; return their outcomes."""
     by_name = {each.name: each for each in PASSES}
     original = copy_graph_module(captured.gm)
-    outcomes, stages = {}, {"captured"}
+    outcomes = {}
+    stages = {"captured", *(["predictors"] if captured.ctx.facts.selections else [])}
     for name in names:
         before = render(captured)
         outcomes[name] = by_name[name].run(captured.gm, captured.ctx)
