@@ -86,7 +86,7 @@ def _ends(plan: SitePlan, graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[s
     for product in list(_products_in_4bit(plan, graph)):
         dense = argument(product, "weight")
         path = ctx.env.parameters[dense.args[0].name].path.removesuffix(".weight")
-        yield path.removeprefix(f"{plan.site.name}."), product, dense.args[8]
+        yield path.removeprefix(f"{plan.site.name}."), product, argument(dense, "dtype")
 
 
 def _ends_of_ffn(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node, torch.dtype]]:
@@ -100,7 +100,7 @@ def _ends_of_ffn(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node
         yield "intermediate", hidden, _dtype(hidden)
     for node in inside:
         if node.target is _OPS.put_rows.default:
-            context = node.args[1]
+            context = argument(node, "context")
             assert isinstance(context, fx.Node)
             yield "result", context, result
 

@@ -118,8 +118,8 @@ def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tens
         if op_name(node) in VIEWS:
             positions = positions.reshape(shape)
         elif op_name(node) == "pad":
-            pad, value = node.args[1], argument(node, "value")
-            positions = torch.nn.functional.pad(positions, pad, value=_IGNORED)  # type: ignore[arg-type]
+            pad, value = argument(node, "pad"), argument(node, "value")
+            positions = torch.nn.functional.pad(positions, pad, value=_IGNORED)
             if value is None:
                 raise Declined(node, "the target is padded with label 0, not with ignore_index")
         elif op_name(node) == "getitem":

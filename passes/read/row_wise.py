@@ -97,7 +97,7 @@ def _is_product(node: fx.Node) -> bool:
         return True
     if op_name(node) not in MATMULS:
         return False
-    other = tensor_value(node.args[1])
+    other = tensor_value(argument(node, "other"))
     return other is not None and other.dim() == 2
 
 

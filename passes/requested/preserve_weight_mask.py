@@ -36,7 +36,7 @@ from torch import Tensor, fx
 from sparse_compile.graph.cost import TOKENS, masked_layer_flops
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import MaskedLayer, Rejection, SitePlan, SparsityPlan
-from sparse_compile.graph.read import hinted_shape, nodes_by_name, strip_casts, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, strip_casts, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
 from sparse_compile.graph.walk import readers
@@ -146,7 +146,7 @@ class _Matcher:
         return tuple(
             strip_casts(operand)
             for name in products
-            if name in self.nodes and isinstance(operand := self.nodes[name].args[1], fx.Node)
+            if name in self.nodes and isinstance(operand := argument(self.nodes[name], "weight"), fx.Node)
         )
 
     def compute_dtype(self, layer: AdaptedLayer) -> torch.dtype:

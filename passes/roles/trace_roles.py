@@ -78,7 +78,7 @@ def _from_losses(graph: fx.Graph, padding: str | None, rejections: list[Rejectio
 def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> TokenRoles | None:
     """Find labels (B, S) that the graph compares with `ignore_index`, themselves or shifted by one."""
     for node in graph.nodes:
-        if op_name(node) not in EQUALITIES or ctx.env.config.ignore_index not in node.args[1:2]:
+        if op_name(node) not in EQUALITIES or ctx.env.config.ignore_index != argument(node, "other"):
             continue
         found = label_root(node.args[0])
         if found is not None and is_labels(found[0]):

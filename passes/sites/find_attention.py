@@ -108,9 +108,10 @@ def _softmax_attention(node: fx.Node) -> _Attention | None:
     product = next(iter(weights.users)) if len(weights.users) == 1 else None
     if not isinstance(scores, fx.Node) or product is None or op_name(product) not in MATMULS:
         return None
-    if product.args[0] is not weights:
+    if argument(product, "input") is not weights:
         return None
-    query, key, value = scores.args[0], scores.args[1], product.args[1]
+    query, key = (argument(scores, name) for name in ("input", "other"))
+    value = argument(product, "other")
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)

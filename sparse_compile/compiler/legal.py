@@ -133,9 +133,9 @@ def _nothing_chosen_early(checked: Checked) -> Iterator[str]:
 
 def _spelling(checked: Checked) -> Iterator[str]:
     for node in checked.gm.graph.nodes:
-        if not calls_torch(node) or op_name(node) not in MATMULS or len(node.args) < 2:
+        if not calls_torch(node) or op_name(node) not in MATMULS:
             continue
-        x, weight = tensor_value(node.args[0]), node.args[1]
+        x, weight = tensor_value(argument(node, "input")), argument(node, "other")
         value = tensor_value(weight)
         if x is not None and x.dim() < 2:
             continue  # a vector has no tokens

@@ -122,7 +122,7 @@ _PARAMETERS: Final = {
     "pad": "input pad mode value",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
     "split split_with_sizes tensor_split": "input sizes|split_size|split_size_or_sections|indices_or_sections dim",
-    "sub __sub__ isub": "input other",
+    "sub __sub__ isub ne eq __ne__ __eq__": "input other",
     "swapaxes swapdims transpose": "input dim0|axis0 dim1|axis1",
     "tril": "input diagonal",
     "unsqueeze squeeze unbind mean sum var std amax amin logsumexp softmax _softmax _safe_softmax log_softmax": (
