@@ -16,11 +16,14 @@ from sparse_compile.graph.modes import switches_in_force, switches_modes
 from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.torch_private.dynamo import copy_dynamo_attributes, register_graph_buffer, take_source
 from sparse_compile.torch_private.fake import StandIns
-from sparse_compile.torch_private.fx import is_erased
+from sparse_compile.torch_private.fx import is_erased, keep_used_names
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy a GraphModule so that the copy's graph can be rewritten: same node names and metadata, shared attributes."""
+    """Copy a GraphModule so that the copy's graph can be rewritten: same node names and metadata, shared attributes.
+
+    A name that the graph has given up is given to no node of the copy.
+    """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -29,6 +32,8 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
         take_source(copied, node)
         mapping[node] = copied
     assert [node.name for node in graph.nodes] == [node.name for node in gm.graph.nodes], "a copy keeps node names"
+    # Facts name nodes: a name that was given up must not come to mean another node.
+    keep_used_names(gm.graph, graph)
     copied_module = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     copy_dynamo_attributes(gm, copied_module)
     return copied_module

@@ -115,6 +115,23 @@ def changes_the_shape(gm: fx.GraphModule, ctx: PassContext) -> None:
         output.replace_input_with(loss, rewriter.method("unsqueeze", loss, 0))
 
 
+def records_another_dtype(gm: fx.GraphModule, ctx: PassContext) -> None:
+    node = node_named(gm, "put_rows")
+    node.meta["example_value"] = node.meta["example_value"].float()
+
+
+def records_another_shape(gm: fx.GraphModule, ctx: PassContext) -> None:
+    node = node_named(gm, "put_rows")
+    node.meta["example_value"] = node.meta["example_value"].unsqueeze(0)
+
+
+def records_the_rows_of_the_other_role(gm: fx.GraphModule, ctx: PassContext) -> None:
+    output, context = (each for each in node_named(gm, "take_rows").users)
+    output.meta["example_value"], context.meta["example_value"] = (
+        each.meta["example_value"] for each in (context, output)
+    )
+
+
 BROKEN: dict[Callable[[fx.GraphModule, PassContext], None], tuple[str, str]] = {
     drops_an_input: ("insert_predictors", "the inputs changed: "),
     loses_the_outputs: ("insert_predictors", "the outputs changed from "),
@@ -128,8 +145,17 @@ BROKEN: dict[Callable[[fx.GraphModule, PassContext], None], tuple[str, str]] = {
     leaves_out_a_provider: ("lower_sparse_ops", "has no provider"),
     changes_the_dtype: ("sparsify_ffn", "an output of torch.float64 () became torch.float32 ()"),
     changes_the_shape: ("sparsify_ffn", "an output of torch.float64 () became torch.float64 (1,)"),
+    records_another_dtype: ("sparsify_ffn", "is recorded to hold dtype torch.float32, and computes torch.float64"),
+    records_another_shape: ("sparsify_ffn", "is recorded to hold shape (1, 12, 8), and computes (12, 8)"),
+    records_the_rows_of_the_other_role: ("sparsify_ffn", ", and computes (u0, 8)"),
 }
-ONLY_ON_REQUEST = (changes_the_dtype, changes_the_shape)
+ONLY_ON_REQUEST = (
+    changes_the_dtype,
+    changes_the_shape,
+    records_another_dtype,
+    records_another_shape,
+    records_the_rows_of_the_other_role,
+)
 
 
 def order_with(broken: Callable[[fx.GraphModule, PassContext], None], after: str) -> list[Pass]:
@@ -186,6 +212,20 @@ def test_a_sound_pipeline_passes_all_checks(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SPARSELORA_VERIFY", "1")
     captured = capture(Head(MLP()), *tokens(), config=SparseLoRAConfig(strict=True, **CONFIG))
     assert run_pipeline(captured.gm, captured.ctx).sparse is not None
+
+
+class MLPWithDropout(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(F.relu(self.up(x)), 0.5, self.training))
+
+
+def test_dropout_in_a_region_is_checked_like_any_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel asks for the number of elements, which depends on data."""
+    monkeypatch.setenv("SPARSELORA_VERIFY", "1")
+    captured = capture(Head(MLPWithDropout()).train(), *tokens(), config=SparseLoRAConfig(strict=True, **CONFIG))
+    result = run_pipeline(captured.gm, captured.ctx)
+    assert result.sparse is not None
+    assert sum("dropout" in str(node.target) for node in result.sparse.graph.nodes) == 2  # of either role
 
 
 def test_fallback_trains_like_eager() -> None:

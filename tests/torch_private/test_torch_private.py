@@ -36,9 +36,14 @@ NAMES: dict[str, str] = {
     "torch._guards.ChainedSource": "install_identity_guards",
     "torch._guards.Source.make_guard": "install_value_guard",
     "torch._guards.TracingContext.get": "install_value_guard",
-    "torch._subclasses.fake_tensor.FakeTensor": "is_fake, fake_outputs",
+    "torch._subclasses.fake_tensor.FakeTensor": "is_fake, StandIns",
     "torch._higher_order_ops.wrap.uid": "next_checkpoint_id",
-    "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols": "fake_outputs",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.ignore_fresh_unbacked_symbols": "StandIns",
+    "torch._dispatch.python.enable_python_dispatcher": "StandIns",
+    "torch._subclasses.fake_tensor.FakeTensorMode.from_tensor": "StandIns",
+    "torch.utils._sympy.symbol.symbol_is_type": "is_unbacked",
+    "torch.utils._sympy.symbol.SymT": "is_unbacked",
+    "torch.fx.graph._Namespace": "keep_used_names",
     "torch._dynamo.exc.RestartAnalysis": "is_control_flow_exception",
     "torch._dynamo.exc.SkipFrame": "is_control_flow_exception",
     "torch._dynamo.config.recompile_limit": "without_recompile_limit",
@@ -113,7 +118,7 @@ def private_attributes(source: str) -> Iterator[str]:
 
 
 FOREIGN_ATTRIBUTES = {
-    "_compiled_call_impl", "_dynamo_source", "_erased", "_forward_hooks", "_orig_mod", "_param_name_to_source",
+    "_compiled_call_impl", "_dynamo_source", "_graph_namespace", "_used_names", "_erased", "_forward_hooks", "_orig_mod", "_param_name_to_source",
     "_schema", "_version",
 }  # fmt: skip
 """Private attributes of PyTorch's objects, which no name of a module announces."""
