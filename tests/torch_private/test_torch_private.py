@@ -118,7 +118,8 @@ def private_attributes(source: str) -> Iterator[str]:
 
 
 FOREIGN_ATTRIBUTES = {
-    "_compiled_call_impl", "_dynamo_source", "_graph_namespace", "_used_names", "_erased", "_forward_hooks", "_orig_mod", "_param_name_to_source",
+    "_compiled_call_impl", "_dynamo_source", "_erased", "_forward_hooks", "_graph_namespace", "_orig_mod",
+    "_param_name_to_source", "_used_names",
     "_schema", "_version",
 }  # fmt: skip
 """Private attributes of PyTorch's objects, which no name of a module announces."""
