@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CODE := setup.py sparse_compile passes kernels tests $(wildcard examples benchmarks)
 
-.PHONY: help setup demo test test-oldest lint typecheck support bench kernels-report clean
+.PHONY: help setup demo test test-all test-oldest lint typecheck support bench kernels-report clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -30,7 +30,10 @@ $(STAMP): pyproject.toml setup.py requirements.lock
 demo: $(STAMP) ## fine-tune a small model dense and sparse, and compare (a few minutes, no download)
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-test: $(STAMP) ## run the tests, two at a time
+test: $(STAMP) ## run the tests that a change needs, two at a time (at most 8 minutes on two cores)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run all tests: the sweeps over models, examples and long compilations as well
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # The oldest versions that are admitted, in an environment of their own. PyPI serves the old torch for Linux as a CUDA
