@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from typing import Any
 
 from torch import Tensor, fx
@@ -86,10 +86,17 @@ class Rewriter:
         return tuple(self.call(operator.getitem, node, index) for index in range(count))
 
     def buffer(self, name: str, value: Tensor) -> fx.Node:
-        """Insert a read of a tensor constant of the graph; the tensor is registered under `name` on the first use."""
-        if not hasattr(self.gm, name):
-            register_graph_buffer(self.gm, name, value)
-        return self._tagged(self.graph.get_attr(name))
+        """Insert a read of a tensor constant of the graph, which is registered on the first use.
+
+        Args:
+            name: what to call the constant; a number is added where something else has the name.
+            value: the constant.
+        """
+        names = chain((name,), (f"{name}_{number}" for number in count(1)))
+        free = next(each for each in names if getattr(self.gm, each, value) is value)
+        if not hasattr(self.gm, free):
+            register_graph_buffer(self.gm, free, value)
+        return self._tagged(self.graph.get_attr(free))
 
     def copy(self, node: fx.Node, arg_map: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Insert a copy of `node` with its node arguments replaced."""

@@ -56,6 +56,16 @@ def test_an_inserted_node_holds_its_value() -> None:
     assert tensor_value(flat).requires_grad and not tensor_value(constant).requires_grad  # type: ignore[union-attr]
 
 
+def test_constants_of_one_name_are_kept_apart() -> None:
+    gm = capture(double, torch.zeros(2, 3)).gm
+    rewriter = Rewriter(gm, "test")
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    with rewriter.before(relus(gm)[0]):
+        nodes = [rewriter.buffer("same", value) for value in (ones, zeros, ones, zeros)]
+    assert [str(node.target) for node in nodes] == ["same", "same_1", "same", "same_1"]
+    assert gm.same is ones and gm.same_1 is zeros
+
+
 def test_a_value_is_that_of_the_modes_in_force() -> None:
     """Autocast in the graph, and gradients that it switches off, as they are where the node stands."""
 
