@@ -14,9 +14,10 @@ number, and the number at which it would turn is recorded.
 
 Legal because: matrix products associate; what differs is rounding. The op saves x, W, A, B, never a merged weight.
 Declines when: the adapter's input is dropped out (what is dropped for the adapter is not dropped for the layer), there
-are several adapters, A or B has a bias, the scale is no number, dtypes differ or autocast casts, a product in between
-is read elsewhere, the layer is in a sparse site, the dtype is fp16 or bf16 (a merged weight is rounded to it; the
-option `merge_low_precision` allows that), or the number of tokens is known at run time only.
+are several adapters or one that is weight-decomposed (DoRA), A or B has a bias, the scale is no number, dtypes differ
+or autocast casts, a product in between is read elsewhere, the layer is in a sparse site, the dtype is fp16 or bf16 (a
+merged weight is rounded to it; the option `merge_low_precision` allows that), or the number of tokens is known at run
+time only.
 """
 
 from __future__ import annotations

@@ -56,12 +56,15 @@ def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> Adapt
     """Return a layer with its adapter.
 
     Args:
-        projection: a layer with at least one LoRA branch.
+        projection: a layer with at least one adapter.
         nodes: the nodes of the graph by name.
 
     Raises:
         Declined: the two cannot become one product.
     """
+    if projection.dora:
+        reason = "its adapter is weight-decomposed (DoRA), whose magnitudes scale whole rows of a merged weight"
+        raise Declined(projection.name, reason)
     if len(projection.branches) > 1:
         raise Declined(projection.name, "it has several adapters")
     (branch,) = projection.branches
@@ -74,7 +77,9 @@ def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> Adapt
         raise Declined(projection.name, "the adapter is fused with others")
     if any(argument(product, "bias") is not None for product in (low, up)):
         raise Declined(projection.name, "the adapter has a bias")
-    values = [tensor_value(node) for product in (base, low, up) for node in (*product.args[:2], product)]
+    products = (base, low, up)
+    operands = [argument(product, name) for product in products for name in ("input", "weight")]
+    values = [tensor_value(node) for node in (*operands, *products)]
     if None in values:
         raise Declined(projection.name, "its sizes are not known")
     ways = ((scaled, up), (argument(up, "input"), low), (_other(output, scaled), base))
@@ -99,7 +104,7 @@ def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> Adapt
         b=argument(up, "weight"),
         bias=argument(base, "bias"),
         scale=math.prod(chain.scale for chain in chains if chain.scale is not None),
-        products=(base, low, up),
+        products=products,
         output=output,
         cast=casts or len(dtypes) > 1,
     )

@@ -130,9 +130,6 @@ class _Matcher:
         Raises:
             Declined: its zeros cannot be kept.
         """
-        if projection.dora:
-            reason = "its adapter is weight-decomposed (DoRA), whose magnitudes scale whole rows of a merged weight"
-            raise Declined(projection.name, reason)
         layer = adapted_layer(projection, self.nodes)
         reading = {self.factors.get(name) for name in self.readers[projection.weight]}
         if reading != {self.factors[projection.base]}:

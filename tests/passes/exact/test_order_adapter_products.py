@@ -34,6 +34,7 @@ from models import batch, normal
 from sparse_compile import explain
 from sparse_compile.compiler import executable
 from sparse_compile.compiler.capture import capture_context
+from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.report import plan_data
 from sparse_compile.compiler.runner import run_pipeline
@@ -43,6 +44,7 @@ from sparse_compile.graph.flops import step_flops
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.exact.order_adapter_products import break_even
 from sparse_compile.passes.protocol import PassOutcome
+from sweeps import sweep
 from tolerances import assert_close_rms
 
 PASS = "order_adapter_products"
@@ -269,7 +271,7 @@ def test_peft(options: dict[str, Any]) -> None:
     check(peft_model.train(), given().detach().float().requires_grad_(), F2B5=2)
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", sweep(variants(), "gqa"))
 def test_decoders(name: str) -> None:
     """Grouped heads, biases, every kind of block, with the factors of what is left fused."""
     model, inputs = Fp64Decoder(variants()[name]), batch(61)
@@ -398,6 +400,23 @@ def test_near_misses(name: str) -> None:
     assert declined(Layer(16, 16, function), given()) == reason
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["lora first", "dora first"])
+def test_a_weight_decomposed_adapter_beside_another(first: bool) -> None:
+    """Nothing is merged there; the layer that has one adapter alone is merged all the same."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = nn.Sequential(nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    dora = LoraConfig(r=4, target_modules=["1"], use_dora=True)
+    configs = [LoraConfig(r=4, target_modules=["1", "3"]), dora][:: -1 if first else 1]
+    model = get_peft_model(layers, configs[0])
+    model.add_adapter("second", configs[1])
+    model.base_model.set_adapter(["default", "second"])
+    make_dora_traceable()
+    _, outcome = order(model.train(), given().detach().float().requires_grad_())
+    reason = "its adapter is weight-decomposed (DoRA), whose magnitudes scale whole rows of a merged weight"
+    assert rejections(outcome) == [reason] and outcome.stats == {"F2B5": 1}
+
+
 def test_a_base_product_that_is_read_elsewhere_has_no_branch() -> None:
     captured, outcome = order(Layer(16, 16, lambda m, x: (y := m.layer.base_layer(x)) * (y + branch(m, x))), given())
     (projection,) = captured.ctx.facts.projections.values()
@@ -485,6 +504,7 @@ class Model(nn.Module):
         return self.narrow(mixed.unflatten(-1, (8, 8)).tanh()).square().mean()
 
 
+@pytest.mark.slow
 def test_inductor_compiles_fused_and_merged_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
     real = executable.compile_with_inductor

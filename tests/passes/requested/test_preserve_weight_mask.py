@@ -30,6 +30,7 @@ from graphs import (
 )
 from models import normal, random_mask
 from sparse_compile import explain
+from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import EVALUATION_PASSES, PASSES
 from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.kernels.masked_linear.pattern import mask_pattern, zero_fraction
@@ -102,6 +103,21 @@ def test_a_layer_that_runs_twice() -> None:
     ran = run_rewritten(module, x, config=EXACT)
     assert [layer.reason for layer in ran.ctx.facts.masked_layers] == ["", ""]
     assert_close_rms(ran.value, masked(module.layer, F.pad(masked(module.layer, x.tanh()), (0, 4))))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_a_weight_decomposed_adapter_is_declined(beside: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    if beside:
+        model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
+        model.base_model.set_adapter(["default", "second"])
+    prune(model.base_model.model[0].base_layer.weight)
+    make_dora_traceable()
+    outcome = run_passes(capture(model.train(), given().float(), config=PAPER), *ANALYSES, PASS)[PASS]
+    (reason,) = rejections(outcome)
+    assert reason.startswith("its adapter is weight-decomposed (DoRA)") and not outcome.changed
 
 
 def test_off_by_default() -> None:
