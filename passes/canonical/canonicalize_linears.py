@@ -44,10 +44,10 @@ class CanonicalizeLinears(Pass):
             if not calls_torch(node):
                 continue
             if op_name(node) in CASTS and _is_noop_cast(node):
-                forward_to(node, node.args[0])
+                forward_to(node, argument(node, "input"))
                 stats["casts"] += 1
             elif op_name(node) == "dropout" and _is_dead_dropout(node):
-                forward_to(node, node.args[0])
+                forward_to(node, argument(node, "input"))
                 stats["dropouts"] += 1
             else:
                 try:
@@ -58,7 +58,7 @@ class CanonicalizeLinears(Pass):
 
 
 def _is_noop_cast(node: fx.Node) -> bool:
-    before, after = tensor_value(node.args[0]), tensor_value(node)
+    before, after = tensor_value(argument(node, "input")), tensor_value(node)
     if before is None or after is None or node.kwargs.get("copy") or node.kwargs.get("memory_format") is not None:
         return False
     # `to(dtype)` of the same dtype returns its input; a fifth positional argument would be `copy`.
@@ -103,14 +103,10 @@ def _as_linear(node: fx.Node, ctx: PassContext, rewriter: Rewriter) -> bool:
 
 def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
     """Have a product read the tensor that was flattened for it, where its result is given back the shape."""
-    flat = linear.args[0]
-    if (
-        not isinstance(flat, fx.Node)
-        or op_name(flat) not in ("view", "reshape")
-        or not isinstance(flat.args[0], fx.Node)
-    ):
+    flat = argument(linear, "input")
+    if not isinstance(flat, fx.Node) or op_name(flat) not in ("view", "reshape"):
         return
-    x = flat.args[0]
+    x = argument(flat, "input")
     x_value, value = tensor_value(x), tensor_value(linear)
     if x_value is None or value is None or x_value.dim() < 3 or x_value.shape[-1:] != _shape_of(flat)[-1:]:
         return

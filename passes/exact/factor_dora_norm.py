@@ -91,9 +91,12 @@ class FactorDoRANorm(Pass):
 
 def _match(norm: fx.Node, ctx: PassContext) -> tuple[fx.Node, _Product] | None:
     """Return the weight and the product beside it where `norm` is a norm of their sum."""
-    if op_name(norm) not in VECTOR_NORMS or not calls_torch(norm) or not isinstance(norm.args[0], fx.Node):
+    if op_name(norm) not in VECTOR_NORMS or not calls_torch(norm):
         return None
-    total = strip_casts(norm.args[0])
+    whole = argument(norm, "input")
+    if not isinstance(whole, fx.Node):
+        return None
+    total = strip_casts(whole)
     if not is_sum(total) or not calls_torch(total):
         return None
     operands = [operand for operand in total.args if isinstance(operand, fx.Node)]
@@ -117,7 +120,7 @@ def _product(node: fx.Node) -> _Product | None:
                 return None
             scale, node = scale * numbers[0], tensors[0]
         elif op_name(node) in CASTS or op_name(node) == "detach":
-            node = node.args[0]  # type: ignore[assignment]
+            node = argument(node, "input")
         else:
             break
     node, transposes = strip_transposes(node)

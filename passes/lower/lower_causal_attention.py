@@ -15,6 +15,7 @@ many as queries or fewer heads than queries have, or the mask cannot be shown to
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -56,7 +57,7 @@ class LowerCausalAttention(Pass):
         stats: dict[str, int] = {}
         rejections: list[Rejection] = []
         for node in attentions:
-            query = tensor_value(node.args[0])
+            query = tensor_value(argument(node, "query"))
             if query is None:
                 continue
             try:
@@ -68,6 +69,10 @@ class LowerCausalAttention(Pass):
             _rewrite(node, provider, rewriter, additive)
             stats[provider] = stats.get(provider, 0) + 1
         return PassOutcome(bool(stats), stats, tuple(rejections))
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    return argument(node, "query"), argument(node, "key"), argument(node, "value")
 
 
 def _mask(node: fx.Node) -> fx.Node | None:
@@ -86,7 +91,7 @@ def _provider(node: fx.Node, query: Tensor) -> str:
 
 def _check_attention(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks) -> None:
     """Decline an attention that the op does not compute, or whose mask may allow a later key."""
-    values = [tensor_value(operand) for operand in node.args[:3]]
+    values = [tensor_value(operand) for operand in _operands(node)]
     mask = _mask(node)
     if argument(node, "dropout_p", 0.0):
         raise Declined(node, "its weights are dropped out")
@@ -112,7 +117,7 @@ def _check_attention(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks
 def _rewrite(
     node: fx.Node, provider: str, rewriter: Rewriter, additive: dict[tuple[fx.Node, torch.dtype], fx.Node]
 ) -> None:
-    query, key, value = node.args[:3]
+    query, key, value = _operands(node)
     mask, like = _mask(node), tensor_value(query)
     assert mask is not None and like is not None
     if (mask, like.dtype) not in additive:

@@ -64,7 +64,7 @@ def _frozen_weight(node: fx.Node, ctx: PassContext) -> fx.Node | None:
     if node.target is not LINEAR:
         return None
     weight = argument(node, "weight")
-    stored = weight.args[0] if op_name(weight) == "t" else weight
+    stored = argument(weight, "input") if op_name(weight) == "t" else weight
     parameter = ctx.env.parameters.get(stored.name)
     is_plain = parameter is not None and not parameter.trained and not parameter.is_wrapper
     return weight if is_plain else None

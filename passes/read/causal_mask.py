@@ -51,10 +51,13 @@ class CausalMasks:
         if name == "tril":
             diagonal = argument(mask, "diagonal", 0)
             return isinstance(diagonal, int) and diagonal <= 0
-        is_same = name in _SAME or (name == "getitem" and _keeps_last_two(mask.args[1], operands[0]))
+        source = argument(mask, "input")
+        if not isinstance(source, fx.Node):
+            return False
+        is_same = name in _SAME or (name == "getitem" and _keeps_last_two(mask.args[1], source))
         if name == "unsqueeze":
             is_same = _new_dimension(mask) < value.dim() - 2
-        return is_same and self._forbids_at(operands[0], mask)
+        return is_same and self._forbids_at(source, mask)
 
     def _forbids_at(self, operand: fx.Node, mask: fx.Node) -> bool:
         """Tell the same of an operand whose queries and keys are those of `mask`, not broadcast to them."""
@@ -70,7 +73,7 @@ class CausalMasks:
         name = op_name(node)
         if name == "arange":
             return -1 if _counts_from_zero(node) else None
-        source = node.args[0]
+        source = argument(node, "input")
         if not isinstance(source, fx.Node):
             return None
         if name in _SAME or (name in ("add", "sub", "__add__", "__sub__") and node.args[1:] == (0,)):

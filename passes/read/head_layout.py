@@ -153,7 +153,8 @@ def _permuted(node: fx.Node, before: Layout) -> Layout:
     rank = len(before)
     dims = list(range(rank))
     if op_name(node) == "permute":
-        order = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+        order = argument(node, "dims")
+        order = order if isinstance(order, tuple | list) else node.args[1:]
         dims = [int(dim) % rank for dim in order]  # type: ignore[arg-type]
     elif op_name(node) == "t":
         dims.reverse()
@@ -212,11 +213,11 @@ def _indexed(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
 
 def _joined(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
     """Handle `cat` and `stack`: with an empty cache, or of parts of one head's channels (rotary embedding)."""
-    parts = [part for part in node.args[0] if not _is_empty(part)]  # type: ignore[union-attr]
+    parts = [part for part in argument(node, "tensors") if not _is_empty(part)]
     shape = hinted_shape(node)
     if any(part not in layouts for part in parts):
         raise _lost(node, "joins the heads with other tensors")
-    first = layouts[parts[0]]  # type: ignore[index]
+    first = layouts[parts[0]]
     if len(parts) == 1 and op_name(node) != "stack":
         return first
     dim = int(argument(node, "dim", 0)) % len(shape)

@@ -27,7 +27,7 @@ def match_branch(output: fx.Node, source: fx.Node, ctx: PassContext) -> LoRABran
     shared = strip_casts(source)
     # A dropout that the base product reads as well belongs to the block, not to the adapter.
     if x is not shared and calls_torch(x) and op_name(x) == "dropout":
-        dropout, x = x.name, strip_casts(x.args[0])  # type: ignore[arg-type]
+        dropout, x = x.name, strip_casts(argument(x, "input"))
     if x is not shared:
         return None
     return LoRABranch(a=a.name, b=b.name, output=output.name, dropout=dropout)
@@ -55,6 +55,6 @@ def is_adapter_product(node: fx.Node, ctx: PassContext) -> bool:
         return False
     weight = strip_casts(argument(node, "weight"))
     if op_name(weight) == "t":
-        weight = strip_casts(weight.args[0])  # type: ignore[arg-type]
+        weight = strip_casts(argument(weight, "input"))
     parameter = ctx.env.parameters.get(weight.name)
     return parameter is not None and (parameter.trained or bool(ctx.env.config.requested))

@@ -127,8 +127,11 @@ def _logits_chain(logits: fx.Node) -> set[fx.Node]:
     """Return the tensors that are the logits of the loss, seen through casts, views and slices."""
     chain = {logits}
     node = logits
-    while op_name(node) in (VIEWS | SAME_ROWS | {"getitem"}) - {"dropout"} and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while op_name(node) in (VIEWS | SAME_ROWS | {"getitem"}) - {"dropout"}:
+        source = argument(node, "input")
+        if not isinstance(source, fx.Node):
+            break
+        node = source
         chain.add(node)
     return chain
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -26,7 +27,7 @@ def mutation_between(root: fx.Node, end: fx.Node) -> fx.Node | None:
     node = root.next
     while node is not end and node.op != "root":
         if writes_in_place(node):
-            written = [value for value in (*node.args[:1], node.kwargs.get("out")) if isinstance(value, fx.Node)]
+            written = [value for value in (_first(node), node.kwargs.get("out")) if isinstance(value, fx.Node)]
             if not written or any(own & set(_storage_path(value)) for value in written):
                 return node
         node = node.next
@@ -38,23 +39,28 @@ def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     written: set[fx.Node] = set()
     for node in graph.nodes:
         if writes_in_place(node):
-            for value in (*node.args[:1], node.kwargs.get("out")):
+            for value in (_first(node), node.kwargs.get("out")):
                 written.update(_storage_path(value) if isinstance(value, fx.Node) else ())
     return written
 
 
+def _first(node: fx.Node) -> Any:
+    """Return the first operand of a call, which a call in place writes to."""
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
 def _storage_path(node: fx.Node) -> Iterator[fx.Node]:
     yield node
-    while node.target is not LINEAR and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while node.target is not LINEAR and isinstance(first := _first(node), fx.Node):
+        node = first
         yield node
 
 
 def overwritten(node: fx.Node) -> fx.Node | None:
     """Return the operand that a call writes to in place, where it has other readers: they may see either value."""
-    first = node.args[0] if node.args else None
+    first = _first(node)
     is_shared = isinstance(first, fx.Node) and len(first.users) > 1
-    return first if is_shared and writes_in_place(node) else None  # type: ignore[return-value]
+    return first if is_shared and writes_in_place(node) else None
 
 
 def writes_in_place(node: fx.Node) -> bool:

@@ -140,7 +140,7 @@ def with_negative_dims(node: fx.Node, rank: int) -> None:
 
 def _viewed(node: fx.Node, lead: Sizes) -> RowOperand:
     """Follow a view: it keeps rows apart where the leading sizes of both sides have the same product."""
-    operand = node.args[0]
+    operand = argument(node, "input")
     if not isinstance(operand, fx.Node) or tensor_value(operand) is None:
         raise Declined(node, f"{op_name(node)} of no tensor")
     sizes, rows = sizes_of(operand), sympy.expand(sympy.prod(lead))

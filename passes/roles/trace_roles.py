@@ -80,7 +80,7 @@ def _from_comparison(graph: fx.Graph, ctx: PassContext, padding: str | None) -> 
     for node in graph.nodes:
         if op_name(node) not in EQUALITIES or ctx.env.config.ignore_index != argument(node, "other"):
             continue
-        found = label_root(node.args[0])
+        found = label_root(argument(node, "input"))
         if found is not None and is_labels(found[0]):
             return TokenRoles("labels", ((found[0].name, 1),), ctx.env.config.ignore_index, padding)
     return None

@@ -97,8 +97,8 @@ def _projection(node: fx.Node, ctx: PassContext) -> Projection | None:
     bias = argument(node, "bias")
     transposed = False
     weight = strip_casts(operand)
-    if op_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
-        transposed, weight = True, strip_casts(weight.args[0])
+    if op_name(weight) == "t":
+        transposed, weight = True, strip_casts(argument(weight, "input"))
     parameter = ctx.env.parameters.get(weight.name)
     quantized = ctx.facts.quantized_weights.get(weight.name)
     value = tensor_value(operand)

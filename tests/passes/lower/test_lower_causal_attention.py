@@ -91,8 +91,15 @@ def looked_up(length: int, counts: Tensor) -> Tensor:
     return (table[rows, k] <= table[rows, q]).expand(2, -1, length, length)
 
 
+def by_name(length: int, _: Tensor) -> Tensor:
+    places = torch.arange(length)
+    keys, queries = (torch.unsqueeze(input=places, dim=dim) for dim in (0, 1))
+    return torch.unsqueeze(input=torch.clone(input=keys <= queries), dim=0)[None]
+
+
 CAUSAL: dict[str, Mask] = {
     "causal": causal, "padded": padded, "windowed": windowed, "triangle": lower_triangle, "looked up": looked_up,
+    "by name": by_name,
 }  # fmt: skip
 
 
@@ -116,6 +123,18 @@ def test_the_simple_case() -> None:
     assert_golden(PASS, render(captured))
     before = render(captured)
     assert not run_passes(captured, PASS)[PASS].changed and render(captured) == before
+
+
+def test_operands_by_name() -> None:
+    class Named(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
+            mask = causal(q.shape[2], counts)
+            return F.scaled_dot_product_attention(attn_mask=mask, value=v, key=k, query=q)
+
+    arguments = operands()
+    ran = run_rewritten(Named(), *arguments, only=("canonicalize_linears", PASS))
+    assert ran.result.exact is not None and "causal_attention" in targets(ran.result.exact)
+    assert_close_rms(ran.value, F.scaled_dot_product_attention(*arguments[:3], causal(LENGTH, arguments[3])))
 
 
 def test_a_symbolic_length() -> None:
@@ -181,9 +200,19 @@ def rising(length: int, counts: Tensor) -> Tensor:
     return order[:, None, None, :] <= order[:, None, :, None]
 
 
+def filled(length: int, _: Tensor) -> Tensor:
+    """No tensor is an operand of what makes it."""
+    return torch.full(size=(2, 1, length, length), fill_value=True)
+
+
+def compared_with_filled(length: int, _: Tensor) -> Tensor:
+    return torch.full(size=(1, 1, 1, length), fill_value=0) <= torch.arange(length)[None, None, :, None]
+
+
 NOT_CAUSAL: dict[str, Mask] = {
     "later keys": later_keys, "either": either, "one key": one_key, "shifted": shifted, "stepped": stepped,
     "written to": written, "diagonal": upper_triangle, "given": given, "of data": rising,
+    "filled": filled, "compared with filled": compared_with_filled,
 }  # fmt: skip
 
 

@@ -119,6 +119,7 @@ def normed(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 ROTARY: dict[str, Callable[[Tensor], Tensor]] = {
     "half slices": lambda y: torch.cat((-y[..., D // 2 :], y[..., : D // 2]), dim=-1),
+    "by name": lambda y: torch.cat(tensors=(-y[..., D // 2 :], y[..., : D // 2]), dim=-1),
     "chunk": lambda y: torch.cat((-y.chunk(2, dim=-1)[1], y.chunk(2, dim=-1)[0]), dim=-1),
     "stack and flatten": lambda y: torch.stack((-y[..., 1::2], y[..., ::2]), dim=-1).flatten(-2),
 }
@@ -139,6 +140,11 @@ FOUND: dict[str, Attention] = {
         lambda m, x: tuple(p(x).unflatten(-1, (-1, D)).permute(0, 2, 1, 3) for p in (m.q, m.k, m.v)),
         sdpa_gqa,
         lambda m, a, k: m.o(a.permute(0, 2, 1, 3).flatten(2)),
+    ),
+    "heads by permute, arguments by name": Attention(
+        lambda m, x: tuple(p(x).unflatten(-1, (-1, D)).permute(dims=(0, 2, 1, 3)) for p in (m.q, m.k, m.v)),
+        lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v, enable_gqa=True),
+        lambda m, a, k: m.o(torch.flatten(input=torch.permute(input=a, dims=(0, 2, 1, 3)), start_dim=2)),
     ),
 } | {f"rotary, {name}": Attention(with_rotary(rotate)) for name, rotate in ROTARY.items()}
 
