@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
+from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.torch_private.autograd import next_checkpoint_id
@@ -46,7 +47,7 @@ class InlineCheckpointBodies(Pass):
             except Declined as declined:
                 rejections.append(declined.by(self.name))
                 continue
-            _inline(gm, call, body)
+            _inline(gm, call, body, self.name)
             inlined += 1
         return PassOutcome(inlined > 0, {"inlined": inlined}, tuple(rejections))
 
@@ -74,7 +75,7 @@ def _is_graph(body: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(value, fx.GraphModule)
 
 
-def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, pass_name: str) -> None:
     region = next_checkpoint_id()
     arguments = iter(call.args[1:])
     values: dict[fx.Node, Any] = {}
@@ -87,6 +88,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
                 result = fx.map_arg(node.args[0], values.__getitem__)
             elif node.op == "get_attr":
                 values[node] = _move_nested_body(gm, body, node)
+                values[node].meta[TAG] = {"pass": pass_name, "site": ""}
             else:
                 copied = gm.graph.node_copy(node, values.__getitem__)
                 copied.meta = dict(node.meta)

@@ -134,6 +134,18 @@ def test_declines_a_policy_of_its_own() -> None:
     assert CHECKPOINT in " ".join(targets(captured.gm))
 
 
+def test_a_policy_of_an_inner_checkpoint_is_left_alone() -> None:
+    """What is around it is inlined all the same."""
+    inner = Checkpointed(context_fn=partial(create_selective_checkpoint_contexts, []))
+    outer = Checkpointed(lambda m, x: m.mlp(inner(x)).relu())
+    captured = capture(outer, normal(2, 8))
+    outcome = run_passes(captured, PASS)[PASS]
+    assert outcome.stats == {"inlined": 1}
+    assert rejections(outcome) == ["the checkpoint has a policy of its own (context_fn): sites inside stay dense"]
+    (holder,) = captured.gm.graph.find_nodes(op="get_attr", target="nested_wrap_body_0")
+    assert holder.meta["sparselora"] == {"pass": PASS, "site": ""}
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_sparse_blocks_inside_checkpoints(blocks: int) -> None:
     """The choice is saved, never made again; products around it may be recomputed."""
