@@ -98,7 +98,7 @@ def _without_channel_scale(node: fx.Node, width: int, ctx: PassContext) -> tuple
 def _is_channel_vector(node: fx.Node, width: int, ctx: PassContext) -> bool:
     """Tell whether a tensor holds one number for each of `width` channels, computed from stored weights alone."""
     shape = hinted_shape(node)
-    if not shape or shape[-1] != width or set(shape[:-1]) > {1}:
+    if not shape or shape[-1] != width or not set(shape[:-1]) <= {1}:
         return False
     known = {
         *ctx.env.parameters,

@@ -223,6 +223,12 @@ DORA: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], int]] = {
     "a bias left on": (lambda m, x: (y := biased(m, x)) + ((m.v - 1) * y + m.v * low(m, x)), 1),
     # Near misses.
     "a scale of the tokens": (lambda m, x: (y := m.base(x)) + ((x.mean((0, 1)).sum() * m.v) * y + m.v * low(m, x)), 0),
+    "a scale of each token": (
+        lambda m, x: (
+            (y := m.base(x)) + ((m.v * (places := torch.arange(1.0, 4.0)[:, None]) - 1) * y + m.v * places * low(m, x))
+        ),
+        0,
+    ),
     "one scale for all channels": (lambda m, x: (y := m.base(x)) + ((m.v.sum() - 1) * y + m.v.sum() * low(m, x)), 0),
     "the base read once more": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y + m.v * low(m, x)) + y.relu(), 0),
     "another tensor taken off": (lambda m, x: (y := biased(m, x)) + ((m.v - 1) * (y - m.v) + m.v * low(m, x)), 0),
