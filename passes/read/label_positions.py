@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
         raise Declined(loss, f"the target comes from {root.name}, which is not an integer tensor (batch, tokens)")
     if not available_early(root):
         raise Declined(root, f"the target {root.name} is computed from activations: it is not known before the blocks")
-    labels = _replay(chain, torch.arange(tensor_numel(root)).view(hinted_shape(root)), drop_last=False).reshape(-1)
+    positions = torch.arange(math.prod(hinted_shape(root))).view(hinted_shape(root))
+    ignored = argument(loss, "ignore_index", -100)
+    labels = _replay(chain, positions, drop_last=False, ignored=ignored).reshape(-1)
     tokens = _token_of_each_row(logits, hinted_shape(root)).reshape(-1)
     assert labels.shape == tokens.shape, "a cross-entropy has a target for each row of logits"
     read = labels != _IGNORED
@@ -70,10 +73,11 @@ def label_root(node: object) -> tuple[fx.Node, list[fx.Node]] | None:
     """
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node) and op_name(node) in VIEWS | _SAME | {"getitem", "pad", "slice"}:
-        if not isinstance(node.args[0], fx.Node) or tensor_value(node.args[0]) is None:
+        source = argument(node, "input")
+        if tensor_value(source) is None:
             break
         chain.append(node)
-        node = node.args[0]
+        node = source
     if not isinstance(node, fx.Node) or tensor_value(node) is None:
         return None
     return node, chain[::-1]
@@ -94,22 +98,23 @@ def _token_of_each_row(logits: fx.Node, shape: tuple[int, ...]) -> Tensor:
     """Return, for each row of logits that the loss reads, the flattened position of the token it was computed for."""
     chain: list[fx.Node] = []
     node, (batch, length) = logits, shape
-    while op_name(node) in VIEWS | _SAME | {"getitem", "slice"} and tensor_value(node.args[0]) is not None:
+    while op_name(node) in VIEWS | _SAME | {"getitem", "slice"} and tensor_value(argument(node, "input")) is not None:
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = argument(node, "input")
     size = hinted_shape(node)
     if op_name(node) in _MOVES or size[:-1] not in ((batch, length), (batch * length,)):
         raise Declined(node, f"the rows of the logits cannot be followed through {node.name}")
     return _replay(chain[::-1], torch.arange(batch * length).view(size[:-1]), drop_last=True)
 
 
-def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tensor:
+def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool, ignored: object = None) -> Tensor:
     """Apply ops that move rows to a tensor of positions, at the sizes seen at tracing.
 
     Args:
         chain: the ops, in order.
         positions: what to move.
         drop_last: the ops act on tensors with one more, last dimension (the vocabulary).
+        ignored: the label that has no loss, which labels may be padded with.
     """
     for node in chain:
         shape = hinted_shape(node)[:-1] if drop_last else hinted_shape(node)
@@ -118,10 +123,11 @@ def _replay(chain: list[fx.Node], positions: Tensor, *, drop_last: bool) -> Tens
         if op_name(node) in VIEWS:
             positions = positions.reshape(shape)
         elif op_name(node) == "pad":
-            pad, value = argument(node, "pad"), argument(node, "value")
-            positions = torch.nn.functional.pad(positions, pad, value=_IGNORED)
-            if value is None:
-                raise Declined(node, "the target is padded with label 0, not with ignore_index")
+            mode, value = argument(node, "mode", "constant"), argument(node, "value") or 0
+            if mode != "constant" or value != ignored:
+                label = f"label {value}" if mode == "constant" else "labels"
+                raise Declined(node, f"the target is padded with {label}, not with ignore_index")
+            positions = torch.nn.functional.pad(positions, argument(node, "pad"), value=_IGNORED)
         elif op_name(node) == "getitem":
             positions = _sliced(positions, node, drop_last=drop_last)
         else:
@@ -161,11 +167,3 @@ def _as_int(bound: object, node: fx.Node) -> int | None:
     if hint is None:
         raise Declined(node, "a slice bound is not known at tracing")
     return int(hint)
-
-
-def tensor_numel(node: fx.Node) -> int:
-    """Return the number of elements of a tensor node, as seen at tracing."""
-    count = 1
-    for size in hinted_shape(node):
-        count *= size
-    return count

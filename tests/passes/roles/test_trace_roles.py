@@ -100,6 +100,17 @@ def test_another_ignore_index(ignore: int) -> None:
     assert captured.ctx.facts.roles.ignore_index == ignore
 
 
+@pytest.mark.parametrize("value", [None, 0, -1])
+def test_padded_with_another_ignore_index(value: int | None) -> None:
+    """A pad without a value is one with 0."""
+    captured, outcome = trace(
+        lambda z, x, y: F.cross_entropy(
+            z.view(-1, V), F.pad(input=y, pad=(0, 1), value=value)[:, 1:].reshape(-1), ignore_index=value or 0
+        )
+    )
+    assert not outcome.rejections and captured.ctx.facts.roles.labels == (("l_inputs_1_", 1),)
+
+
 def two(z: Tensor, x: Tensor, y: Tensor, second: Tensor) -> Tensor:
     return sliced(z, x, y) + F.cross_entropy(z.view(-1, V), second.view(-1))
 
@@ -210,6 +221,16 @@ DECLINED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "padded with label 0": (
         lambda z, x, y: F.cross_entropy(z.view(-1, V), F.pad(y, (0, 1))[:, 1:].reshape(-1)),
         "the target is padded with label 0, not with ignore_index",
+    ),
+    "padded with a label that has a loss": (
+        lambda z, x, y: F.cross_entropy(z.view(-1, V), F.pad(y, (0, 1), value=0)[:, 1:].reshape(-1)),
+        "the target is padded with label 0, not with ignore_index",
+    ),
+    "padded with what another loss would ignore": (
+        lambda z, x, y: F.cross_entropy(
+            z.view(-1, V), F.pad(y, (0, 1), value=IGNORE)[:, 1:].reshape(-1), ignore_index=0
+        ),
+        "the target is padded with label -100, not with ignore_index",
     ),
     "labels picked by a tensor": (
         lambda z, x, y: F.cross_entropy(z[:, :2].reshape(-1, V), y[:, INDEX].reshape(-1)),
