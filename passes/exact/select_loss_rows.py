@@ -53,6 +53,7 @@ from sparse_compile.passes.read.loss_segment import (
     place_of,
 )
 from sparse_compile.passes.read.row_wise import SAME_ROWS, RowOperand, Sizes, sizes_of, with_negative_dims
+from sparse_compile.torch_private.fx import is_erased
 
 _OPS = torch.ops.sparselora
 ON_LOSS_ROWS = "runs on the rows of the loss alone, which are all output tokens"
@@ -134,6 +135,10 @@ class _Narrowing:
         # The first node may be a checkpoint's, whose marks these have taken over.
         save_what_precedes(self.top)
         erase_unused(target)
+        # Roles are read from the labels by name: where only the copy is left, it is they.
+        for node, copied in self.hoisted.items():
+            if is_erased(node):
+                copied.name = node.name
         spare = self.slots is not None
         return LossRows(self.segment.names, outputs, spare)
 

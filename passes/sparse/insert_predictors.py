@@ -40,7 +40,6 @@ from sparse_compile.graph.facts import SitePlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, hoist, save_what_precedes
 from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection
-from sparse_compile.kernels.channel_selection import prepare_count
 from sparse_compile.options.presets import kept_count
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
@@ -283,7 +282,6 @@ class _PredictorBuilder:
         return value.device
 
     def _top(self, scores: fx.Node, kept: int, site: str, source: str) -> fx.Node:
-        prepare_count(site, self._device(source))
         scores = self.rewriter.method("detach", scores)
         node = self.rewriter.call(_OPS.top_channels.default, scores, kept, site, *self.dense_step)
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

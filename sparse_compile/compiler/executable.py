@@ -6,10 +6,13 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparse_compile.compiler.notices import tell_when_all_is_compiled
 from sparse_compile.compiler.report import GraphReport
+from sparse_compile.graph.read import argument, tensor_of
+from sparse_compile.kernels.channel_selection import prepare_count
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import RequestedFunctionError
@@ -46,6 +49,7 @@ def compile_first(
         if graph is None or compiled is not None:
             continue
         try:
+            _prepare_counts(graph)
             with saving_what_is_marked():
                 compiled = compile_with_inductor(graph, example_inputs, _inductor_options(graph, config), mode)
         except Exception as error:
@@ -63,6 +67,12 @@ def compile_first(
         reasons = " ".join(dict.fromkeys(failed.values()))
         warnings.warn(f"sparselora: the {kinds} graph did not compile, so it runs {instead}. {reasons}", stacklevel=2)
     return compiled
+
+
+def _prepare_counts(gm: fx.GraphModule) -> None:
+    """Make the counters that choices of channels write to, before anything is captured in a CUDA graph."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.sparselora.top_channels.default):
+        prepare_count(argument(node, "site"), tensor_of(node).device)
 
 
 def _inductor_options(gm: fx.GraphModule, config: SparseLoRAConfig) -> Mapping[str, Any]:

@@ -14,9 +14,10 @@ from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.report import GraphReport, Report, graph_report
 from sparse_compile.compiler.runner import run_pipeline
-from sparse_compile.graph.read import hinted_shape, tensor_value
+from sparse_compile.graph.read import hinted_shape, tensor_value, value_of
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.torch_private.dynamo import compile_id, without_recompile_limit
+from sparse_compile.torch_private.fake import size_hint
 from sparse_compile.torch_private.modules import uncompiled
 from sparse_compile.training.sharded import any_in_parts
 
@@ -79,5 +80,5 @@ def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
 def _zeros(node: Any) -> Any:
     value = tensor_value(node)
     if value is None:
-        return node if not isinstance(node, fx.Node) else int(getattr(node.meta["example_value"], "node", None).hint)  # type: ignore[union-attr]
+        return size_hint(value_of(node)) if isinstance(node, fx.Node) else node
     return torch.zeros(hinted_shape(node), dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)

@@ -17,6 +17,8 @@ from sparse_compile.training.session import Session
 from sparse_compile.training.told import IN_PROCESS
 
 _matched: set[SparseLoRAConfig] = set()
+"""Configurations with which some graph became sparse. A model in several graphs may be several sessions, which only
+their configuration ties together until an optimizer steps."""
 
 
 def asks_for_sparsity(config: SparseLoRAConfig) -> bool:

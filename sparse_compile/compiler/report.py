@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.runner import PassRecord, PipelineResult
 from sparse_compile.graph.cost import LOSS, OUTPUT, saved_flops
 from sparse_compile.graph.facts import MaskedLayer, ProductOrder, Rejection, SitePlan, SparsityPlan
-from sparse_compile.graph.flops import step_flops
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.exact.select_loss_rows import ON_LOSS_ROWS
 
@@ -71,7 +71,7 @@ class GraphReport:
         masks: the pruned layers with an adapter, where their zeros are to be kept.
         orders: the order of the products of each layer that could have another.
         rejections: every place where a pass looked and did not apply.
-        flops_before, flops_after: FLOPs of the matrix products of a training step.
+        flops_before, flops_after: FLOPs of the matrix products of a training step, as captured and as it will run.
         weight_flops_before, weight_flops_after: those of the products with frozen weights alone.
     """
 
@@ -105,13 +105,10 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
         tokens: numbers of tokens to give FLOPs for.
     """
     counts = {OUTPUT: tokens.output, LOSS: tokens.loss}
-    before, of_weights_before = step_flops(result.canonical.graph).at(counts)
-    current, of_weights = before, of_weights_before
-    passes = []
-    for record, flops in zip(result.records, result.flops, strict=True):
-        after, of_weights = flops.at(counts)
-        passes.append(PassReport(record, current, after))
-        current = after
+    before, of_weights_before = result.flops_before.at(counts)
+    after, of_weights_after = result.flops_after.at(counts)
+    totals = [before, *(flops.at(counts)[0] for flops in result.flops)]
+    passes = [PassReport(record, *pair) for record, pair in zip(result.records, pairwise(totals), strict=True)]
     return GraphReport(
         compile_id=compile_id,
         roles=ctx.facts.roles.origin if ctx.facts.roles else None,
@@ -124,9 +121,9 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
         orders=ctx.facts.product_orders,
         rejections=result.rejections,
         flops_before=before,
-        flops_after=current,
+        flops_after=after,
         weight_flops_before=of_weights_before,
-        weight_flops_after=of_weights,
+        weight_flops_after=of_weights_after,
     )
 
 

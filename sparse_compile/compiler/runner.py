@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import sympy
 from torch import fx
 
 from sparse_compile.compiler.pipeline import PASSES
@@ -61,7 +62,9 @@ class PipelineResult:
             lacks the optimisations that come behind the sparse passes.
         canonical: the graph before the first pass that saves work.
         records: one per pass.
-        flops: of a training step after each pass, counted from the graph.
+        flops_before: of a training step as captured, in its canonical spelling: what is packed is counted there.
+        flops: of a training step after each pass.
+        flops_after: of a training step of the graph that runs.
         rejections: every place where a pass looked and did not apply.
         made_sparse: kinds of sites that were rewritten.
         failed: passes that raised, or left an illegal graph, of which the user was told.
@@ -71,7 +74,9 @@ class PipelineResult:
     exact: fx.GraphModule | None
     canonical: fx.GraphModule
     records: tuple[PassRecord, ...]
+    flops_before: StepFlops
     flops: tuple[StepFlops, ...]
+    flops_after: StepFlops
     rejections: tuple[Rejection, ...]
     made_sparse: frozenset[str]
     failed: tuple[Pass, ...] = ()
@@ -122,7 +127,8 @@ class _Runner:
         self.optimised = False
         self.stages = {"captured"}
         self.records: list[PassRecord] = []
-        self.flops: list[StepFlops] = []
+        self.flops: list[StepFlops | None] = []
+        self.exact_flops: StepFlops | None = None
         self.rejections: list[Rejection] = []
         self.made_sparse: set[str] = set()
         self.failed: list[Pass] = []
@@ -150,12 +156,17 @@ class _Runner:
 
     def result(self) -> PipelineResult:
         """Return the outcome."""
+        before = next((flops for flops in self.flops if flops is not None), None) or self._count(self.captured)
+        flops = tuple(before if each is None else each for each in self.flops)
+        runs = flops[-1] if self.made_sparse and flops else self.exact_flops or before
         return PipelineResult(
             sparse=self.current if self.made_sparse else None,
             exact=self.exact if self.optimised else None,
             canonical=self.canonical,
             records=tuple(self.records),
-            flops=tuple(self.flops),
+            flops_before=before,
+            flops=flops,
+            flops_after=runs,
             rejections=tuple(self.rejections),
             made_sparse=frozenset(self.made_sparse),
             failed=tuple(self.failed),
@@ -213,8 +224,22 @@ class _Runner:
 
     def _record(self, record: PassRecord) -> None:
         self.records.append(record)
-        unchanged = self.flops and not record.changed
-        self.flops.append(self.flops[-1] if unchanged else step_flops(self.current.graph))
+        last = self.flops[-1] if self.flops else None
+        if "canonical" in self.stages and (record.changed or last is None):
+            last = self._count(self.current)
+        self.flops.append(last)
+        if not self.approximate:
+            self.exact_flops = last
+
+    def _count(self, gm: fx.GraphModule) -> StepFlops:
+        """Count FLOPs: what is reported of a graph must not keep it from being compiled."""
+        try:
+            return step_flops(gm.graph)
+        except Exception as error:
+            if self.ctx.env.config.strict:
+                raise
+            warnings.warn(f"sparselora: the FLOPs of a graph were not counted. {_described(error)}", stacklevel=2)
+            return StepFlops(sympy.nan, sympy.nan)
 
 
 def _described(error: Exception) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx
 
 from sparse_compile.compiler.legal import RULES, STAGES, Checked
@@ -95,11 +96,14 @@ def _difference(recorded: Any, found: Any, sizes: dict[sympy.Symbol, sympy.Expr]
             return f"{len(recorded)} values, and computes {len(found)}"
         reasons = (_difference(*pair, sizes) for pair in zip(recorded, found, strict=True))
         return next((reason for reason in reasons if reason), "")
+    if isinstance(recorded, int | torch.SymInt) and isinstance(found, int | torch.SymInt):
+        pair = size_expression(recorded), size_expression(found)
+        return "" if _same(*pair, sizes) else f"the size {pair[0]}, and computes {pair[1].xreplace(sizes)}"
     if not isinstance(recorded, Tensor):
         return ""
     if not isinstance(found, Tensor):
         return f"a tensor, and computes {type(found).__name__}"
-    for name in ("dtype", "device"):
+    for name in ("dtype", "device", "requires_grad"):
         if getattr(recorded, name) != getattr(found, name):
             return f"{name} {getattr(recorded, name)}, and computes {getattr(found, name)}"
     known, computed = (tuple(size_expression(size) for size in value.shape) for value in (recorded, found))
@@ -109,6 +113,6 @@ def _difference(recorded: Any, found: Any, sizes: dict[sympy.Symbol, sympy.Expr]
 
 
 def _same(known: sympy.Expr, computed: sympy.Expr, sizes: dict[sympy.Symbol, sympy.Expr]) -> bool:
-    if is_unbacked(computed) and computed not in sizes:
+    if is_unbacked(known) and is_unbacked(computed) and computed not in sizes:
         sizes[computed] = known
     return bool(sympy.expand(known - computed.xreplace(sizes)) == 0)

@@ -1,8 +1,9 @@
 """FLOPs of the matrix products of one training step, counted from a graph.
 
-A product of (n, a) with (a, b) counts 2nab FLOPs, and as many for each of its operands that gets a gradient. Causal
-attention counts half of its scores, five products backward for two forward, as fused attention kernels execute it. Of
-what is detached before it reaches an output, as DoRA's norm is, only the forward counts.
+A product of (n, a) with (a, b) counts 2nab FLOPs, and as many for each of its operands that gets a gradient. Attention
+over its own sequence counts half of its scores, for a decoder masks the others, and five products backward for two
+forward, as fused kernels execute it. Of what is detached before it reaches an output, as DoRA's norm is, only the
+forward counts.
 
 Sizes are those seen at tracing. Where they depend on data, the count is an expression over the numbers of output tokens
 and of rows of the loss.
@@ -19,7 +20,7 @@ import sympy
 from torch import Tensor, fx
 
 from sparse_compile.graph.cost import LOSS, OUTPUT, TOKENS, association_costs, masked_layer_flops
-from sparse_compile.graph.read import argument, op_name, tensor_value, value_of
+from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_of, tensor_value, value_of
 from sparse_compile.graph.vocabulary import LINEAR, MATMULS
 from sparse_compile.graph.walk import reach
 from sparse_compile.torch_private.fake import is_unbacked, size_expression, size_hint, with_hints
@@ -49,11 +50,16 @@ def step_flops(graph: fx.Graph) -> StepFlops:
     counter = _Counter(graph)
     total = weights = sympy.Integer(0)
     for node in graph.nodes:
-        count = _COUNTS.get(op_name(node))
+        count = _COUNTS.get(_known_name(node))
         if count is not None:
             flops, of_weights = count(counter, node)
             total, weights = total + flops, weights + of_weights
     return StepFlops(sympy.expand(total), sympy.expand(weights))
+
+
+def _known_name(node: fx.Node) -> str:
+    """Return the name of a call of PyTorch or of an op of ours; empty for any other, whatever its name."""
+    return op_name(node) if calls_torch(node) else ""
 
 
 Flops = tuple[Any, Any]
@@ -72,9 +78,9 @@ class _Counter:
         self._roles: dict[sympy.Symbol, sympy.Symbol] = {}
         for node in graph.nodes:
             value = value_of(node)
-            if op_name(node) == "split_tokens" and isinstance(value, tuple):
+            if _known_name(node) == "split_tokens" and isinstance(value, tuple):
                 self._remember(value[0], OUTPUT)
-            elif op_name(node) == "loss_rows" and isinstance(value, Tensor):
+            elif _known_name(node) == "loss_rows" and isinstance(value, Tensor):
                 self._remember(value, LOSS)
 
     def _remember(self, rows: Tensor, role: sympy.Symbol) -> None:
@@ -99,28 +105,34 @@ class _Counter:
         """Return the number of rows of a tensor (..., width)."""
         return math.prod(self.shape(node)[:-1])
 
+    def differentiates(self, node: fx.Node) -> bool:
+        """Tell whether a gradient may reach a node."""
+        return node in self._differentiated
+
     def gradients(self, node: fx.Node, *operands: Any) -> int:
         """Return how many operands of a product get a gradient."""
-        if node not in self._differentiated:
+        if not self.differentiates(node):
             return 0
         values = (tensor_value(operand) for operand in operands)
         return sum(value is not None and value.requires_grad for value in values)
 
 
 def _product(counter: _Counter, node: fx.Node) -> Flops:
-    operands = [operand for operand in node.all_input_nodes if len(counter.shape(operand)) > 1]
-    if len(operands) < 2 or tensor_value(node) is None:
+    names = {"linear": ("input", "weight"), "addmm": ("mat1", "mat2")}.get(op_name(node), ("input", "other"))
+    x, other = (argument(node, name) for name in names)
+    if not counter.shape(x) or not counter.shape(other):
         return _NONE
-    forward = 2 * math.prod(counter.shape(node)) * counter.shape(operands[0])[-1]
-    flops = forward * (1 + counter.gradients(node, *operands))
-    weight = tensor_value(argument(node, "weight")) if node.target is LINEAR else None
-    return flops, flops if weight is not None and not weight.requires_grad else 0
+    forward = 2 * math.prod(counter.shape(node)) * counter.shape(x)[-1]
+    flops = forward * (1 + counter.gradients(node, x, other))
+    is_frozen = node.target is LINEAR and not tensor_of(other).requires_grad
+    return flops, flops if is_frozen else 0
 
 
 def _attention(counter: _Counter, node: fx.Node) -> Flops:
-    query, key = (counter.shape(argument(node, name)) for name in ("query", "key"))
-    forward = 4 * math.prod(query) * key[-2] / (2 if query[-2] == key[-2] else 1)
-    operands = (argument(node, name) for name in ("query", "key", "value"))
+    operands = [argument(node, name) for name in ("query", "key", "value")]
+    query, key, value = (counter.shape(operand) for operand in operands)
+    scores = math.prod(query[:-1]) * key[-2]
+    forward = sympy.Rational(2, 2 if query[-2] == key[-2] else 1) * scores * (query[-1] + value[-1])
     return forward * (sympy.Rational(7, 2) if counter.gradients(node, *operands) else 1), 0
 
 
@@ -146,26 +158,39 @@ def _fused(counter: _Counter, node: fx.Node) -> Flops:
     return frozen + adapters, frozen
 
 
-def _adapted(counter: _Counter, node: fx.Node) -> tuple[tuple[int, int, int], Any, bool]:
-    """Return (in, out, rank), the number of tokens, and whether the input of an adapted layer gets a gradient."""
-    x, weight, a = (argument(node, name) for name in ("x", "weight", "a"))
-    out_features, in_features = counter.shape(weight)
-    return (in_features, out_features, counter.shape(a)[0]), counter.rows(x), bool(counter.gradients(node, x))
+_Costs = Callable[[fx.Node, tuple[int, int, int], bool], sympy.Expr]
 
 
-def _merged(counter: _Counter, node: fx.Node) -> Flops:
-    (in_features, out_features, rank), tokens, input_gradient = _adapted(counter, node)
-    costs = association_costs(in_features, out_features, rank, input_gradient=input_gradient)
-    total = costs[argument(node, "association")].subs(TOKENS, tokens)
-    return total, 2 * tokens * in_features * out_features * (1 + input_gradient)
+def _adapted(costs: _Costs) -> Callable[[_Counter, fx.Node], Flops]:
+    """Return what counts a layer together with its adapter.
+
+    Args:
+        costs: returns, for (in, out, rank) and whether the input gets a gradient, the FLOPs of a step over `TOKENS`.
+    """
+
+    def count(counter: _Counter, node: fx.Node) -> Flops:
+        x, weight, a = (argument(node, name) for name in ("x", "weight", "a"))
+        out_features, in_features = counter.shape(weight)
+        rank, tokens = counter.shape(a)[0], counter.rows(x)
+        product = 2 * tokens * in_features * out_features
+        if not counter.differentiates(node):
+            return product + 2 * tokens * rank * (in_features + out_features), product
+        # As the pass asked that chose the order of the products.
+        input_gradient = tensor_of(x).requires_grad
+        total = costs(node, (in_features, out_features, rank), input_gradient).subs(TOKENS, tokens)
+        return total, product * (1 + input_gradient)
+
+    return count
 
 
-def _masked(counter: _Counter, node: fx.Node) -> Flops:
-    sizes, tokens, input_gradient = _adapted(counter, node)
+def _merged(node: fx.Node, sizes: tuple[int, int, int], input_gradient: bool) -> sympy.Expr:
+    return association_costs(*sizes, input_gradient=input_gradient)[argument(node, "association")]
+
+
+def _masked(node: fx.Node, sizes: tuple[int, int, int], input_gradient: bool) -> sympy.Expr:
     exact = argument(node, "mask_gradient") == "exact"
     plain = association_costs(*sizes, input_gradient=input_gradient)["F1B1"]
-    added = masked_layer_flops(*sizes, exact=exact, input_gradient=input_gradient)
-    return (plain + added).subs(TOKENS, tokens), 2 * tokens * sizes[0] * sizes[1] * (1 + input_gradient)
+    return plain + masked_layer_flops(*sizes, exact=exact, input_gradient=input_gradient)
 
 
 def _dora_norm(counter: _Counter, node: fx.Node) -> Flops:
@@ -205,8 +230,8 @@ _COUNTS: Final[Mapping[str, Callable[[_Counter, fx.Node], Flops]]] = {
     "gathered_linear": _frozen_product("x"),
     "gathered_input_linear": _frozen_product("h"),
     "fused_linear": _fused,
-    "merged_linear": _merged,
-    "masked_linear": _masked,
+    "merged_linear": _adapted(_merged),
+    "masked_linear": _adapted(_masked),
     "dora_norm": _dora_norm,
     "low_rank_product": _low_rank,
     "predicted_scores": _scores,

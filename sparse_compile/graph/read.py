@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from sparse_compile.graph.vocabulary import CASTS, PARAMETERS, TRANSPOSES
-from sparse_compile.torch_private.aten import is_op, overload, overload_name, overload_parameters
+from sparse_compile.torch_private.aten import op_namespace, overload, overload_name, overload_parameters
 from sparse_compile.torch_private.fake import size_hint
 
 
@@ -23,6 +23,13 @@ def tensor_value(node: Any) -> Tensor | None:
     """Return the example tensor of `node`, or None where it is not a node that holds a tensor."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def tensor_of(node: fx.Node) -> Tensor:
+    """Return the example tensor of a node that is known to hold one."""
+    value = tensor_value(node)
+    assert value is not None, f"{node} holds no tensor"
+    return value
 
 
 def hinted_shape(node: fx.Node) -> tuple[int, ...]:
@@ -46,14 +53,18 @@ def op_name(node: fx.Node) -> str:
 _TENSOR_NAMESPACES = ("torch", "_operator", "operator")
 
 
+_OP_NAMESPACES = ("aten", "sparselora")
+"""Libraries of ops whose names are known here: another library may call anything `add`."""
+
+
 def calls_torch(node: fx.Node) -> bool:
     """Tell whether `node` is a method of a tensor or a function of PyTorch, whose name then says what it does."""
     if node.op == "call_method":
         return tensor_value(node.args[0]) is not None if node.args else False
     if node.op != "call_function":
         return False
-    if is_op(node.target):
-        return True
+    if (namespace := op_namespace(node.target)) is not None:
+        return namespace in _OP_NAMESPACES
     module = getattr(node.target, "__module__", None) or ""
     # Builtins of torch (torch.matmul, torch._C._nn.gelu) report no module or a private one.
     return module.split(".")[0] in _TENSOR_NAMESPACES or torch.overrides.is_tensor_method_or_property(

@@ -14,7 +14,6 @@ from sparse_compile.torch_private.aten import LINEAR
 
 __all__ = [
     "CASTS",
-    "COMPARISONS",
     "CONJUNCTIONS",
     "COPIES",
     "DIFFERENCES",
@@ -65,10 +64,10 @@ TRANSPOSES: Final = frozenset({"t", "transpose", "permute", "swapaxes", "swapdim
 SPLITS: Final = frozenset({"chunk", "split", "split_with_sizes", "tensor_split", "unbind"})
 """Calls that return the parts of a tensor along one dimension."""
 
+# Element by element, of two operands.
 SUMS: Final = frozenset({"add", "iadd", "add_", "__add__", "__iadd__"})
 DIFFERENCES: Final = frozenset({"sub", "__sub__", "isub"})
 MULTIPLICATIONS: Final = frozenset({"mul", "__mul__", "imul"})
-"""Element by element."""
 
 MATMULS: Final = frozenset({"matmul", "__matmul__", "mm", "bmm"})
 """Matrix products of two operands."""
@@ -83,7 +82,6 @@ EQUALITIES: Final = frozenset({"ne", "eq", "__ne__", "__eq__"})
 CONJUNCTIONS: Final = frozenset({"and_", "__and__", "logical_and", "bitwise_and"})
 NOT_AFTER: Final = frozenset({"le", "__le__", "lt", "__lt__", "less", "less_equal"})
 NOT_BEFORE: Final = frozenset({"ge", "__ge__", "gt", "__gt__", "greater", "greater_equal"})
-COMPARISONS: Final = EQUALITIES | NOT_AFTER | NOT_BEFORE
 
 _UNARY = {
     "abs", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "elu", "erf", "erfc", "exp", "expm1", "gelu",
@@ -114,21 +112,26 @@ _PARAMETERS: Final = {
     "cross_entropy": "input target weight size_average ignore_index reduce reduction label_smoothing",
     "dropout": "input p training|train inplace",
     "_enter_autocast": "device_type dtype enabled cache_enabled",
-    "layer_norm rms_norm": "input normalized_shape weight bias eps",
+    "layer_norm": "input normalized_shape weight bias eps",
     "linear": "input weight bias",
     "matmul __matmul__ mm bmm": "input other|mat2|tensor2",
     "narrow": "input dim start length",
-    "norm linalg_norm linalg_vector_norm vector_norm": "input ord|p dim keepdim dtype",
+    "mean sum amax amin logsumexp": "input dim keepdim",
+    "norm linalg_norm linalg_vector_norm vector_norm": "input|A|x ord|p dim keepdim dtype",
     "pad": "input pad mode value",
+    "permute": "input dims",
+    "rms_norm": "input normalized_shape weight eps",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale",
-    "split split_with_sizes tensor_split": "input sizes|split_size|split_size_or_sections|indices_or_sections dim",
+    "softmax _safe_softmax log_softmax": "input dim dtype",
+    "_softmax": "input dim half_to_float",
+    "split split_with_sizes tensor_split": (
+        "input|tensor sizes|split_size|split_sizes|split_size_or_sections|indices_or_sections dim"
+    ),
     "sub __sub__ isub ne eq __ne__ __eq__": "input other",
     "swapaxes swapdims transpose": "input dim0|axis0 dim1|axis1",
     "tril": "input diagonal",
-    "unsqueeze squeeze unbind mean sum var std amax amin logsumexp softmax _softmax _safe_softmax log_softmax": (
-        "input dim keepdim"
-    ),
-    "permute": "input dims",
+    "unsqueeze squeeze unbind": "input dim",
+    "var std": "input dim unbiased|correction keepdim",
 }
 """Names of calls to the names of their parameters, in order; `a|b` are two spellings of one."""
 

@@ -17,9 +17,11 @@ def overload(target: object) -> OpOverload | None:
     return target if isinstance(target, OpOverload) else None
 
 
-def is_op(target: object) -> bool:
-    """Tell whether the target of a call is an op, or one overload of it."""
-    return isinstance(target, OpOverload | OpOverloadPacket)
+def op_namespace(target: object) -> str | None:
+    """Return the namespace of an op or of one overload of it, such as `"aten"`; None for any other target."""
+    if isinstance(target, OpOverload):
+        return str(target.namespace)
+    return target._qualified_op_name.split("::")[0] if isinstance(target, OpOverloadPacket) else None
 
 
 def overload_name(target: OpOverload) -> str:

@@ -136,3 +136,25 @@ def test_flops_are_counted_after_each_pass() -> None:
     before, after = (flops[name].at(counts) for name in ("insert_predictors", "sparsify_ffn"))
     # Forward and gradient of the input of gate, up and down, (32, 48) each: half of the channels, 8 context tokens.
     assert before[1] - after[1] == 4 * 3 * 32 * 48 * 8 / 2
+
+
+def test_flops_that_cannot_be_counted_cost_a_warning_and_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(graph: fx.Graph) -> Any:
+        raise KeyError("an op that nobody counts")
+
+    monkeypatch.setattr(runner, "step_flops", fails)
+    with pytest.warns(UserWarning, match="the FLOPs of a graph were not counted. KeyError: 'an op that nobody counts'"):
+        _, result = run()
+    assert result.sparse is not None and result.made_sparse == {"ffn", "attention"}
+    with pytest.raises(KeyError):
+        run(strict=True)
+
+
+def test_flops_are_those_of_the_graph_that_runs() -> None:
+    """Predictors whose sites stay dense are in the working graph, and not in the one that is compiled."""
+    _, result = run(disable=("sparsify_ffn", "sparsify_attention"))
+    flops = dict(zip((record.name for record in result.records), result.flops, strict=True))
+    assert result.sparse is None and flops["insert_predictors"] != flops["factor_dora_norm"]
+    assert result.flops_after == flops["factor_dora_norm"]
+    _, sparse = run()
+    assert sparse.flops_after == sparse.flops[-1]

@@ -61,7 +61,7 @@ NAMES: dict[str, str] = {
     "torch.utils._pytree.tree_flatten": "flattened",
     "torch._C._nn.linear": "LINEAR",
     "torch._ops.OpOverload": "overload, overload_name, overload_writes",
-    "torch._ops.OpOverloadPacket": "is_op",
+    "torch._ops.OpOverloadPacket": "op_namespace",
     "torch.ops.mkldnn._linear_pointwise": "onednn_linear",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "cpu_flash_attention",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "cpu_flash_attention_backward",
@@ -119,7 +119,7 @@ def private_attributes(source: str) -> Iterator[str]:
 
 FOREIGN_ATTRIBUTES = {
     "_compiled_call_impl", "_dynamo_source", "_erased", "_forward_hooks", "_graph_namespace", "_orig_mod",
-    "_param_name_to_source", "_used_names",
+    "_param_name_to_source", "_qualified_op_name", "_used_names",
     "_schema", "_version",
 }  # fmt: skip
 """Private attributes of PyTorch's objects, which no name of a module announces."""

@@ -39,6 +39,7 @@ from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.graph.read import op_name
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.protocol import PassOutcome
+from sweeps import sweep
 from tolerances import Tolerance, assert_close_rms
 
 PASS = "select_loss_rows"
@@ -456,6 +457,25 @@ def test_golden() -> None:
     assert_golden(PASS, render(captured))
 
 
+class WithComputedLabels(nn.Module):
+    """Labels that the graph makes of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Head(Block())
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.model(input_ids, torch.where(input_ids < 9, labels, -100))  # type: ignore[no-any-return]
+
+
+def test_labels_that_the_graph_computes_keep_their_name() -> None:
+    """Predictors read the roles from them, by the name that the facts give."""
+    captured, outcome = narrowed(WithComputedLabels(), *tokens())
+    assert outcome.changed
+    roles = captured.ctx.facts.roles
+    assert roles is not None and {name for name, _ in roles.labels} <= {node.name for node in captured.gm.graph.nodes}
+
+
 def test_idempotent() -> None:
     captured, _ = narrowed(WithLogits(Block()), *tokens())
     before = render(captured)
@@ -497,7 +517,7 @@ def hugging_face(kind: str) -> nn.Module:
     return getattr(transformers, f"{kind}ForCausalLM")(config).train()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite", "Cohere"])
+@pytest.mark.parametrize("kind", sweep(["Llama", "Gemma2", "Granite", "Cohere"], "Llama"))
 def test_hugging_face(kind: str, aot_eager_inductor: Any) -> None:
     model = with_lora(hugging_face(kind), ALL_TARGETS, dropout=0.1).double()
     compiled = torch.compile(model, backend="sparselora", options={"preset": "exact", "strict": True})
@@ -517,6 +537,7 @@ def test_hugging_face(kind: str, aot_eager_inductor: Any) -> None:
 NORMS_IN_FP32 = Tolerance(max=1e-4, rms=1e-5, why="norms of transformers compute in fp32 whatever the dtype")
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     """The real compiler on the real op: rows known at run time only, forward and backward, two lengths, one graph."""
     model = with_lora(tiny_llama(layers=1), ALL_TARGETS)
