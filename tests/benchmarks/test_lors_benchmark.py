@@ -128,6 +128,7 @@ def test_one_run_of_the_step(
     assert [len(line) for line in table] == [len(benchmarks["lors_speed"].HEAD)] * 3
 
 
+@pytest.mark.slow
 def test_one_run_of_the_quality(
     benchmarks: dict[str, ModuleType], shared_dir: Path, tmp_path: Path, aot_eager_inductor: Any
 ) -> None:

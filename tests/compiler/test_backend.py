@@ -105,6 +105,7 @@ def test_a_model_compiled_in_place_and_a_plain_function(aot_eager_inductor: Any)
 # --- Through Inductor -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
     model = with_lora(tiny_llama(layers=2), ("q_proj", "down_proj"))
     inputs = batch(97, padding="left")
@@ -119,6 +120,7 @@ def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
         assert torch.equal(found["sparselora"][name], expected), name
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are known at run time only, through C++: the compiled callable runs, at every split."""
     runs: list[bool] = []

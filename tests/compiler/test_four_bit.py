@@ -21,6 +21,7 @@ from oracle import SPARSITY, assert_differs, assert_same_step, oracle_step, spar
 from sparse_compile import explain
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.kernels.dequantize_4bit import dequantize_4bit, reference
+from sweeps import slow
 from tolerances import Tolerance
 
 PASS = "expose_4bit_weights"
@@ -91,7 +92,10 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("form", "preset"), [*((form, "none") for form in FORMS), ("nf4, nested", "exact")])
+@pytest.mark.parametrize(
+    ("form", "preset"),
+    [("nf4", "none"), *(slow(form, "none") for form in FORMS if form != "nf4"), ("nf4, nested", "exact")],
+)
 def test_a_qlora_model_trains_as_the_oracle_says(form: str, preset: str, aot_eager_inductor: Any) -> None:
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(**FORMS[form]))
     inputs = batch(97, padding="right")
@@ -104,7 +108,7 @@ def test_a_qlora_model_trains_as_the_oracle_says(form: str, preset: str, aot_eag
     assert_differs(step, train_step(model, model, inputs))
 
 
-@pytest.mark.parametrize(("nested", "dropout"), [(False, 0.0), (True, 0.1)])
+@pytest.mark.parametrize(("nested", "dropout"), [slow(False, 0.0), (True, 0.1)])
 def test_a_dora_adapter_trains_as_the_oracle_says(nested: bool, dropout: float, aot_eager_inductor: Any) -> None:
     """PEFT dequantises the weight for its norm, and with dropout multiplies with it."""
     pytest.importorskip("peft")
@@ -137,7 +141,7 @@ def checkpointing(model: nn.Module) -> None:
     model.disable_input_require_grads()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, slow(True)])
 def test_no_dense_weight_is_saved_for_the_backward(checkpointed: bool, aot_eager_inductor: Any) -> None:
     """The backward dequantises again, as that of bitsandbytes does."""
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(layers=2, nested=True))
@@ -157,6 +161,7 @@ def test_no_dense_weight_is_saved_for_the_backward(checkpointed: bool, aot_eager
     assert_same_step(step, oracle_step(twin, kept, inputs), torch.float32)
 
 
+@pytest.mark.slow
 def test_a_bf16_layer_in_an_fp32_model(aot_eager_inductor: Any) -> None:
     """As `prepare_model_for_kbit_training` leaves it: fp32 norms, so each layer casts its input and its result."""
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(dtype=torch.bfloat16))
@@ -202,6 +207,7 @@ def test_autocast_to_another_dtype_is_declined_in_words_to_act_on(aot_eager_indu
     assert not any(aot_eager_inductor.sparse)
 
 
+@pytest.mark.slow
 def test_autocast_to_the_dtype_of_the_layers_is_sparse(aot_eager_inductor: Any) -> None:
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(dtype=torch.bfloat16))
     inputs = batch(97)

@@ -42,6 +42,7 @@ from oracle import (
 from sparse_compile import reference
 from sparse_compile.predictor.svd import factorize
 from sparse_compile.reference import masked_dense, output_mask_from_labels, scored_positions
+from sweeps import slow, sweep
 from tolerances import Tolerance
 
 pytestmark = pytest.mark.usefixtures("eager_inductor")
@@ -68,7 +69,7 @@ def masked(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- Models that stay in fp64 -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", sweep(VARIANTS, "gqa", "ungated"))
 def test_every_batch_equals_the_oracle(variant: str) -> None:
     model = Fp64Decoder(VARIANTS[variant])
     call = compiled(model)
@@ -82,7 +83,7 @@ def test_every_batch_equals_the_oracle(variant: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", sweep(VARIANTS, "gqa"))
 def test_sparsity_and_exact_optimisations_together(variant: str, layers: int) -> None:
     """With two blocks the sparse ones reach into what runs on the rows of the loss alone, with three they do not."""
     model = Fp64Decoder(replace(VARIANTS[variant], layers=layers))
@@ -94,7 +95,7 @@ def test_sparsity_and_exact_optimisations_together(variant: str, layers: int) ->
         assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, what=kind)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "eager", "ungated"])
+@pytest.mark.parametrize("variant", sweep(["gqa", "eager", "ungated"], "gqa"))
 def test_through_aot_autograd(variant: str, aot_eager_inductor: Any) -> None:
     """Traced ahead of time and cut by the partitioner, with and without the exact optimisations."""
     model = Fp64Decoder(VARIANTS[variant])
@@ -211,7 +212,7 @@ HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp3
     [
         ("sdpa", ATTENTION_TARGETS, ("ragged", "left", "right")),
         # Its additive mask makes NaN of padding on the left in fp64, without any compiler.
-        ("eager", ALL_TARGETS, ("right",)),
+        slow("eager", ALL_TARGETS, ("right",)),
     ],
 )
 def test_llama_with_peft(attention: str, targets: tuple[str, ...], kinds: tuple[str, ...]) -> None:
@@ -258,8 +259,8 @@ class Autocast(nn.Module):
     ("where", "dtype"),
     [
         ("outside the graph", torch.bfloat16),
-        ("inside the graph", torch.bfloat16),
-        ("outside the graph", torch.float16),
+        slow("inside the graph", torch.bfloat16),
+        slow("outside the graph", torch.float16),
     ],
     ids=str,
 )
@@ -283,7 +284,7 @@ class CheckpointedLayer(decoder.DecoderLayer):
         return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", sweep(["sdpa", "eager"], "sdpa"))
 def test_checkpoints_of_a_hand_written_model(
     attention: str, monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
 ) -> None:

@@ -33,6 +33,7 @@ from sparse_compile import SparseLoRACallback, SparseLoRAConfig, explain, token_
 from sparse_compile.ecosystem.checkpointing import without_input_hooks
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.torch_private.modules import forward_hooks
+from sweeps import slow
 from tolerances import Tolerance, assert_close_rms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -144,7 +145,7 @@ def test_recomputations_stay_where_they_are_needed(
 # --- Given roles ------------------------------------------------------------------------------------------------------
 
 
-@REENTRANT
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, id="re-entrant"), slow(False, id="non-re-entrant")])
 def test_with_the_hook_and_roles_the_decoder_stack_is_sparse(use_reentrant: bool, aot_eager_inductor: Any) -> None:
     model = checkpointed_llama(use_reentrant)
     inputs = batch(97, padding="right")
@@ -202,7 +203,7 @@ def test_inductor_recomputes_what_the_forward_chose() -> None:
     assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
 
 
-@pytest.mark.parametrize("open_in_backward", [False, True])
+@pytest.mark.parametrize("open_in_backward", [False, slow(True)])
 def test_two_forwards_with_roles_of_their_own_before_one_backward(
     open_in_backward: bool, aot_eager_inductor: Any
 ) -> None:
@@ -227,7 +228,7 @@ def test_two_forwards_with_roles_of_their_own_before_one_backward(
 # --- Neither ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "another model is sparse"])
+@pytest.mark.parametrize("elsewhere", [pytest.param(False, id=""), slow(True, id="another model is sparse")])
 def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(
     elsewhere: bool, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +302,7 @@ def reentrant(model: nn.Module) -> set[object]:
     return {function.keywords.get("use_reentrant") for function in functions if function is not None}
 
 
+@pytest.mark.slow
 def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any, caplog: pytest.LogCaptureFixture) -> None:
     expected = run_trainer(llama(), tmp_path)
     start = dict(llama(compiled=False).named_parameters())
@@ -330,6 +332,7 @@ def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any, capl
     assert marked == [False, True, True]
 
 
+@pytest.mark.slow
 def test_trainer_with_bf16_autocast(tmp_path: Path, aot_eager_inductor: Any) -> None:
     expected = run_trainer(llama(torch.float32), tmp_path, bf16=True)
     torch._dynamo.reset()
@@ -438,7 +441,9 @@ def test_what_is_set_meanwhile_is_kept() -> None:
 # --- Activation memory budget -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "least"), [(False, 0.4), (True, 0.0)], ids=["roles of the loss", "closed roles"])
+@pytest.mark.parametrize(
+    ("given", "least"), [pytest.param(False, 0.4, id="roles of the loss"), slow(True, 0.0, id="closed roles")]
+)
 def test_a_memory_budget_recomputes_no_choice_and_no_roles(given: bool, least: float, aot_eager_inductor: Any) -> None:
     from torch._functorch import config
 
@@ -465,6 +470,7 @@ def test_a_memory_budget_recomputes_no_choice_and_no_roles(given: bool, least: f
     assert all(aot_eager_inductor.sparse)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation(repo_root: Path, aot_eager_inductor: Any) -> None:
     from torch._functorch import config
 

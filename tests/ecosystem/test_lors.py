@@ -20,6 +20,7 @@ from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.kernels.masked_linear import masked_weight
 from sparse_compile.kernels.masked_linear.pattern import zero_fraction
 from sparse_compile.reference import masked_dense, output_mask_from_labels
+from sweeps import sweep
 from tolerances import assert_close_rms
 
 pytest.importorskip("peft")
@@ -100,7 +101,7 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="sparselora", options={**EXACT, **options})
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16 base", "autocast"])
+@pytest.mark.parametrize("precision", sweep(["fp32", "bf16 base", "autocast"], "bf16 base"))
 def test_precisions(precision: str, aot_eager_inductor: Any) -> None:
     """Adapters are fp32 on a bf16 base, as PEFT keeps them; autocast decides the dtype of the products."""
     base = torch.bfloat16 if precision == "bf16 base" else torch.float32

@@ -30,6 +30,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_zeros_survive_training_and_merging(tmp_path: Path) -> None:
     plain = pruned_llama(layers=2)
     before = weights(plain)

@@ -28,20 +28,24 @@ from sparse_compile.kernels.fused_linear.tiles import (
 )
 from sparse_compile.kernels.gathered_linear import GATHERED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall, triton_runs
+from sweeps import slow, sweep
 
 pytest.importorskip("triton", reason="needs triton, for its interpreter and its compiler")
 
 
-def test_kernels_under_the_interpreter(repo_root: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root / "tests")}
+@pytest.mark.parametrize(
+    ("options", "cases"), [pytest.param(("--one-of-each-kind",), 20, id="one of each kind"), slow((), 218, id="all")]
+)
+def test_kernels_under_the_interpreter(repo_root: Path, options: tuple[str, ...], cases: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "triton_cases.py")],
+        [sys.executable, str(repo_root / "tests" / "helpers" / "triton_cases.py"), *options],
         env=environment, cwd=repo_root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 218
+    assert len(lines) == cases
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,7 @@ def report(repo_root: Path) -> Iterator[ModuleType]:
         sys.modules.pop("kernels_report", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch: str) -> None:
     """The 8B shapes: hidden 4096, feed-forward 14336 of which 143 or 430 channels are kept, 3072 context tokens."""
@@ -93,9 +98,9 @@ def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys:
     assert report.main(["--arch", "sm_90"]) == 1
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("adapters", ["fp32", "bf16"])
-@pytest.mark.parametrize("along_depth", [True, False], ids=["forward", "input gradient"])
+@pytest.mark.parametrize("arch", sweep(["sm_80", "sm_90"], "sm_90"))
+@pytest.mark.parametrize("adapters", sweep(["fp32", "bf16"], "bf16"))
+@pytest.mark.parametrize("along_depth", [pytest.param(True, id="forward"), slow(False, id="input gradient")])
 def test_masked_kernels_compile_ahead_of_time(report: ModuleType, along_depth: bool, adapters: str, arch: str) -> None:
     built = report.build_masked(Problem(4096, 4096, 4096, 2, (9, 0)), adapters, along_depth, arch)
     assert built.spills == 0

@@ -1,24 +1,12 @@
-"""What the parts of the support matrix share: the parameters of their tests, and rows that tests elsewhere hold."""
+"""Rows of the support matrix that tests elsewhere hold."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
-
-
-def cases(rows: Mapping[str, Any]) -> list[Any]:
-    """Return the names of rows as parameters of a test."""
-    return [
-        pytest.param(name, marks=[pytest.mark.slow] if getattr(row, "slow", False) else [])
-        for name, row in rows.items()
-    ]
 
 
 @dataclass(frozen=True)

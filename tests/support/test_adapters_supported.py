@@ -10,12 +10,13 @@ import torch
 from adapter_rows import ADAPTERS, SITES
 from models import batch
 from oracle import assert_differs, assert_same_step, oracle_step, sparse_step, told, train_step
+from sweeps import sweep
 
 THROUGH_AOT = ("all", "two_active", "modules_to_save")
 """Rows that go through AOTAutograd, which takes twice as long."""
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", sweep(ADAPTERS, "all", "one_layer", "dora"))
 def test_an_adapter_trains_as_the_oracle_says(name: str, request: pytest.FixtureRequest) -> None:
     compiler: Any = request.getfixturevalue("aot_eager_inductor" if name in THROUGH_AOT else "eager_inductor")
     model, inputs = ADAPTERS[name].build(), batch(97, padding="right")

@@ -20,6 +20,7 @@ from sparse_compile.reference import masked_dense
 from sparse_compile.training.session import session_for
 from support_rows import exists
 from support_table import PAGE, support_page
+from sweeps import sweep
 from tolerances import Tolerance
 
 HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
@@ -29,7 +30,7 @@ def compiled(model: torch.nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="sparselora", dynamic=False, options={"strict": True, **options})
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, "llama", "gpt_neox", "mixtral", "hand_written"))
 def test_a_model_trains_as_the_oracle_says(name: str, aot_eager_inductor: Any) -> None:
     row = MODELS[name]
     model, inputs = row.build().to(row.dtype), row.inputs()
@@ -61,7 +62,7 @@ def layers_outside(model: torch.nn.Module, sites: Iterable[str]) -> set[str]:
     return {name for name in found if not name.endswith(("lm_head", "embed_out", "head"))}
 
 
-@pytest.mark.parametrize("name", [*MODELS, *DECLINED])
+@pytest.mark.parametrize("name", sweep([*MODELS, *DECLINED], "llama", "gpt2_as_it_comes"))
 def test_where_nothing_is_asked_for_inductor_has_what_was_captured(name: str, eager_inductor: Any) -> None:
     """The very graph, untouched: what Inductor makes of it is then what it makes without this backend, bit for bit."""
     row = {**MODELS, **DECLINED}[name]
@@ -78,7 +79,7 @@ def test_where_nothing_is_asked_for_inductor_has_what_was_captured(name: str, ea
         assert compiled_graph is gm and str(gm.graph) == text
 
 
-@pytest.mark.parametrize("name", DECLINED)
+@pytest.mark.parametrize("name", sweep(DECLINED, "phi3_dora"))
 def test_a_model_that_is_declined_trains_dense_and_says_so(name: str, aot_eager_inductor: Any) -> None:
     row: ModelRow = DECLINED[name]
     model, inputs = row.build().to(row.dtype), row.inputs()
@@ -94,6 +95,7 @@ def test_a_model_that_is_declined_trains_dense_and_says_so(name: str, aot_eager_
     assert not any(aot_eager_inductor.sparse)
 
 
+@pytest.mark.slow
 def test_fused_projections_through_inductor() -> None:
     row = MODELS["gpt_neox"]
     model, inputs = row.build().to(row.dtype), row.inputs()

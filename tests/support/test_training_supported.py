@@ -17,7 +17,7 @@ from oracle import told
 from sparse_compile import SparseLoRACallback
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.training.session import session_for
-from support_rows import cases
+from sweeps import sweep
 
 STEPS = 3
 FFN = "layers.0.mlp"
@@ -139,13 +139,11 @@ class TrainingRow:
         title: what the page calls it.
         run: trains a compiled model, with a folder to write to.
         forwards: training forwards of the run, all of them sparse.
-        slow: whether its test takes more than about ten seconds.
     """
 
     title: str
     run: Callable[[nn.Module, Path], None]
     forwards: int = STEPS
-    slow: bool = False
 
 
 TRAINING: dict[str, TrainingRow] = {
@@ -156,14 +154,14 @@ TRAINING: dict[str, TrainingRow] = {
     "accelerate": TrainingRow(
         "Accelerate's own loop (`prepare`, `accumulate`, `backward`)", accelerate_loop, forwards=4
     ),
-    "sft": TrainingRow("TRL `SFTTrainer`, loss on completions", sft(), slow=True),
+    "sft": TrainingRow("TRL `SFTTrainer`, loss on completions", sft()),
     "packing": TrainingRow(
-        "TRL `SFTTrainer` with packing (`position_ids`, no mask)", sft(packing=True, eval_packing=False), slow=True
+        "TRL `SFTTrainer` with packing (`position_ids`, no mask)", sft(packing=True, eval_packing=False)
     ),
 }
 
 
-@pytest.mark.parametrize("name", cases(TRAINING))
+@pytest.mark.parametrize("name", sweep(TRAINING, "accumulation", "accelerate"))
 def test_a_way_to_train_is_sparse_at_every_step(name: str, tmp_path: Path, aot_eager_inductor: Any) -> None:
     row = TRAINING[name]
     model = model_for()
@@ -213,7 +211,7 @@ DENSE_TRAINING: dict[str, DenseTrainingRow] = {
 }
 
 
-@pytest.mark.parametrize("name", DENSE_TRAINING)
+@pytest.mark.parametrize("name", sweep(DENSE_TRAINING, "label_smoothing"))
 def test_labels_that_leave_the_model_are_told_of(name: str, tmp_path: Path, eager_inductor: Any) -> None:
     row, model = DENSE_TRAINING[name], model_for()
     before = [parameter.detach().clone() for parameter in trained(model)]

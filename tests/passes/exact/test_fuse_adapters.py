@@ -35,6 +35,7 @@ from models import BATCHES, batch, normal, tiny_llama, with_lora
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.protocol import PassOutcome
 from sparse_compile.reference import MaskedFFN
+from sweeps import slow, sweep
 from tolerances import Tolerance, assert_close_rms
 
 PASS = "fuse_adapters"
@@ -194,7 +195,7 @@ def test_fp32_adapters_on_a_bf16_base() -> None:
     assert outcome.stats == {"groups": 1, "adapters": 3}
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", sweep(variants(), "gqa"))
 def test_decoders(name: str) -> None:
     config = variants()[name]
     model = Fp64Decoder(config)
@@ -415,8 +416,10 @@ def test_a_sparse_block_is_that_of_the_oracle() -> None:
 # --- Beside the other exact passes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("disabled", [(), ("order_adapter_products",)], ids=["all", "without merging"])
-@pytest.mark.parametrize("name", [*BATCHES, "one row of the loss"])
+@pytest.mark.parametrize(
+    "disabled", [pytest.param((), id="all"), slow(("order_adapter_products",), id="without merging")]
+)
+@pytest.mark.parametrize("name", sweep([*BATCHES, "one row of the loss"], "left"))
 def test_all_exact_passes_together(name: str, disabled: tuple[str, ...]) -> None:
     """The last block's adapters read rows of the loss, whose number is known at run time only."""
     model = fp64_decoder(layers=2)

@@ -30,6 +30,7 @@ from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.reference import masked_dense, output_mask_from_labels
+from sweeps import slow, sweep
 from tolerances import Tolerance, assert_close_rms
 
 SITES = {"layers.0.mlp": 0.6, "layers.1.mlp": 0.9, "layers.0.self_attn": 0.5, "layers.1.self_attn": 0.7}
@@ -78,7 +79,7 @@ def check(
     return ran
 
 
-@pytest.mark.parametrize("name", ["gqa", "enable_gqa", "eager", "ungated"])
+@pytest.mark.parametrize("name", sweep(["gqa", "enable_gqa", "eager", "ungated"], "gqa"))
 def test_every_kind_of_decoder(name: str) -> None:
     """Sites of both kinds, with and without bias, under every way to share heads."""
     config = variants()[name]
@@ -86,18 +87,21 @@ def test_every_kind_of_decoder(name: str) -> None:
     assert next(record for record in ran.result.records if record.name == "factor_dora_norm").stats["norms"] > 0
 
 
-@pytest.mark.parametrize("shape", ["right", "packed"])
+@pytest.mark.parametrize("shape", sweep(["right", "packed"], "packed"))
 def test_every_shape_of_batch(shape: str) -> None:
     """With the end of the model on the rows of the loss alone, whose last FFN leaves the plan."""
     check(decoder(replace(DecoderConfig(), bias=True)), batch(61, **BATCHES[shape]), SITES, disable=())
 
 
-@pytest.mark.parametrize("targets", [ATTENTION_TARGETS, FFN_TARGETS, ("q_proj", "o_proj", "up_proj"), ("down_proj",)])
+@pytest.mark.parametrize(
+    "targets",
+    [slow(ATTENTION_TARGETS), slow(FFN_TARGETS), ("q_proj", "o_proj", "up_proj"), slow(("down_proj",))],
+)
 def test_dora_on_some_layers(targets: Sequence[str]) -> None:
     check(decoder(replace(DecoderConfig(), bias=True), targets), batch(61), SITES)
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [False, slow(True)])
 def test_dropout_gives_a_product_of_its_own(bias: bool) -> None:
     """Not on the out-projection of an FFN: its two segments draw apart, so no eager run is the same."""
     targets = [target for target in ALL_TARGETS if target != "down_proj"]
@@ -113,7 +117,7 @@ def test_dropout_on_an_out_projection() -> None:
     assert all(projection.dora[0].product for projection in ran.ctx.facts.projections.values() if projection.dora)
 
 
-@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("kinds", [slow((True, True)), (True, False), slow((False, True))])
 def test_two_adapters(kinds: tuple[bool, bool]) -> None:
     """The second one scales what the first one made of the output."""
     from peft import LoraConfig, get_peft_model
@@ -140,14 +144,14 @@ def test_two_adapters(kinds: tuple[bool, bool]) -> None:
     assert {len(p.dora) for p in ran.ctx.facts.projections.values() if p.adapters} == {sum(kinds)}
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [False, slow(True)])
 def test_llama(bias: bool) -> None:
     model = with_lora(tiny_llama(layers=2, dtype=torch.float64, bias=bias), ALL_TARGETS, dora=True)
     make_dora_traceable()
     check(model, batch(97, padding="right"), SITES, tolerance=HF)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, slow(0.3)])
 def test_exact_passes_alone(dropout: float, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the backend: the loss and the gradients of eager, with the end of the model on rows of the loss alone."""
     monkeypatch.setenv("SPARSELORA_VERIFY", "1")

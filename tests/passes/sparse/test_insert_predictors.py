@@ -41,6 +41,7 @@ from sparse_compile.reference import (
     top_channels,
     value_scores,
 )
+from sweeps import slow
 from tolerances import assert_close_rms
 
 PASS = "insert_predictors"
@@ -109,7 +110,7 @@ def input_of(model: nn.Module, path: str, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "self_attn"])
-@pytest.mark.parametrize("predictor_tokens", ["mean", "all", 3])
+@pytest.mark.parametrize("predictor_tokens", ["mean", slow("all"), slow(3)])
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_choices_are_those_of_the_oracle(predictor_tokens: Any, padding: str | None, kind: str) -> None:
     """One site alone: it reads what the dense model computes."""

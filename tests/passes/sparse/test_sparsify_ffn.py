@@ -30,6 +30,7 @@ from graphs import (
 from models import random_mask
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.reference import MaskedFFN
+from sweeps import slow
 from tolerances import assert_close_rms
 
 PASS = "sparsify_ffn"
@@ -91,7 +92,7 @@ def test_forward_and_gradients(name: str, adapters: bool) -> None:
     assert PASS in {record.name for record in ran.result.records if record.changed}
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [slow(True), False])
 def test_chained_sites(bias: bool) -> None:
     """One site's output is the next one's input."""
     blocks = [MLP(FUNCTIONS[name], bias=bias) for name in ("silu gate", "relu squared", "a scale a channel")]
