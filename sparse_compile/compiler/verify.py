@@ -103,7 +103,8 @@ def _difference(recorded: Any, found: Any, sizes: dict[sympy.Symbol, sympy.Expr]
         return ""
     if not isinstance(found, Tensor):
         return f"a tensor, and computes {type(found).__name__}"
-    for name in ("dtype", "device", "requires_grad"):
+    # `requires_grad` is left out: a call that writes in place changes it of what was computed before.
+    for name in ("dtype", "device"):
         if getattr(recorded, name) != getattr(found, name):
             return f"{name} {getattr(recorded, name)}, and computes {getattr(found, name)}"
     known, computed = (tuple(size_expression(size) for size in value.shape) for value in (recorded, found))
