@@ -17,7 +17,7 @@ included, and the mean divides by what the others weigh. A batch without any row
 NaN as a mean, 0 as a sum. Where sizes are fixed (the fact `slots`), `loss_slots` gives the rows: a spare slot has the
 target that the loss ignores. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
 numbers they would have seen. Logits that the graph returns leave it as R rows with their positions;
-`loss_rows.restored` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of
+`compiler/outputs.py` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of
 full size is made.
 
 Declines when: `keep_logits` is set; the loss has no reduction, or there are two losses; the targets are not known
@@ -235,7 +235,8 @@ class _Narrowing:
         assert value is not None
         sizes = self._sizes(place.lead + inner)
         ones = self.rewriter.call(torch.ones, *sizes, dtype=value.dtype, device=value.device)
-        drawn = self.rewriter.call(torch.nn.functional.dropout, ones, *node.args[1:], **node.kwargs)
+        p, training = argument(node, "p", 0.5), argument(node, "training", True)
+        drawn = self.rewriter.call(torch.nn.functional.dropout, ones, p, training)
         if len(place.lead) != 1:
             drawn = self.rewriter.method("flatten", drawn, 0, len(place.lead) - 1)
         rows = self._numbered(place.numbering)
@@ -243,7 +244,7 @@ class _Narrowing:
             drawn = self.rewriter.call(torch.index_select, drawn, 0, rows)
         else:
             drawn = self.rewriter.call(_OPS.select_rows.default, drawn, rows, **self.spare)
-        node.target, node.args, node.kwargs = torch.mul, (node.args[0], drawn), {}
+        node.target, node.args, node.kwargs = torch.mul, (argument(node, "input"), drawn), {}
 
     def _outer_product(self, node: fx.Node) -> None:
         """Multiply one column with one row element by element.

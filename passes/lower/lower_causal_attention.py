@@ -129,7 +129,7 @@ def _rewrite(
     scale = argument(node, "scale")
     with rewriter.before(node):
         operands = (query, key, value, additive[mask, like.dtype])
-        scale = 1 / math.sqrt(hinted_shape(query)[-1]) if scale is None else scale  # type: ignore[arg-type]
+        scale = 1 / math.sqrt(hinted_shape(query)[-1]) if scale is None else scale
         pair = rewriter.call(_OPS.causal_attention.default, *operands, scale, provider=provider)
         out, *_ = rewriter.items(pair, 1)
     take_over(node, out)

@@ -37,7 +37,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph.facts import SitePlan
-from sparse_compile.graph.read import hinted_shape, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, hoist, save_what_precedes
 from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection
 from sparse_compile.options.presets import kept_count
@@ -207,7 +207,7 @@ class _PredictorBuilder:
         for name in site.region:
             node = self.nodes[name]
             if op_name(node) == "dropout":
-                values[node] = values[node.args[0]]  # type: ignore[index]
+                values[node] = values[argument(node, "input")]
             else:
                 values[node] = self.rewriter.copy(node, lambda operand: values.get(operand, operand))
             hidden = values[node]

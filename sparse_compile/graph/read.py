@@ -34,9 +34,7 @@ def tensor_of(node: fx.Node) -> Tensor:
 
 def hinted_shape(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of the tensor `node`, symbolic sizes replaced by their hints, without adding a guard."""
-    value = tensor_value(node)
-    assert value is not None, f"{node} holds no tensor"
-    return tuple(size_hint(size) for size in value.shape)
+    return tuple(size_hint(size) for size in tensor_of(node).shape)
 
 
 def op_name(node: fx.Node) -> str:
@@ -125,7 +123,7 @@ def strip_transposes(node: fx.Node) -> tuple[fx.Node, int]:
         value = tensor_value(node)
         if not is_transpose or value is None or value.dim() != 2:
             return node, count
-        source = node.args[0]
+        source = argument(node, "input")
         assert isinstance(source, fx.Node)
         source_value = tensor_value(source)
         if source_value is None or source_value.dim() != 2:
@@ -154,13 +152,13 @@ def stored_matrix(node: fx.Node) -> tuple[fx.Node, bool]:
     while True:
         matrix, transposes = strip_transposes(strip_casts(node))
         count += transposes
-        if op_name(matrix) == "detach" and isinstance(matrix.args[0], fx.Node):
-            matrix = matrix.args[0]
+        if op_name(matrix) == "detach":
+            matrix = argument(matrix, "input")
         if matrix is node:
             return node, count % 2 == 1
         node = matrix
 
 
 def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Return the nodes of `graph` by name; names are how the facts of `ir.py` refer to nodes."""
+    """Return the nodes of `graph` by name; names are how the facts of `graph/facts.py` refer to nodes."""
     return {node.name: node for node in graph.nodes}

@@ -117,7 +117,7 @@ _PARAMETERS: Final = {
     "matmul __matmul__ mm bmm": "input other|mat2|tensor2",
     "narrow": "input dim start length",
     "mean sum amax amin logsumexp": "input dim keepdim",
-    "norm linalg_norm linalg_vector_norm vector_norm": "input|A|x ord|p dim keepdim dtype",
+    "norm linalg_norm linalg_vector_norm vector_norm": "input|x ord|p dim keepdim dtype",
     "pad": "input pad mode value",
     "permute": "input dims",
     "rms_norm": "input normalized_shape weight eps",

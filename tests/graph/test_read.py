@@ -62,12 +62,36 @@ def test_a_name_says_what_is_called_only_in_libraries_that_are_known(function: C
         (lambda x: x.permute(dims=(1, 0)), "dims", (1, 0)),
         (lambda x: F.pad(x, (0, 1), value=3.0), "value", 3.0),
         (lambda x: x.unsqueeze(0), "keepdim", None),
+        (lambda x: F.rms_norm(x, (2,), None, 1e-6), "eps", 1e-6),
+        (lambda x: F.rms_norm(x, (2,), None, 1e-6), "bias", None),
+        (lambda x: F.layer_norm(x, (2,), None, None, 1e-6), "eps", 1e-6),
+        (lambda x: torch.var(x, 1, True, True), "keepdim", True),
+        (lambda x: torch.var(x, 1, True, False), "unbiased", True),
+        (lambda x: torch.std(x, dim=1, correction=0), "correction", 0),
+        (lambda x: torch.std(x, dim=1, correction=0), "keepdim", None),
+        (lambda x: torch.softmax(x, 1, torch.float64), "dtype", torch.float64),
+        (lambda x: torch.softmax(x, 1, torch.float64), "keepdim", None),
+        (lambda x: x.mean(1, True), "keepdim", True),
     ],
 )
 def test_arguments_by_name(function: Callable[..., Any], name: str, value: object) -> None:
     graph = capture(function, torch.zeros(2, 2)).gm.graph
     node = next(each for each in graph.nodes if each.op.startswith("call"))
     assert argument(node, name) == value
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.split(tensor=x, split_size_or_sections=1),
+        lambda x: torch.linalg.vector_norm(x=x, dim=1),
+        lambda x: torch.flatten(input=x),
+    ],
+)
+def test_the_first_argument_by_name(function: Callable[..., Any]) -> None:
+    graph = capture(function, torch.zeros(2, 2)).gm.graph
+    node = next(each for each in graph.nodes if each.op.startswith("call"))
+    assert argument(node, "input").op == "placeholder"
 
 
 def test_an_argument_is_set_as_it_was_given() -> None:

@@ -158,7 +158,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.layer_norm(x, (8,))
         h = self._adapted(self.up, F.relu(h))
-        return x + F.dropout(self._adapted(self.down, h), self.dropout)
+        return x + F.dropout(input=self._adapted(self.down, h), p=self.dropout)
 
     def _adapted(self, layer: LoRALinear, x: Tensor) -> Tensor:
         branch = F.linear(F.linear(F.dropout(x, self.dropout), layer.lora_A), layer.lora_B)
