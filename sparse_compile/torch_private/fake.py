@@ -144,7 +144,13 @@ class StandIns:
                     stack.enter_context(self.mode.shape_env.ignore_fresh_unbacked_symbols())
                 # Kernels written in C++ compare symbolic sizes with numbers; those in Python keep them symbols.
                 stack.enter_context(enable_python_dispatcher())
+            # Stand-ins are nothing for hooks that a user has around the step, to offload activations say.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
             yield
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
 
 
 def _recorded(node: fx.Node) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from graphs import capture
 from sparse_compile.graph.read import op_name, tensor_value, value_of
 from sparse_compile.graph.rewrite import Rewriter, copy_graph_module
+from sparse_compile.torch_private.fake import StandIns
 
 
 def double(x: Tensor) -> Tensor:
@@ -109,3 +110,16 @@ def test_an_operand_without_a_value_is_an_error() -> None:
     del node.meta["example_value"]
     with rewriter.before(node.next), pytest.raises(ValueError, match="what relu holds was not recorded"):
         rewriter.call(torch.abs, node)
+
+
+def test_hooks_around_a_step_see_no_stand_in() -> None:
+    """Offloading of activations, for one: what it is handed would be a tensor without data."""
+    gm = capture(double, torch.zeros(4, 3, requires_grad=True)).gm
+    seen: list[Tensor] = []
+    node = relus(gm)[0]
+    rewriter = Rewriter(gm, "test")
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: seen.append(value) or value, lambda value: value):  # type: ignore[func-returns-value]
+        with rewriter.before(node):
+            rewriter.call(torch.mul, node.args[0], node.args[0])
+        StandIns(gm).propagate()
+    assert seen == []
