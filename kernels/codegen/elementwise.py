@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.declined import Declined
-from sparse_compile.graph.read import op_name
+from sparse_compile.graph.read import argument, op_name
 from sparse_compile.graph.vocabulary import CASTS
 from sparse_compile.kernels.codegen.formula import number, select, sigmoid, softplus
 
@@ -123,17 +123,14 @@ def lift(node: fx.Node, operand: Callable[[Any], Any]) -> sympy.Expr:
     """
     name = _canonical(op_name(node))
     if name in _SAME_VALUE:
-        return operand(node.args[0])
+        return operand(argument(node, "input"))
     if name == "dropout":
-        probability, training = [*node.args, *([None] * 3)][1:3]
-        probability = node.kwargs.get("p", probability)
-        training = node.kwargs.get("training", training)
-        if training is False or probability == 0:
-            return operand(node.args[0])
+        if argument(node, "training") is False or argument(node, "p") == 0:
+            return operand(argument(node, "input"))
         raise Declined(node, "dropout draws a number for each element")
     if name not in _CALLS:
-        raise Declined(node, f"{op_name(node)} has no formula")
-    values = [operand(argument) for argument in node.args if not isinstance(argument, bool)]
+        raise Declined(node, f"{op_name(node) or node.name} has no formula")
+    values = [operand(value) for value in node.args if not isinstance(value, bool)]
     # What may be given by name and is an operand: `torch.mul(input=x, other=y)`.
     values += [operand(node.kwargs[key]) for key in ("input", "self", "other", "exponent") if key in node.kwargs]
     options = {

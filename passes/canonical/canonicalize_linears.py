@@ -16,12 +16,11 @@ is compiled as it was captured: the canonical copy is dropped.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, calls_torch, op_name, strip_transposes, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, shape_of, strip_transposes, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, forward_to, take_over
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS
 from sparse_compile.passes.context import PassContext
@@ -108,12 +107,12 @@ def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
         return
     x = argument(flat, "input")
     x_value, value = tensor_value(x), tensor_value(linear)
-    if x_value is None or value is None or x_value.dim() < 3 or x_value.shape[-1:] != _shape_of(flat)[-1:]:
+    if x_value is None or value is None or x_value.dim() < 3 or x_value.shape[-1:] != shape_of(flat)[-1:]:
         return
     # Sizes are compared as they are written: comparing symbols would add guards.
     wanted = [*map(str, x_value.shape[:-1]), str(value.shape[-1])]
     views = list(linear.users)
-    if not views or any(op_name(v) not in ("view", "reshape") or [*map(str, _shape_of(v))] != wanted for v in views):
+    if not views or any(op_name(v) not in ("view", "reshape") or [*map(str, shape_of(v))] != wanted for v in views):
         return
     with rewriter.before(linear):
         whole = rewriter.call(LINEAR, x, *linear.args[1:])
@@ -122,9 +121,3 @@ def _drop_flattening(linear: fx.Node, rewriter: Rewriter) -> None:
     rewriter.graph.erase_node(linear)
     if not flat.users:
         rewriter.graph.erase_node(flat)
-
-
-def _shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    """Return the shape of a tensor node, empty for anything else."""
-    value = tensor_value(node)
-    return () if value is None else tuple(value.shape)

@@ -26,7 +26,7 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import calls_torch, op_name, strip_casts, tensor_value
+from sparse_compile.graph.read import calls_torch, op_name, strip_casts, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, erase_unused, forward_to, take_over
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, SUMS
 from sparse_compile.passes.context import PassContext
@@ -196,8 +196,7 @@ def _weight(layer: _Layer, ctx: PassContext) -> QuantizedWeight:
 
 def _check_autocast(layer: _Layer, gm: fx.GraphModule, ctx: PassContext) -> None:
     """Decline a layer that computes in another dtype than autocast would have the dense product compute in."""
-    value = tensor_value(layer.operand("A"))
-    assert value is not None
+    value = tensor_of(layer.operand("A"))
     cast = autocast_dtypes(gm.graph, ctx.env.autocast, value.device.type)[layer.node.name]
     if cast is not None and cast != value.dtype:
         wanted, given = (str(dtype).removeprefix("torch.") for dtype in (cast, value.dtype))

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
@@ -27,9 +27,11 @@ from sparse_compile.graph.read import (
     argument,
     calls_torch,
     op_name,
+    shape_of,
     stored_matrix,
     strip_casts,
     strip_transposes,
+    tensor_of,
     tensor_value,
 )
 from sparse_compile.graph.rewrite import Rewriter, take_over
@@ -104,7 +106,7 @@ def _match(norm: fx.Node, ctx: PassContext) -> tuple[fx.Node, _Product] | None:
         return None
     for weight, other in (operands, reversed(operands)):
         product = _product(other) if stored_matrix(weight)[0].name in ctx.env.parameters else None
-        if product is not None and _shape(weight) == _shape(other):
+        if product is not None and shape_of(weight) == shape_of(other):
             return weight, product
     return None
 
@@ -138,17 +140,12 @@ def _product(node: fx.Node) -> _Product | None:
 
 
 def _is_identity(node: fx.Node) -> bool:
-    shape = _shape(node)
+    shape = shape_of(node)
     return node.target is torch.eye and len(shape) == 2 and shape[0] == shape[1]
 
 
 def _is_matrix(node: object) -> bool:
-    return isinstance(node, fx.Node) and len(_shape(node)) == 2
-
-
-def _shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    value = tensor_value(node)
-    return () if value is None else tuple(value.shape)
+    return isinstance(node, fx.Node) and len(shape_of(node)) == 2
 
 
 def _check_norm(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassContext) -> None:
@@ -159,7 +156,7 @@ def _check_norm(norm: fx.Node, weight: fx.Node, product: _Product, ctx: PassCont
     if order not in (None, 2, "fro") or dims not in ([1], [-1]) or argument(norm, "keepdim", False):
         raise Declined(norm, "it is not the L2 norm of each row")
     value = tensor_value(norm)
-    operands = (_value(strip_casts(each)) for each in (stored_matrix(weight)[0], product.a, product.b))
+    operands = (tensor_of(strip_casts(each)) for each in (stored_matrix(weight)[0], product.a, product.b))
     if value is None or value.dim() != 1 or any(each.dtype not in _DTYPES for each in operands):
         raise Declined(norm, "its operands are no floating-point matrices")
     if value.requires_grad and not _is_detached(norm):
@@ -178,8 +175,7 @@ def _is_detached(node: fx.Node) -> bool:
 
 def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewriter) -> int:
     stored, transposed = stored_matrix(weight)
-    value = tensor_value(norm)
-    assert value is not None
+    value = tensor_of(norm)
     a, b = (strip_casts(each) for each in (product.a, product.b))
     with rewriter.before(norm):
         # Uncast: the op casts a block at a time.
@@ -187,12 +183,6 @@ def _rewrite(norm: fx.Node, weight: fx.Node, product: _Product, rewriter: Rewrit
         a, b = (rewriter.method("detach", each) for each in (a, b))
         a = rewriter.method("t", a) if product.a_transposed else a
         norms = rewriter.call(torch.ops.sparselora.dora_norm.default, matrix, a, b, product.scale)
-        if at_least_fp32(*(_value(each) for each in (matrix, a, b))) != value.dtype:
+        if at_least_fp32(*(tensor_of(each) for each in (matrix, a, b))) != value.dtype:
             norms = rewriter.method("to", norms, value.dtype)
     return take_over(norm, norms)
-
-
-def _value(node: fx.Node) -> Tensor:
-    value = tensor_value(node)
-    assert value is not None
-    return value

@@ -29,7 +29,7 @@ from torch import fx
 from sparse_compile.graph.cost import fused_adapters_pay
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, hinted_shape, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, tensor_of
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
 from sparse_compile.graph.vocabulary import LINEAR
@@ -113,8 +113,7 @@ def _check_group(adapters: list[Adapter]) -> None:
         raise Declined(name, f"{root.name}, which they read, may be written to in between ({written.name})")
     x = argument(first, "input")
     *leading, width = hinted_shape(x)
-    value = tensor_value(x)
-    assert value is not None
+    value = tensor_of(x)
     ranks = [hinted_shape(adapter.product)[-1] for adapter in adapters]
     if not fused_adapters_pay(math.prod(leading), width, ranks, input_gradient=value.requires_grad):
         raise Declined(name, "stacking their factors moves more bytes than reading their input once saves")

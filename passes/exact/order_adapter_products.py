@@ -34,7 +34,7 @@ from torch import fx
 from sparse_compile.graph.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import ProductOrder, Rejection
-from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_value
+from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
 from sparse_compile.passes.context import PassContext
@@ -120,8 +120,7 @@ class _Matcher:
 
 def _cheapest(layer: AdaptedLayer, projection: Projection, readers: int) -> ProductOrder:
     """Choose the order of the products, by the number of tokens seen at tracing."""
-    value = tensor_value(layer.x)
-    assert value is not None
+    value = tensor_of(layer.x)
     tokens = math.prod(hinted_shape(layer.x)[:-1])
     rank = hinted_shape(layer.a)[0]
     widths = projection.in_features, projection.out_features

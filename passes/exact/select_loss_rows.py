@@ -17,8 +17,8 @@ included, and the mean divides by what the others weigh. A batch without any row
 NaN as a mean, 0 as a sum. Where sizes are fixed (the fact `slots`), `loss_slots` gives the rows: a spare slot has the
 target that the loss ignores. Dropout on the way is drawn for all rows and then selected, so that the kept rows see the
 numbers they would have seen. Logits that the graph returns leave it as R rows with their positions;
-`compiler/outputs.py` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient of
-full size is made.
+`compiler/outputs.py` puts them into a full tensor whose other rows are NaN, outside of AOTAutograd, where no gradient
+of full size is made.
 
 Declines when: `keep_logits` is set; the loss has no reduction, or there are two losses; the targets are not known
 before the blocks; the logits, or any other tensor on the way, are read by something else that needs all rows, such as
@@ -38,7 +38,7 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import LossRows, NarrowedOutput, SitePlan, SparsityPlan, TokenSlots
-from sparse_compile.graph.read import argument, op_name, set_argument, tensor_value
+from sparse_compile.graph.read import argument, op_name, set_argument, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, erase_unused, hoist, save_what_precedes
 from sparse_compile.graph.sites import FFNSite
 from sparse_compile.graph.vocabulary import LINEAR, VIEWS
@@ -118,8 +118,7 @@ class _Narrowing:
         """Rewrite the graph; return what became of it."""
         loss, places = self.segment.loss, self.segment.places
         target, ignored = argument(loss, "target"), argument(loss, "ignore_index", -100)
-        value = tensor_value(target)
-        assert value is not None
+        value = tensor_of(target)
         with self.rewriter.before(self.top):
             targets = hoist(self.rewriter, target, self.hoisted)
             op, sizes = _OPS.loss_rows.default, tuple[int | str, ...]()
@@ -190,8 +189,7 @@ class _Narrowing:
         if numbering not in self.rows:
             assert numbering.inner is not None
             inner = self._numbered(numbering.inner)
-            value = tensor_value(inner)
-            assert value is not None
+            value = tensor_of(inner)
             with self.rewriter.before(self.top):
                 lead = self._sizes(numbering.lead)
                 count = functools.reduce(self._times, lead)
@@ -231,8 +229,7 @@ class _Narrowing:
 
     def _draw_for_all(self, node: fx.Node, place: Place, inner: Sizes) -> None:
         """Draw the dropout of all rows, as it would have been drawn, and use that of the rows of the loss."""
-        value = tensor_value(node)
-        assert value is not None
+        value = tensor_of(node)
         sizes = self._sizes(place.lead + inner)
         ones = self.rewriter.call(torch.ones, *sizes, dtype=value.dtype, device=value.device)
         p, training = argument(node, "p", 0.5), argument(node, "training", True)
@@ -252,8 +249,7 @@ class _Narrowing:
         The gradient of `mm` looks at strides: with one column it would compare the number of rows with 1, which no
         guard can decide.
         """
-        value = tensor_value(node)
-        assert value is not None
+        value = tensor_of(node)
         x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
         # A linear layer casts its operands under autocast, a product of elements does not.
         x, weight, bias = (

@@ -25,16 +25,16 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, calls_torch, op_name, stored_matrix, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, stored_matrix, tensor_of
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
-from sparse_compile.graph.vocabulary import CASTS, LINEAR, MULTIPLICATIONS
+from sparse_compile.graph.vocabulary import CASTS, LINEAR
 from sparse_compile.kernels.fused_linear import FUSED_LINEAR
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.passes.context import PassContext, declined_providers
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
-from sparse_compile.passes.read.lora_branch import is_adapter_product, is_sum
+from sparse_compile.passes.read.lora_branch import is_adapter_product, is_sum, strip_scale
 from sparse_compile.passes.read.mutation import mutation_between
 from sparse_compile.passes.write.product_region import ProductRegion
 
@@ -72,7 +72,7 @@ class FuseAdaptedLayers(Pass):
                 continue
             x = argument(base, "input")
             with rewriter.before(end, projection.name):
-                y = found.insert(rewriter, _dtype(end), choice.provider, cast)
+                y = found.insert(rewriter, tensor_of(end).dtype, choice.provider, cast)
                 take_over(end, _shaped(rewriter, y, end, x, projection.out_features))
             ctx.add_sources(found.sources(f"{projection.name}.adapted"))
             fused += 1
@@ -93,20 +93,13 @@ def _end(base: fx.Node, ctx: PassContext) -> fx.Node | None:
     while len(node.users) == 1:
         (user,) = node.users
         others = [operand for operand in user.all_input_nodes if operand is not node]
-        if is_sum(user) and len(others) == 1 and is_adapter_product(_unscaled(others[0]), ctx):
+        if is_sum(user) and len(others) == 1 and is_adapter_product(strip_scale(others[0]), ctx):
             end = node = user
         elif calls_torch(user) and op_name(user) in CASTS:
             node = user
         else:
             break
     return end
-
-
-def _unscaled(node: fx.Node) -> fx.Node:
-    """Follow casts and products with a number back to what they scale."""
-    while len(node.all_input_nodes) == 1 and calls_torch(node) and op_name(node) in CASTS | MULTIPLICATIONS:
-        (node,) = node.all_input_nodes
-    return node
 
 
 def _region(base: fx.Node, end: fx.Node, cast: torch.dtype | None, ctx: PassContext) -> ProductRegion:
@@ -119,7 +112,7 @@ def _region(base: fx.Node, end: fx.Node, cast: torch.dtype | None, ctx: PassCont
         raise Declined(base, "its weight is stored in 4 bits: used whole, it is dequantised once, before the product")
     found = ProductRegion(end, frozenset({base}))
     # Autocast has all of them compute in one dtype; without it, each computes in that of its weight.
-    dtypes = {_dtype(weight) for weight in (argument(base, "weight"), *(thin.factor for thin in found.thins))}
+    dtypes = {tensor_of(weight).dtype for weight in (argument(base, "weight"), *(thin.factor for thin in found.thins))}
     if cast is None and len(dtypes) > 1:
         raise Declined(end, "the layer and its adapter compute in different dtypes")
     if len({(node.meta.get("ac_graph_id"), node.meta.get("recompute")) for node in found.nodes}) > 1:
@@ -130,18 +123,11 @@ def _region(base: fx.Node, end: fx.Node, cast: torch.dtype | None, ctx: PassCont
     return found
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
-    value = tensor_value(node)
-    assert value is not None
-    return value.dtype
-
-
 def _shaped(rewriter: Rewriter, y: fx.Node, like: fx.Node, x: fx.Node, width: int) -> fx.Node:
     """Give a result (tokens, width) the leading sizes of what it replaces, and its rows no padding."""
     if width % 16:
         y = rewriter.method("contiguous", y)
-    value = tensor_value(like)
-    assert value is not None
+    value = tensor_of(like)
     if value.ndim == 2:
         return y
     leading = [

@@ -30,7 +30,7 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan
-from sparse_compile.graph.read import argument, op_name, tensor_value
+from sparse_compile.graph.read import argument, op_name, tensor_of
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite
 from sparse_compile.graph.vocabulary import CASTS, LINEAR, TAG
@@ -91,13 +91,13 @@ def _ends(plan: SitePlan, graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[s
 
 def _ends_of_ffn(plan: SitePlan, graph: fx.Graph) -> Iterator[tuple[str, fx.Node, torch.dtype]]:
     inside = _inside(plan, graph)
-    result = _dtype(next(node for node in graph.nodes if node.name == plan.site.output.output))
+    result = tensor_of(next(node for node in graph.nodes if node.name == plan.site.output.output)).dtype
     products = [node for node in inside if _gathers_inputs(node)]
     if len(products) == 1:
         hidden = argument(products[0], "input" if products[0].target is LINEAR else "h")
-        while op_name(hidden) in CASTS and _dtype(hidden) == _dtype(hidden.args[0]):
+        while op_name(hidden) in CASTS and tensor_of(hidden).dtype == tensor_of(hidden.args[0]).dtype:
             hidden = hidden.args[0]  # autocast's, which does nothing behind the region's last call
-        yield "intermediate", hidden, _dtype(hidden)
+        yield "intermediate", hidden, tensor_of(hidden).dtype
     for node in inside:
         if node.target is _OPS.put_rows.default:
             context = argument(node, "context")
@@ -118,9 +118,3 @@ def _gathers_inputs(node: fx.Node) -> bool:
     if chosen is None:
         return node.target is _OPS.gathered_input_linear.default
     return bool(argument(chosen, "dim") == 1)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    value = tensor_value(node)
-    assert value is not None
-    return value.dtype

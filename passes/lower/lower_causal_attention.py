@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, op_name, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.kernels.causal_attention import CAUSAL_ATTENTION
 from sparse_compile.kernels.providers import REFERENCE, OpCall
@@ -118,8 +118,8 @@ def _rewrite(
     node: fx.Node, provider: str, rewriter: Rewriter, additive: dict[tuple[fx.Node, torch.dtype], fx.Node]
 ) -> None:
     query, key, value = _operands(node)
-    mask, like = _mask(node), tensor_value(query)
-    assert mask is not None and like is not None
+    mask, like = _mask(node), tensor_of(query)
+    assert mask is not None
     if (mask, like.dtype) not in additive:
         # Behind the mask, before the first block: each of them reads it.
         with rewriter.before(mask.next):

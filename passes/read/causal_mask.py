@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, tensor_of, tensor_value
 from sparse_compile.graph.vocabulary import CASTS, CONJUNCTIONS, COPIES, NOT_AFTER, NOT_BEFORE
 from sparse_compile.torch_private.fake import size_expression
 
@@ -111,9 +111,7 @@ def _counts_from_zero(node: fx.Node) -> bool:
 
 
 def _new_dimension(node: fx.Node) -> int:
-    value, dim = tensor_value(node), argument(node, "dim")
-    assert value is not None
-    return int(dim) % value.dim()
+    return int(argument(node, "dim")) % tensor_of(node).dim()
 
 
 def _shifted(position: int | None, added: list[int]) -> int | None:

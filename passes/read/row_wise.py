@@ -16,7 +16,7 @@ import sympy
 from torch import fx
 
 from sparse_compile.graph.declined import Declined
-from sparse_compile.graph.read import argument, calls_torch, op_name, set_argument, tensor_value
+from sparse_compile.graph.read import argument, calls_torch, op_name, set_argument, tensor_of, tensor_value
 from sparse_compile.graph.vocabulary import CASTS, COPIES, LINEAR, MATMULS, NORMALISATIONS, REDUCTIONS, VIEWS
 from sparse_compile.passes.read.elementwise import is_elementwise
 from sparse_compile.torch_private.fake import size_expression
@@ -49,8 +49,7 @@ class RowOperand:
 
 def sizes_of(node: fx.Node) -> Sizes:
     """Return the sizes of a tensor node as expressions."""
-    value = tensor_value(node)
-    assert value is not None, f"{node} holds no tensor"
+    value = tensor_of(node)
     return tuple(size_expression(size) for size in value.shape)
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, fx
 from sparse_compile.graph.cost import TOKENS, masked_layer_flops
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import MaskedLayer, Rejection, SitePlan, SparsityPlan
-from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, strip_casts, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, strip_casts, tensor_of
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import Projection
 from sparse_compile.graph.walk import readers
@@ -148,8 +148,7 @@ class _Matcher:
 
     def compute_dtype(self, layer: AdaptedLayer) -> torch.dtype:
         """Return the dtype that the base product is computed in."""
-        value = tensor_value(layer.x)
-        assert value is not None
+        value = tensor_of(layer.x)
         cast = self.autocast.get(value.device.type, {}).get(layer.products[0].name)
         # fp64 operands are left alone by autocast.
         return value.dtype if cast is None or value.dtype == torch.float64 else cast
@@ -178,8 +177,7 @@ def _packed_layers(graph: fx.Graph, ctx: PassContext) -> Iterator[tuple[str, str
 
 
 def _added_flops(layer: AdaptedLayer, projection: Projection, ctx: PassContext) -> float:
-    value, tokens = tensor_value(layer.x), hinted_shape(layer.x)[:-1]
-    assert value is not None
+    value, tokens = tensor_of(layer.x), hinted_shape(layer.x)[:-1]
     if UNKNOWN_SIZE in tokens:
         return 0.0
     rank = hinted_shape(layer.a)[0]
@@ -192,8 +190,7 @@ def _added_flops(layer: AdaptedLayer, projection: Projection, ctx: PassContext) 
 def _rewrite(
     layer: AdaptedLayer, projection: Projection, dtype: torch.dtype, rewriter: Rewriter, ctx: PassContext
 ) -> None:
-    value, output = tensor_value(layer.x), tensor_value(layer.output)
-    assert value is not None and output is not None
+    value, output = tensor_of(layer.x), tensor_of(layer.output)
     provider = MASKED_LINEAR.choose(OpCall(value.device.type, dtype), ctx.env.config.kernels).provider
     with rewriter.before(layer.output, projection.name):
         x = layer.x if value.dtype == dtype else rewriter.method("to", layer.x, dtype)

@@ -23,7 +23,7 @@ from sparse_compile.graph.cost import gain
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name
-from sparse_compile.graph.sites import AttentionSite, Projection, Site
+from sparse_compile.graph.sites import Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.presets import kept_count, match_site, preset_sparsity
 from sparse_compile.passes.context import PassContext
@@ -68,11 +68,6 @@ def requested_sparsity(site: Site, ctx: PassContext) -> tuple[float, bool]:
     position, graphs = ctx.env.stack
     count = len(ctx.facts.ffn_sites) if site.kind == "ffn" else len(ctx.facts.attention_sites)
     return preset_sparsity(config.preset, site.kind, position * count + site.index, graphs * count), False
-
-
-def predicted_projections(site: Site) -> tuple[Projection, ...]:
-    """Return the projections whose outputs the predictor estimates."""
-    return (site.query, site.key, site.value) if isinstance(site, AttentionSite) else site.inputs
 
 
 def _position(graph: fx.Graph, site: Site) -> int:
@@ -170,7 +165,7 @@ class _Planner:
             if not bool(torch.isfinite(weight.sum(dtype=at_least_fp32(weight)))):
                 raise Declined(site.name, f"the weight of {projection.name} is not finite")
         found = {}
-        for projection in predicted_projections(site):
+        for projection in site.predicted:
             try:
                 found[projection.name] = self.factors_of(projection)
             except ValueError as error:

@@ -41,7 +41,6 @@ class _Attention:
     key: fx.Node
     value: fx.Node
     result: fx.Node
-    mask: fx.Node | None
     key_transposed: bool
 
 
@@ -80,15 +79,13 @@ def _sdpa(node: fx.Node) -> _Attention | None:
     if op_name(node) != "scaled_dot_product_attention":
         return None
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
-    mask = argument(node, "attn_mask")
-    return _Attention(query, key, value, node, mask, key_transposed=False)
+    return _Attention(query, key, value, node, key_transposed=False)
 
 
 def _softmax_attention(node: fx.Node) -> _Attention | None:
     """Match `softmax(q @ k^T ...) @ v` around a softmax node: scaling, masking, casts and dropout may come between."""
     if op_name(node) not in SOFTMAXES or not calls_torch(node):
         return None
-    masks: list[fx.Node] = []
     scores = argument(node, "input")
     while isinstance(scores, fx.Node) and op_name(scores) not in MATMULS:
         if not (is_elementwise(scores) or op_name(scores) in ("masked_fill", "where")):
@@ -100,7 +97,6 @@ def _softmax_attention(node: fx.Node) -> _Attention | None:
             inner = [operand for operand in inner if _leads_to_product(operand)]
         if len(inner) != 1:
             return None
-        masks += [operand for operand in operands if operand is not inner[0]]
         scores = inner[0]
     weights = node
     while len(weights.users) == 1 and is_elementwise(next(iter(weights.users))):
@@ -115,7 +111,7 @@ def _softmax_attention(node: fx.Node) -> _Attention | None:
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
-    return _Attention(query, key, value, product, masks[-1] if masks else None, key_transposed=True)
+    return _Attention(query, key, value, product, key_transposed=True)
 
 
 def _leads_to_product(node: fx.Node) -> bool:
@@ -175,7 +171,6 @@ class _Matcher:
             groups=heads // key_heads,
             head_dim=query.out_features // heads,
             value_head_dim=value.out_features // value_heads,
-            mask=attention.mask.name if isinstance(attention.mask, fx.Node) else None,
         )
 
     def _ways(self, attention: _Attention) -> list[tuple[Projection, list[fx.Node]]]:

@@ -37,7 +37,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph.facts import SitePlan
-from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, op_name, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, hoist, save_what_precedes
 from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection
 from sparse_compile.options.presets import kept_count
@@ -81,8 +81,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     # What is there already of the top of the graph is on the rows of the loss: their number is read with that of roles.
     (loss_rows,) = rewriter.graph.find_nodes(op="call_function", target=_OPS.loss_rows.default) or (None,)
     top = loss_rows or top
-    source = tensor_value(nodes[ctx.facts.plan.sparse_sites[0].site.source])
-    assert source is not None
+    source = tensor_of(nodes[ctx.facts.plan.sparse_sites[0].site.source])
 
     def beside_tokens(node: fx.Node, origin: fx.Node) -> fx.Node:
         """Move what was computed from `origin` to the device of the activations: labels may come on the CPU."""
@@ -277,8 +276,7 @@ class _PredictorBuilder:
         return self.rewriter.call(torch.rand, channels, device=self._device(source))
 
     def _device(self, source: str) -> torch.device:
-        value = tensor_value(self.nodes[source])
-        assert value is not None
+        value = tensor_of(self.nodes[source])
         return value.device
 
     def _top(self, scores: fx.Node, kept: int, site: str, source: str) -> fx.Node:

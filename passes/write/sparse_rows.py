@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, tensor_of
 from sparse_compile.graph.rewrite import Rewriter
 from sparse_compile.graph.sites import Projection
 from sparse_compile.graph.vocabulary import LINEAR
@@ -141,8 +141,7 @@ class SparseRows:
         return y if bias is None else self.rewriter.call(torch.add, y, bias)
 
     def _autocast_dtype(self, at: fx.Node) -> torch.dtype | None:
-        value = tensor_value(at)
-        assert value is not None
+        value = tensor_of(at)
         # fp64 operands are left alone by autocast.
         dtype = self._autocast.get(value.device.type, {}).get(at.name)
         return None if value.dtype == torch.float64 else dtype
@@ -168,8 +167,7 @@ class SparseRows:
 
     def leading_sizes(self, like: fx.Node) -> Sequence[fx.Node | int]:
         """Return the sizes of all dimensions of `like` but the last, symbolic ones as nodes."""
-        value = tensor_value(like)
-        assert value is not None
+        value = tensor_of(like)
         return [
             size if isinstance(size, int) else self.rewriter.method("size", like, dim)
             for dim, size in enumerate(value.shape[:-1])

@@ -13,12 +13,12 @@ from torch import Tensor, fx
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.compiler.capture import capture_context, count_tokens, is_whole_step, trained_parameters
 from sparse_compile.compiler.dump import GraphDump, dump_root
-from sparse_compile.compiler.executable import CompiledGraph, compile_as_it_is, compile_first, watched
+from sparse_compile.compiler.executable import compile_as_it_is, compile_first, watched
 from sparse_compile.compiler.guards import install_guards
 from sparse_compile.compiler.mask_watch import guard_masks, tell_unmasked, watching_masks
 from sparse_compile.compiler.model_part import ModelPart, part_of
 from sparse_compile.compiler.notices import tell_about_sites, tell_about_slots, tell_once, tell_untrained
-from sparse_compile.compiler.outputs import restored
+from sparse_compile.compiler.outputs import CompiledGraph, restored
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import EVALUATION_PASSES
 from sparse_compile.compiler.report import GraphReport, graph_report, plan_data

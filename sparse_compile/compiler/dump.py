@@ -1,7 +1,6 @@
-"""Write graphs as text that can be read and compared.
+"""Write the dump of a compiled graph: a folder with its text after each pass, generated kernels, and what was decided.
 
-One node a line: name, dtype and shape, call, operands. Parameters are named by their path in the user's model. The text
-depends on the graph alone, so that two runs give the same text and `diff -u` between two passes shows what one did.
+`sparse_compile/graph/text.py` says what the text of a graph is.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparse_compile.compiler.notices import tell_when_all_is_compiled
+from sparse_compile.compiler.outputs import CompiledGraph
 from sparse_compile.compiler.report import GraphReport
 from sparse_compile.graph.read import argument, tensor_of
 from sparse_compile.kernels.channel_selection import prepare_count
@@ -20,8 +21,6 @@ from sparse_compile.torch_private.autograd import saving_what_is_marked
 from sparse_compile.torch_private.dynamo import is_control_flow_exception
 from sparse_compile.torch_private.inductor import compile_with_inductor
 from sparse_compile.training.session import Session
-
-CompiledGraph = Callable[..., Any]
 
 
 def compile_as_it_is(

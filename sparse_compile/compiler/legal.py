@@ -17,7 +17,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.graph.read import argument, calls_torch, nodes_by_name, op_name, stored_matrix, tensor_value
-from sparse_compile.graph.sites import AttentionSite, Projection
 from sparse_compile.graph.vocabulary import LINEAR, MATMULS, TAG
 from sparse_compile.graph.walk import reach
 from sparse_compile.kernels.tables import PROVIDERS
@@ -209,14 +208,9 @@ def _decisions(checked: Checked) -> Iterator[str]:
         if plan.sparse and checked.facts.roles is None:
             yield f"{plan.site.name} is to be sparse, and nothing tells context tokens from output tokens"
         if plan.sparse and checked.ctx.env.config.channel_selection == "svd":
-            for projection in _predicted(plan.site):
+            for projection in plan.site.predicted:
                 if projection.name not in checked.facts.factors:
                     yield f"{plan.site.name} is to be sparse, and {projection.name} has no factors"
-
-
-def _predicted(site: Any) -> tuple[Projection, ...]:
-    """Return the layers of a site whose products the predictor stands in for."""
-    return (site.query, site.key, site.value) if isinstance(site, AttentionSite) else site.inputs
 
 
 def _choices(checked: Checked) -> Iterator[str]:

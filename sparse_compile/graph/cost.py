@@ -1,9 +1,10 @@
 """What a rewrite would cost or save in a training step, before it is made: FLOPs, and bytes moved as FLOPs.
 
 A product of (n, a) with (a, b) counts 2nab FLOPs. Of a frozen layer the forward and the gradient of its input are
-counted (there is no weight gradient); of an adapter both gradients. Causal attention is counted as executed: all S x S
-scores. All figures are per token and linear in the number of context and output tokens, so that one expression serves
-any batch; `sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of tokens) are what reports hold.
+counted (there is no weight gradient); of an adapter both gradients. Attention itself is not counted: no rewrite changes
+what it computes. All figures are per token and linear in the number of context and output tokens, so that one
+expression serves any batch; `sympy` expressions in the symbols `CONTEXT` and `OUTPUT` (numbers of tokens) are what
+reports hold.
 """
 
 from __future__ import annotations

@@ -32,6 +32,12 @@ def tensor_of(node: fx.Node) -> Tensor:
     return value
 
 
+def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """Return the shape of a tensor node, symbolic sizes as they are; empty for anything else."""
+    value = tensor_value(node)
+    return () if value is None else tuple(value.shape)
+
+
 def hinted_shape(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of the tensor `node`, symbolic sizes replaced by their hints, without adding a guard."""
     return tuple(size_hint(size) for size in tensor_of(node).shape)

@@ -186,6 +186,11 @@ class FFNSite:
         """All projections of the site."""
         return (*self.inputs, self.output)
 
+    @property
+    def predicted(self) -> tuple[Projection, ...]:
+        """The projections whose outputs the predictor estimates."""
+        return self.inputs
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -200,7 +205,6 @@ class AttentionSite:
         groups: query heads per key/value head; query head h reads key/value head h // groups.
         head_dim: channels of a query or key head.
         value_head_dim: channels of a value head.
-        mask: the attention mask operand, or None.
     """
 
     name: str
@@ -214,7 +218,6 @@ class AttentionSite:
     groups: int
     head_dim: int
     value_head_dim: int
-    mask: NodeName | None
     kind: SiteKind = "attention"
 
     @property
@@ -231,6 +234,11 @@ class AttentionSite:
     def projections(self) -> tuple[Projection, ...]:
         """All projections of the site."""
         return (self.query, self.key, self.value, self.output)
+
+    @property
+    def predicted(self) -> tuple[Projection, ...]:
+        """The projections whose outputs the predictor estimates."""
+        return (self.query, self.key, self.value)
 
 
 Site = FFNSite | AttentionSite

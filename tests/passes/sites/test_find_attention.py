@@ -164,7 +164,6 @@ def test_found(name: str) -> None:
     assert [p.name for p in site.projections] == ["q", "k", "v", "o"]
     assert all(len(projection.branches) == 1 for projection in site.projections)
     assert site.channels == kv_heads * D
-    assert (site.mask is not None) == ("eager" in name)
 
 
 def test_head_geometry_is_that_of_loops() -> None:
