@@ -10,8 +10,9 @@ Cases handled, each with the graph before and after:
     dropout(x, p, training=False), dropout(x, 0.0)              ->  x
 
 Legal because: each pair computes the same function; only the rounding of a fused bias addition may differ.
-Declines when: the second operand is no parameter, or alpha/beta are not 1. A captured graph that no later pass rewrites
-is compiled as it was captured: the canonical copy is dropped.
+Declines when: an addmm has alpha or beta other than 1, or adds what is no bias vector.
+Leaves alone: a product whose second operand is no parameter. A captured graph that no later pass rewrites is compiled
+as it was captured: the canonical copy is dropped.
 """
 
 from __future__ import annotations

@@ -111,9 +111,9 @@ def adapted_layer(projection: Projection, nodes: Mapping[str, fx.Node]) -> Adapt
 
 
 class _Chain(NamedTuple):
-    """The way from a tensor back to the one that it is a multiple of: casts and products with numbers.
+    """Casts and products with numbers between two tensors.
 
-    The scale is None where it is no multiple.
+    The scale is None where something else is between them.
     """
 
     scale: float | None

@@ -130,7 +130,7 @@ class _Planner:
         return SitePlan(site, sparsity, kept, total, note)
 
     def _cost_note(self, site: Site, kept: int, tokens: int, *, named: bool) -> str:
-        """Return what is to be said of a site that the options name and that does not pay: else nothing is.
+        """Return a note for a named site that does not pay; empty if it pays.
 
         Raises:
             Declined: it does not pay and the options do not name it.

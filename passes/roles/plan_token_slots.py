@@ -6,8 +6,9 @@
 With a bucket the number of output tokens is known to lie in (C - bucket, C], so context tokens need no more than
 N - C + bucket slots: N + bucket together, whatever the split. A row of the loss is an output token, or the op says so.
 
-Declines when: neither option is set; nothing tells how many output tokens the batch has (`token_capacity.py`), or what
-was counted is not what the graph reads: several losses with labels of their own, another `ignore_index`.
+Declines when: nothing tells how many output tokens the batch has (`token_capacity.py`), or what was counted is not what
+the graph reads: several losses with labels of their own, another `ignore_index`.
+Leaves alone: a graph for which neither option is set.
 """
 
 from __future__ import annotations

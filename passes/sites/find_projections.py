@@ -12,8 +12,9 @@ The weight may be dequantised from one that is stored in 4 bits. A layer without
 prunes the MLP of a model whose adapters are on the attention alone. Whatever else is added to the base product is left
 to the analyses that read the output.
 
-Declines when: the weight is trained, holds several experts, is stored in 8 bits or in a tensor subclass, is no 2-D
-parameter of the graph, or is not at hand (the graph was given stand-ins).
+Declines when: the weight holds several experts, is stored in 8 bits or in a tensor subclass, is no 2-D parameter of the
+graph, or is not at hand (the graph was given stand-ins).
+Leaves alone: a layer whose weight is trained.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class ProductOrder:
         projection: the layer.
         order: a name of `kernels/merged_linear`; `"F1B1"` leaves the layer as it was captured.
         tokens: number of tokens seen at tracing, for which the order was chosen.
-        costs: by order, what a step costs over N tokens: FLOPs, and bytes as the FLOPs of the time they take.
+        costs: by order, cost in FLOPs over N tokens; a moved byte counts as the FLOPs that fit into its time.
         saved_flops: FLOPs alone that the order saves at that number of tokens.
         break_even: for which numbers of tokens another order than F1B1 pays: `"N > 1843"` or `"never"`.
     """
