@@ -36,7 +36,7 @@ def dumped(folder: Path, cache: Path) -> Path:
         **os.environ,
         "SPARSELORA_DUMP": str(folder),
         "SPARSELORA_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "helpers"), os.environ.get("PYTHONPATH", "")]),
         "PYTHONHASHSEED": str(len(folder.name)),
     }
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, env=environment, cwd=cache.parent)
