@@ -107,7 +107,7 @@ def test_a_model_compiled_in_place_and_a_plain_function(aot_eager_inductor: Any)
 
 @pytest.mark.slow
 def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
-    model = with_lora(tiny_llama(layers=2), ("q_proj", "down_proj"))
+    model = with_lora(tiny_llama(layers=1), ("q_proj", "down_proj"))
     inputs = batch(97, padding="left")
     found = {}
     for name, options in (("inductor", None), ("sparselora", {"preset": "none"})):
@@ -120,7 +120,6 @@ def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
         assert torch.equal(found["sparselora"][name], expected), name
 
 
-@pytest.mark.slow
 def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are known at run time only, through C++: the compiled callable runs, at every split."""
     runs: list[bool] = []
@@ -133,8 +132,10 @@ def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(executable, "compile_with_inductor", watched)
     torch._dynamo.utils.counters.clear()
-    model = Fp64Decoder(DecoderConfig(layers=2, dtype=torch.float32))
-    call = torch.compile(model, backend="sparselora", dynamic=False, fullgraph=True, options={"layer_sparsity": SITES})
+    model = Fp64Decoder(DecoderConfig(layers=1, dtype=torch.float32))
+    # Of a single block the exact optimisations would take the feed-forward site over.
+    options = {"layer_sparsity": SITES, "preset": "none"}
+    call = torch.compile(model, backend="sparselora", dynamic=False, fullgraph=True, options=options)
     with told() as messages:
         for prompts in ([5, 9, 3], [0, 0, 0], [16, 2, 16]):
             inputs = batch(61, prompts=prompts)
