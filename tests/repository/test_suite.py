@@ -16,7 +16,7 @@ MOST_SLOW = 0.05
 """Share of the functions that may be slow as a whole, or `make test` would say little."""
 
 
-def tests_of(source: str) -> dict[str, ast.FunctionDef]:
+def functions_of(source: str) -> dict[str, ast.FunctionDef]:
     """Return the test functions of a file by name, those of its classes too."""
     found: dict[str, ast.FunctionDef] = {}
     for node in ast.parse(source).body:
@@ -45,7 +45,7 @@ def all_cases_slow(test: ast.FunctionDef) -> bool:
 def files() -> dict[str, dict[str, ast.FunctionDef]]:
     """Return the tests of each file of the suite."""
     paths = sorted(TESTS.rglob("test_*.py"))
-    return {path.relative_to(TESTS).as_posix(): tests_of(path.read_text(encoding="utf-8")) for path in paths}
+    return {path.relative_to(TESTS).as_posix(): functions_of(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def test_every_file_has_a_test_that_is_not_slow() -> None:
@@ -74,4 +74,4 @@ def test_a_test_whose_every_case_is_slow_is_marked_as_a_whole() -> None:
     ],
 )
 def test_marks_are_read(source: str, expected: bool) -> None:
-    assert is_slow(tests_of(source)["test_a"]) == expected
+    assert is_slow(functions_of(source)["test_a"]) == expected
