@@ -330,11 +330,11 @@ class Flops:
 
 
 def rewritten_flops(base: nn.Module, workload: Workload, arm: str) -> Flops:
-    """Ask `sparse_compile.compiler.explain` for the work of a step, without taking one."""
+    """Ask `sparse_compile.explain` for the work of a step, without taking one."""
     import sparse_compile
 
     model = adapted_model(base, workload)
-    report = sparse_compile.compiler.explain(model, config=options_of(arm), **make_batch(workload))
+    report = sparse_compile.explain(model, config=options_of(arm), **make_batch(workload))
     return Flops(
         before=report.flops_before,
         after=report.flops_after,

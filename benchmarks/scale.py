@@ -127,7 +127,7 @@ def measure(point: Point, rounds: int, caches: Path) -> Measured:
     models["sparse"].compile(backend="sparselora", options=point.options)
     steps = {arm: training_step(model, batch) for arm, model in models.items()}
     taken = {arm: times.steps for arm, times in interleaved(steps, caches, rounds, warm_up=1).items()}
-    report = sparse_compile.compiler.explain(adapted_model(base, point.workload), config=point.options, **batch)
+    report = sparse_compile.explain(adapted_model(base, point.workload), config=point.options, **batch)
     return Measured(
         seconds={arm: spread(each) for arm, each in taken.items()},
         exact=paired_ratio(taken["inductor"], taken["exact"]),

@@ -166,10 +166,10 @@ class StepWork:
 def step_work(
     base: PreTrainedModel, plan: TrainingPlan, config: sparse_compile.SparseLoRAConfig, batch: Batch
 ) -> StepWork:
-    """Ask `sparse_compile.compiler.explain` for the work of a step, without running one."""
+    """Ask `sparse_compile.explain` for the work of a step, without running one."""
     model = adapted(base, plan, seed=0).train()
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    report = sparse_compile.compiler.explain(model, config=config, **inputs)
+    report = sparse_compile.explain(model, config=config, **inputs)
     return StepWork(
         dense=int(report.flops_before),
         rewritten=int(report.flops_after),

@@ -126,6 +126,7 @@ class _Runner:
         self.approximate = False
         self.optimised = False
         self.stages = {"captured"}
+        self.unknown: set[str] = set()  # stages whose analysis was left out
         self.records: list[PassRecord] = []
         self.flops: list[StepFlops | None] = []
         self.exact_flops: StepFlops | None = None
@@ -137,8 +138,10 @@ class _Runner:
         """Run one pass, or record why it is skipped."""
         before = len(self.current.graph.nodes)
         reason = self._reason_to_skip(each)
-        if reason and each.name in self.ctx.env.config.requested:
-            raise _not_made(each, f"it {reason}")
+        if each.name in self.ctx.env.config.requested:
+            unknown = [stage for stage in each.requires if stage in self.unknown]
+            if reason or unknown:
+                raise _not_made(each, f"it {reason or 'needs ' + ', '.join(unknown)}")
         if reason:
             if each.name in self.ctx.env.config.disable:
                 self._leave_out(each)
@@ -181,9 +184,10 @@ class _Runner:
         return f"needs {', '.join(missing)}" if missing else ""
 
     def _leave_out(self, each: Pass) -> None:
-        """Go on without a pass. That an analysis found nothing is a fact as well."""
+        """Go on without a pass. That an analysis found nothing is a fact as well, but for what an option asks for."""
         if each.analysis:
             self.stages |= set(each.ensures)
+            self.unknown |= set(each.ensures)
 
     def _run(self, each: Pass) -> PassOutcome:
         """Run a pass and verify what it left; put everything back where either fails."""

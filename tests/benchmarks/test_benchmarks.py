@@ -336,7 +336,7 @@ def test_every_point_of_a_curve_names_the_middle_blocks(benchmarks: dict[str, Mo
     assert all(point.workload.layers == scale.LAYERS for point in points)
     small = dataclasses.replace(points[0], workload=tiny)
     model = workloads.adapted_model(workloads.base_model(tiny), tiny)
-    report = sparse_compile.compiler.explain(model, config=small.options, **workloads.make_batch(tiny))
+    report = sparse_compile.explain(model, config=small.options, **workloads.make_batch(tiny))
     names = {site.name.split(".", 3)[-1] for site in report.sites if site.sparsity}
     assert names == {f"layers.{layer}.{kind}" for layer in (1, 2) for kind in scale.SPARSITY}
     # Named sites are sparse whether it pays or not, and so small a model it does not pay for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,6 +210,13 @@ def test_a_failure_is_an_error(name: str, function: Any, reason: str) -> None:
     with pytest.raises(RequestedFunctionError, match=f"preserve_weight_mask failed.* than the one asked for. {reason}"):
         run_pipeline(captured.gm, captured.ctx, order=order)
     assert "masked_linear" not in str(captured.gm.graph)
+
+
+def test_an_analysis_that_is_left_out_is_an_error() -> None:
+    """Without projections there is nothing to mask, and nothing would be said."""
+    captured = capture(Layer(), given(), config=replace(PAPER, disable=frozenset({"find_projections"})))
+    with pytest.raises(RequestedFunctionError, match="it needs projections"):
+        run_pipeline(captured.gm, captured.ctx)
 
 
 def test_another_failure_is_no_error_where_no_mask_was_asked_for() -> None:
