@@ -196,7 +196,7 @@ class _Runner:
         try:
             outcome = each.run(work, self.ctx)
             reached = self.stages | set(each.ensures)
-            verify(work, self.captured, reached, self.ctx, changed=outcome.changed)
+            verify(work, self.captured, reached, self.ctx, changed=outcome.changed, before=self.current)
         except Exception as error:
             self.ctx.facts, self.ctx.results = facts, results
             if self.ctx.env.config.strict or isinstance(error, InvalidOptionError):

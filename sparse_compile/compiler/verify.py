@@ -13,9 +13,11 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from sparse_compile.compiler.legal import RULES, STAGES, Checked
-from sparse_compile.graph.read import tensor_value, value_of
+from sparse_compile.graph.read import nodes_by_name, op_name, tensor_value, value_of
+from sparse_compile.graph.vocabulary import MODE_SWITCHES
 from sparse_compile.passes.context import PassContext
 from sparse_compile.torch_private.fake import StandIns, is_unbacked, size_expression, size_hint
 from sparse_compile.torch_private.fx import flattened
@@ -26,7 +28,13 @@ class VerificationError(AssertionError):
 
 
 def verify(
-    gm: fx.GraphModule, captured: fx.GraphModule, stages: Iterable[str], ctx: PassContext, *, changed: bool = True
+    gm: fx.GraphModule,
+    captured: fx.GraphModule,
+    stages: Iterable[str],
+    ctx: PassContext,
+    *,
+    changed: bool = True,
+    before: fx.GraphModule | None = None,
 ) -> None:
     """Check the graph and the facts after a pass.
 
@@ -36,6 +44,7 @@ def verify(
         stages: the stages reached.
         ctx: the facts.
         changed: whether the pass changed the graph; values are checked only then.
+        before: the graph before the pass, whose values were checked: what the pass left alone is not computed again.
 
     Raises:
         VerificationError: naming the node and the rule.
@@ -53,15 +62,33 @@ def verify(
             for fault in rule.faults(checked):
                 raise VerificationError(f"{fault}. The rule of stage {rule.stage!r}: {rule.holds}")
     if changed and os.environ.get("SPARSELORA_VERIFY", "0") not in ("", "0"):
-        _check_values(checked)
+        _check_values(checked, set() if before is None else _left_alone(gm, before))
 
 
-def _check_values(checked: Checked) -> None:
+def _left_alone(gm: fx.GraphModule, before: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that are what they were, and are computed from such alone."""
+    old = nodes_by_name(before.graph)
+    same: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        other = old.get(node.name)
+        if other is None or op_name(node) in MODE_SWITCHES or value_of(node) is None:
+            continue
+        is_same = (node.op, node.target) == (other.op, other.target) and value_of(node) is value_of(other)
+        if is_same and _operands(node) == _operands(other) and same.issuperset(node.all_input_nodes):
+            same.add(node)
+    return same
+
+
+def _operands(node: fx.Node) -> Any:
+    return map_arg((node.args, node.kwargs), lambda operand: operand.name)
+
+
+def _check_values(checked: Checked, known: set[fx.Node]) -> None:
     """Compare what each node is recorded to hold with what the graph computes, and outputs with the captured ones."""
     stand_ins = StandIns(checked.gm)
     if stand_ins.mode is None:
         return
-    found = stand_ins.propagate()
+    found = stand_ins.propagate(known)
     sizes: dict[sympy.Symbol, sympy.Expr] = {}
     for node in checked.gm.graph.nodes:
         if node.op in ("placeholder", "output") or (recorded := value_of(node)) is None:

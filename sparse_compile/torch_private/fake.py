@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -103,14 +103,18 @@ class StandIns:
                 return getattr(receiver, str(node.target))(*rest, **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def propagate(self) -> dict[fx.Node, Any]:
-        """Run the whole graph; return what each node holds."""
+    def propagate(self, known: Set[fx.Node] = frozenset()) -> dict[fx.Node, Any]:
+        """Run the graph; return what each node holds.
+
+        Args:
+            known: nodes whose recorded value is taken, not computed.
+        """
         found: dict[fx.Node, Any] = {}
         stand_in, entered = self._stand_in, list[Any]()
 
         class _Recorder(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                found[n] = super().run_node(n)
+                found[n] = n.meta["example_value"] if n in known else super().run_node(n)
                 if n.target is torch.amp.autocast_mode._enter_autocast:
                     entered.append(found[n])
                 elif n.target is torch.amp.autocast_mode._exit_autocast:

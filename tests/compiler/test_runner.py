@@ -87,8 +87,8 @@ def _without_values(monkeypatch: pytest.MonkeyPatch) -> None:
 def verifier_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     verify = runner.verify
 
-    def failing(gm: Any, captured: Any, stages: Any, ctx: PassContext, *, changed: bool) -> None:
-        verify(gm, captured, stages, ctx, changed=changed)
+    def failing(gm: Any, captured: Any, stages: Any, ctx: PassContext, **given: Any) -> None:
+        verify(gm, captured, stages, ctx, **given)
         if isinstance(ctx.results, _Marked):
             raise VerificationError("the graph is illegal")
 
