@@ -206,7 +206,8 @@ class _Runner:
             self.failed.append(each)
             self._leave_out(each)
             reason = _described(error)
-            warnings.warn(f"sparselora: {each.name} failed, the pass is left out. {reason}", stacklevel=2)
+            dense = " Sites that need it stay dense." if each.numerics is Numerics.APPROXIMATE else ""
+            warnings.warn(f"sparselora: {each.name} failed, the pass is left out. {reason}.{dense}", stacklevel=2)
             return PassOutcome(False, {}, (Rejection(each.name, "graph", reason),))
         self.stages = reached
         if outcome.changed:

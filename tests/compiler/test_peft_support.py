@@ -107,7 +107,7 @@ for backend in ("sparselora", "aot_eager"):
 
 
 def test_looking_up_the_backend_is_enough_and_serves_other_backends_too(repo_root: Any) -> None:
-    program = ONE_PROCESS.replace("TESTS", repr(str(repo_root / "tests")))
+    program = ONE_PROCESS.replace("TESTS", repr(str(repo_root / "tests" / "helpers")))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

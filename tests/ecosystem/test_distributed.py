@@ -19,8 +19,8 @@ import torch
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
-import sparse_compile.compiler.backend as backend
 from distributed_worker import RANKS, SPARSE, batch, decoder, op_by_op, step
+from sparse_compile.compiler import executable
 from tolerances import assert_close_rms
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
@@ -54,7 +54,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
     """Runs the sparse step of one rank in this process, alone, once for each rank."""
     found: dict[int, Result] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "compile_with_inductor", op_by_op)
+        patch.setattr(executable, "compile_with_inductor", op_by_op)
         model = decoder()
         model.compile(backend="sparselora", options=SPARSE)
 
