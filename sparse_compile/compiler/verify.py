@@ -1,7 +1,7 @@
 """Checks the graph and its facts at the borders between passes.
 
-The rules of `legal.py` are checked after every pass. `SPARSELORA_VERIFY=1` adds a run of the whole graph on stand-ins
-(shapes and dtypes without data): what each node is recorded to hold must be what it computes.
+The rules of `legal.py` are checked after every pass. `SPARSELORA_VERIFY=1` adds a run on stand-ins (shapes
+and dtypes without data): what a node is recorded to hold must be what it computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.fx.node import map_arg
 
 from sparse_compile.compiler.legal import RULES, STAGES, Checked
 from sparse_compile.graph.read import nodes_by_name, op_name, tensor_value, value_of
-from sparse_compile.graph.vocabulary import MODE_SWITCHES
 from sparse_compile.passes.context import PassContext
 from sparse_compile.torch_private.fake import StandIns, is_unbacked, size_expression, size_hint
 from sparse_compile.torch_private.fx import flattened
@@ -68,38 +67,49 @@ def verify(
 def _left_alone(gm: fx.GraphModule, before: fx.GraphModule) -> set[fx.Node]:
     """Return the nodes that are what they were, and are computed from such alone."""
     old = nodes_by_name(before.graph)
-    same: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        other = old.get(node.name)
-        if other is None or op_name(node) in MODE_SWITCHES or value_of(node) is None:
-            continue
-        is_same = (node.op, node.target) == (other.op, other.target) and value_of(node) is value_of(other)
-        if is_same and _operands(node) == _operands(other) and same.issuperset(node.all_input_nodes):
-            same.add(node)
-    return same
+    return {
+        node
+        for node in gm.graph.nodes
+        if (other := old.get(node.name)) is not None
+        and (node.op, node.target, _operands(node)) == (other.op, other.target, _operands(other))
+        and all(value_of(each) is value_of(old.get(each.name, each)) for each in (node, *node.all_input_nodes))
+        and all(each.name in old for each in node.all_input_nodes)
+    }
 
 
 def _operands(node: fx.Node) -> Any:
     return map_arg((node.args, node.kwargs), lambda operand: operand.name)
 
 
-def _check_values(checked: Checked, known: set[fx.Node]) -> None:
-    """Compare what each node is recorded to hold with what the graph computes, and outputs with the captured ones."""
+def _check_values(checked: Checked, left_alone: set[fx.Node]) -> None:
+    """Compare what nodes are recorded to hold with what they compute of what their operands are recorded to hold.
+
+    Where that agrees for every node, it agrees with a run of the whole graph.
+    """
     stand_ins = StandIns(checked.gm)
     if stand_ins.mode is None:
         return
-    found = stand_ins.propagate(known)
-    sizes: dict[sympy.Symbol, sympy.Expr] = {}
+    entered: list[fx.Node] = []
     for node in checked.gm.graph.nodes:
-        if node.op in ("placeholder", "output") or (recorded := value_of(node)) is None:
-            continue
-        if reason := _difference(recorded, found[node], sizes):
-            raise VerificationError(f"{node.name} is recorded to hold {reason}")
+        if op_name(node) == "_enter_autocast":
+            entered.append(node)
+        elif op_name(node) == "_exit_autocast":
+            entered.remove(node.args[0])
+        elif node not in left_alone and node.op not in ("placeholder", "output") and _is_known(node):
+            with torch.no_grad():  # a call that writes in place must not make its operand require a gradient
+                found = stand_ins.evaluate(node, entered)
+            if reason := _difference(value_of(node), found, {}):
+                raise VerificationError(f"{node.name} is recorded to hold {reason}")
     narrowed = {output.index for output in checked.facts.loss_rows.outputs} if checked.facts.loss_rows else set()
     leaves = [flattened(each.graph.output_node().args[0])[0] for each in (checked.captured, checked.gm)]
     # Positions of rows come last; outputs that are narrowed differ on purpose.
     for index, (before, after) in enumerate(zip(*leaves, strict=False)):
-        _check_output(tensor_value(before), found.get(after), narrowed=index in narrowed)
+        _check_output(tensor_value(before), tensor_value(after), narrowed=index in narrowed)
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Tell whether a node and its operands have values: bodies of higher-order ops have none."""
+    return all(value_of(each) is not None for each in (node, *node.all_input_nodes))
 
 
 def _check_output(before: Tensor | None, after: Any, *, narrowed: bool) -> None:
@@ -116,7 +126,7 @@ def _difference(recorded: Any, found: Any, sizes: dict[sympy.Symbol, sympy.Expr]
     Args:
         recorded: a tensor, a size, or a sequence of those; anything else is not compared.
         found: what was computed.
-        sizes: data-dependent sizes of the computation to those that were recorded, which grows: each run makes its own.
+        sizes: data-dependent sizes of the computation to those that were recorded, which grows: a call makes its own.
     """
     if isinstance(recorded, tuple | list) and isinstance(found, tuple | list):
         if len(recorded) != len(found):
@@ -130,7 +140,6 @@ def _difference(recorded: Any, found: Any, sizes: dict[sympy.Symbol, sympy.Expr]
         return ""
     if not isinstance(found, Tensor):
         return f"a tensor, and computes {type(found).__name__}"
-    # `requires_grad` is left out: a call that writes in place changes it of what was computed before.
     for name in ("dtype", "device"):
         if getattr(recorded, name) != getattr(found, name):
             return f"{name} {getattr(recorded, name)}, and computes {getattr(found, name)}"

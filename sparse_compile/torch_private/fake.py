@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -102,37 +102,6 @@ class StandIns:
                 receiver, *rest = args
                 return getattr(receiver, str(node.target))(*rest, **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def propagate(self, known: Set[fx.Node] = frozenset()) -> dict[fx.Node, Any]:
-        """Run the graph; return what each node holds.
-
-        Args:
-            known: nodes whose recorded value is taken, not computed.
-        """
-        found: dict[fx.Node, Any] = {}
-        stand_in, entered = self._stand_in, list[Any]()
-
-        class _Recorder(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                found[n] = n.meta["example_value"] if n in known else super().run_node(n)
-                if n.target is torch.amp.autocast_mode._enter_autocast:
-                    entered.append(found[n])
-                elif n.target is torch.amp.autocast_mode._exit_autocast:
-                    entered.remove(found[n.args[0]])  # type: ignore[index]
-                return found[n]
-
-            def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-                return stand_in(super().get_attr(target, args, kwargs))
-
-        inputs = [node.meta.get("example_value") for node in self._gm.graph.nodes if node.op == "placeholder"]
-        # The graph switches modes for good: put them back, also where a node raises in between.
-        with self._entered(), torch.set_grad_enabled(torch.is_grad_enabled()):
-            try:
-                _Recorder(self._gm, garbage_collect_values=False).run(*inputs)
-            finally:
-                for mode in reversed(entered):
-                    mode.__exit__(None, None, None)
-        return found
 
     def _stand_in(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or is_fake(value) or self.mode is None:

@@ -145,6 +145,7 @@ def test_flops_agree_with_torchs_counter(
     assert (flops.after, flops.limit, flops.weights_limit) == (flops.before, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_flops_of_a_sparse_step(benchmarks: dict[str, ModuleType], measure: ModuleType, tiny: Any) -> None:
     base = benchmarks["workloads"].base_model(tiny)
     flops = measure.rewritten_flops(base, tiny, "o2:")

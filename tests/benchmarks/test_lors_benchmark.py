@@ -107,6 +107,7 @@ def test_the_rival_is_the_masked_function_and_what_it_saves_is_counted(models: M
     y.sum().backward()
 
 
+@pytest.mark.slow
 def test_one_run_of_the_step(
     benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
 ) -> None:

@@ -83,6 +83,7 @@ def test_registered_by_name_without_an_import() -> None:
     assert "every way agrees" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_and_a_plain_function(aot_eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61)
@@ -120,6 +121,7 @@ def test_the_zero_plan_is_bit_equal_to_inductor() -> None:
         assert torch.equal(found["sparselora"][name], expected), name
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_sparse_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are known at run time only, through C++: the compiled callable runs, at every split."""
     runs: list[bool] = []

@@ -62,6 +62,7 @@ def test_rejections_are_reported() -> None:
     assert "nothing tells output tokens from context" in str(report)
 
 
+@pytest.mark.slow
 def test_flops_fall_with_sparsity() -> None:
     none, half, most = (report_of(layer_sparsity=dict.fromkeys(SITES, s)) for s in (0.0, 0.5, 0.9))
     dense, some, more = (report.flops_after for report in (none, half, most))

@@ -141,6 +141,7 @@ def checkpointing(model: nn.Module) -> None:
     model.disable_input_require_grads()  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, slow(True)])
 def test_no_dense_weight_is_saved_for_the_backward(checkpointed: bool, aot_eager_inductor: Any) -> None:
     """The backward dequantises again, as that of bitsandbytes does."""

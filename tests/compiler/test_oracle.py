@@ -106,6 +106,7 @@ def test_through_aot_autograd(variant: str, aot_eager_inductor: Any) -> None:
     assert aot_eager_inductor.sparse == [True, True]
 
 
+@pytest.mark.slow
 def test_every_length_and_split_equals_the_oracle(aot_eager_inductor: Any) -> None:
     # Without any mask attention is causal by a flag. One graph runs every shape, a batch of one and extreme splits too.
     model = fp64_decoder(layers=2)

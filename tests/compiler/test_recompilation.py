@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from models import batch, fp64_decoder
@@ -13,6 +14,7 @@ from sparse_compile.kernels.channel_selection import record_channels
 SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
 
 
+@pytest.mark.slow
 def test_ten_lengths_ten_splits_and_two_phases_compile_at_most_twice(aot_eager_inductor: Any) -> None:
     """Ten dense steps, ten sparse ones, ten dense ones again; each of another length and with other prompts."""
     model = fp64_decoder(layers=2)

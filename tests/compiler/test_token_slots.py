@@ -91,6 +91,7 @@ def test_a_capacity_compiles_once_and_names_what_overflows(eager_inductor: Any) 
     assert len(eager_inductor.graphs) == 1
 
 
+@pytest.mark.slow
 def test_lengths_that_vary_share_the_graph_of_a_bucket(aot_eager_inductor: Any) -> None:
     model = fp64_decoder(layers=1)
     sites = {"layers.0.mlp": 0.6, "layers.0.self_attn": 0.5}

@@ -23,7 +23,6 @@ from sparse_compile.graph.vocabulary import LINEAR
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
-from sparse_compile.torch_private.fake import StandIns
 
 OPS = torch.ops.sparselora
 CONFIG = {"preset": "none", "layer_sparsity": {"body.0": 0.5}}
@@ -229,16 +228,19 @@ def test_dropout_in_a_region_is_checked_like_any_call(monkeypatch: pytest.Monkey
     assert sum("dropout" in str(node.target) for node in result.sparse.graph.nodes) == 2  # of either role
 
 
-def test_modes_of_a_graph_that_raises_do_not_outlive_the_check() -> None:
+def test_values_are_checked_in_the_modes_of_the_graph() -> None:
     def function(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-            return x.relu() + x.sigmoid()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x
 
-    gm = capture(function, torch.zeros(2, 2)).gm
-    next(node for node in gm.graph.nodes if "sigmoid" in node.name).target = "no_such_method"
-    with pytest.raises(AttributeError):
-        StandIns(gm).propagate()
-    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    captured = capture(function, torch.zeros(2, 2))
+    verify(captured.gm, captured.gm, {"captured"}, captured.ctx)
+    product = node_named(captured.gm, "matmul")
+    assert product.meta["example_value"].dtype == torch.bfloat16
+    product.meta["example_value"] = product.meta["example_value"].float()
+    with pytest.raises(VerificationError, match=r"hold dtype torch\.float32, and computes torch"):
+        verify(captured.gm, captured.gm, {"captured"}, captured.ctx)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_fallback_trains_like_eager() -> None:

@@ -95,6 +95,7 @@ def saved_bytes(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
         return call(), sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saves_roles_and_choices_beside_its_input(aot_eager_inductor: Any) -> None:
     inputs = batch(97)
     saved = {}
@@ -248,6 +249,7 @@ def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(
         assert way_out in message
 
 
+@pytest.mark.slow
 def test_explain_of_a_model_that_is_cut_behind_its_embedding() -> None:
     model = checkpointed_llama(use_reentrant=True)
     report = explain(model, **batch(97), config={"layer_sparsity": SPARSITY})
@@ -442,6 +444,7 @@ def test_what_is_set_meanwhile_is_kept() -> None:
 # --- Activation memory budget -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "least"), [pytest.param(False, 0.4, id="roles of the loss"), slow(True, 0.0, id="closed roles")]
 )

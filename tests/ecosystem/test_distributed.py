@@ -89,6 +89,7 @@ def dense_alone(*batches: dict[str, torch.Tensor]) -> Result:
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["ddp_compiled_then_wrapped_zero", "fsdp_blocks_compiled_zero", *(f"{each}_exact" for each in WRAPPED)]
 )
@@ -103,6 +104,7 @@ def test_two_ranks_train_as_one_process_does_on_both_batches(ranks: list[Result]
         assert bool(optimised) == case.endswith("exact")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_sparse_ranks_train_as_the_mean_of_two_processes_alone(
     ranks: list[Result], wrapped: str, alone: Callable[[int], Result]
@@ -117,6 +119,7 @@ def test_sparse_ranks_train_as_the_mean_of_two_processes_alone(
 # --- What the user is told, and what to do about it -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ddp_optimizer_leaves_a_model_dense_and_one_warning_says_what_to_set(ranks: list[Result]) -> None:
     for result in of(ranks, "ddp_cut_into_buckets"):
         assert_mean_gradients(result, [dense_alone(batch(0), batch(1))], "cut")
@@ -124,6 +127,7 @@ def test_the_ddp_optimizer_leaves_a_model_dense_and_one_warning_says_what_to_set
         assert "torch._dynamo.config.optimize_ddp = False" in told
 
 
+@pytest.mark.slow
 def test_blocks_without_roles_are_dense_and_one_warning_names_token_roles(ranks: list[Result]) -> None:
     for result in of(ranks, "fsdp_without_roles"):
         assert_mean_gradients(result, [dense_alone(batch(0), batch(1))], "no roles")
@@ -131,6 +135,7 @@ def test_blocks_without_roles_are_dense_and_one_warning_names_token_roles(ranks:
         assert "token_roles(labels=" in told
 
 
+@pytest.mark.slow
 def test_tensor_parallel_is_dense_and_said_so(ranks: list[Result]) -> None:
     for result in of(ranks, "tensor_parallel"):
         (told,) = result["told"]
@@ -160,12 +165,14 @@ def test_the_trainers_callback_keeps_graphs_whole_while_a_run_lasts() -> None:
 # --- Blocks on their own ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_preset_knows_the_depth_of_a_block_compiled_alone(ranks: list[Result]) -> None:
     """o2: feed-forward from 9% to 97% of the depth, attention from 43%; the first and the last block stay dense."""
     for result in of(ranks, "fsdp_preset"):
         assert result["asked"] == ["layers.1.mlp"]
 
 
+@pytest.mark.slow
 def test_steps_of_an_optimizer_of_shards_move_the_schedule(ranks: list[Result], alone: Callable[[int], Result]) -> None:
     for rank, result in enumerate(of(ranks, "fsdp_schedule")):
         assert result["steps"] == 2
@@ -174,6 +181,7 @@ def test_steps_of_an_optimizer_of_shards_move_the_schedule(ranks: list[Result], 
         assert_close_rms(second["loss"], alone(rank)["loss"], name="sparse loss")
 
 
+@pytest.mark.slow
 def test_checkpoints_around_compiled_blocks(ranks: list[Result], alone: Callable[[int], Result]) -> None:
     for result in of(ranks, "fsdp_checkpointed"):
         assert_mean_gradients(result, [alone(0), alone(1)], "checkpointed")
@@ -182,12 +190,14 @@ def test_checkpoints_around_compiled_blocks(ranks: list[Result], alone: Callable
 # --- Factors ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_computes_each_factor_once(ranks: list[Result]) -> None:
     """A feed-forward site of two in-projections and an attention site of three, with factors of three ranks."""
     computed = [weight for rank in ranks for weight in rank["factorized"]]
     assert len(computed) == len(set(computed)) == 3 * (2 + 3)
 
 
+@pytest.mark.slow
 def test_one_rank_may_compile_alone(ranks: list[Result]) -> None:
     for result in of(ranks, "one_rank_compiles_alone"):
         assert any(result["sparsity"].values())

@@ -93,6 +93,7 @@ def test_a_hot_swapped_adapter_trains_without_recompilation(eager_inductor: Any,
     assert messages == [] and eager_inductor.runs == [2]
 
 
+@pytest.mark.slow
 def test_a_trained_model_that_is_merged_and_unloaded_computes_the_same(eager_inductor: Any) -> None:
     model, inputs = peft()(), batch(97)
     model.compile(backend="sparselora", options={"preset": "none", "layer_sparsity": SITES, "start_step": 0})
