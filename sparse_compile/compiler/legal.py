@@ -228,8 +228,7 @@ def _choices(checked: Checked) -> Iterator[str]:
 def _rows(checked: Checked) -> Iterator[str]:
     rows = {user for split in checked.calls(*_SPLITS) for user in split.users}
     for node in checked.calls(_OPS.take_rows.default, _OPS.put_rows.default):
-        first = 1 if node.target is _OPS.take_rows.default else 2
-        if not set(node.args[first : first + 2]) <= rows:
+        if not {argument(node, name) for name in ("output_rows", "context_rows")} <= rows:
             yield f"{node.name} does not use the rows of the one split"
 
 

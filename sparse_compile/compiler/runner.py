@@ -207,7 +207,9 @@ class _Runner:
             self._leave_out(each)
             reason = _described(error)
             dense = " Sites that need it stay dense." if each.numerics is Numerics.APPROXIMATE else ""
-            warnings.warn(f"sparselora: {each.name} failed, the pass is left out. {reason}.{dense}", stacklevel=2)
+            warnings.warn(
+                f"sparselora: {each.name} failed, the pass is left out. {reason.rstrip('.')}.{dense}", stacklevel=2
+            )
             return PassOutcome(False, {}, (Rejection(each.name, "graph", reason),))
         self.stages = reached
         if outcome.changed:

@@ -16,7 +16,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from sparse_compile.compiler.legal import RULES, STAGES, Checked
+from sparse_compile.graph.modes import with_switches
 from sparse_compile.graph.read import nodes_by_name, op_name, tensor_value, value_of
+from sparse_compile.graph.vocabulary import MODE_SWITCHES
 from sparse_compile.passes.context import PassContext
 from sparse_compile.torch_private.fake import StandIns, is_unbacked, size_expression, size_hint
 from sparse_compile.torch_private.fx import flattened
@@ -89,17 +91,15 @@ def _check_values(checked: Checked, left_alone: set[fx.Node]) -> None:
     stand_ins = StandIns(checked.gm)
     if stand_ins.mode is None:
         return
-    entered: list[fx.Node] = []
-    for node in checked.gm.graph.nodes:
-        if op_name(node) == "_enter_autocast":
-            entered.append(node)
-        elif op_name(node) == "_exit_autocast":
-            entered.remove(node.args[0])
-        elif node not in left_alone and node.op not in ("placeholder", "output") and _is_known(node):
-            with torch.no_grad():  # a call that writes in place must not make its operand require a gradient
-                found = stand_ins.evaluate(node, entered)
-            if reason := _difference(value_of(node), found, {}):
-                raise VerificationError(f"{node.name} is recorded to hold {reason}")
+    for node, switches in with_switches(checked.gm.graph):
+        computes = node.op not in ("placeholder", "output") and op_name(node) not in MODE_SWITCHES
+        if not computes or node in left_alone or not _is_known(node):
+            continue
+        # Without gradients throughout: a call that writes in place must not make its operand require one.
+        with torch.no_grad():
+            found = stand_ins.evaluate(node, [each for each in switches if op_name(each) != "_set_grad_enabled"])
+        if reason := _difference(value_of(node), found, {}):
+            raise VerificationError(f"{node.name} is recorded to hold {reason}")
     narrowed = {output.index for output in checked.facts.loss_rows.outputs} if checked.facts.loss_rows else set()
     leaves = [flattened(each.graph.output_node().args[0])[0] for each in (checked.captured, checked.gm)]
     # Positions of rows come last; outputs that are narrowed differ on purpose.

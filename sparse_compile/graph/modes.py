@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -15,11 +15,12 @@ def switches_modes(graph: fx.Graph) -> bool:
     return any(op_name(node) in MODE_SWITCHES for node in graph.nodes)
 
 
-def switches_in_force(anchor: fx.Node) -> list[fx.Node]:
-    """Return the calls before a node whose modes are in force where it runs, outermost first."""
+def with_switches(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Yield each node with the calls before it whose modes are in force where it runs, outermost first."""
     entered: dict[fx.Node, None] = {}
     gradients: list[fx.Node] = []
-    for node in takewhile(lambda node: node is not anchor, anchor.graph.nodes):
+    for node in graph.nodes:
+        yield node, [*entered, *gradients]
         name = op_name(node)
         if name in ("_enter_autocast", "_enter_inference_mode"):
             entered[node] = None
@@ -27,4 +28,8 @@ def switches_in_force(anchor: fx.Node) -> list[fx.Node]:
             entered.pop(node.args[0], None)
         elif name == "_set_grad_enabled":
             gradients = [node]
-    return [*entered, *gradients]
+
+
+def switches_in_force(anchor: fx.Node) -> list[fx.Node]:
+    """Return the calls before a node whose modes are in force where it runs, outermost first."""
+    return next(switches for node, switches in with_switches(anchor.graph) if node is anchor)

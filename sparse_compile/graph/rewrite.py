@@ -106,9 +106,7 @@ class Rewriter:
 
     def reevaluate(self, node: fx.Node) -> None:
         """Tag a captured node that was changed in place, and record what it holds now."""
-        node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
-        switches = switches_in_force(node) if self._has_switches else []
-        node.meta["example_value"] = self._stand_ins.evaluate(node, switches)
+        self._sign(node, switches_in_force(node) if self._has_switches else [])
 
     def _tagged(self, node: fx.Node) -> fx.Node:
         self.inserted += 1
@@ -116,9 +114,12 @@ class Rewriter:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
                 if key in self._anchor.meta and key not in node.meta:
                     node.meta[key] = self._anchor.meta[key]
-        node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
-        node.meta["example_value"] = self._stand_ins.evaluate(node, self._switches)
+        self._sign(node, self._switches)
         return node
+
+    def _sign(self, node: fx.Node, switches: list[fx.Node]) -> None:
+        node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
+        node.meta["example_value"] = self._stand_ins.evaluate(node, switches)
 
 
 def forward_to(old: fx.Node, existing: fx.Node) -> None:
