@@ -30,7 +30,7 @@ class PassOutcome:
     """What a pass did.
 
     Attributes:
-        changed: whether the graph was rewritten.
+        changed: whether the graph was rewritten. Where it was not, the next pass is given the same copy.
         stats: counts for the manifest.
         rejections: the places where the pass looked and did not apply.
     """

@@ -121,6 +121,7 @@ class _Runner:
         self.ctx = ctx
         self.dump = dump
         self.current = captured
+        self.unused_copy: fx.GraphModule | None = None  # of the current graph
         self.exact = captured
         self.canonical = captured
         self.approximate = False
@@ -192,7 +193,7 @@ class _Runner:
     def _run(self, each: Pass) -> PassOutcome:
         """Run a pass and verify what it left; put everything back where either fails."""
         facts, results = self.ctx.facts, self.ctx.results
-        work = self.current if each.analysis else copy_graph_module(self.current)
+        work = self.current if each.analysis else self._copy()
         try:
             outcome = each.run(work, self.ctx)
             reached = self.stages | set(each.ensures)
@@ -214,7 +215,14 @@ class _Runner:
         self.stages = reached
         if outcome.changed:
             self._swap_in(each, work)
+        elif not each.analysis:
+            self.unused_copy = work
         return outcome
+
+    def _copy(self) -> fx.GraphModule:
+        """Return a copy of the current graph: the one that the pass before left as it was, if there is one."""
+        copy, self.unused_copy = self.unused_copy, None
+        return copy or copy_graph_module(self.current)
 
     def _swap_in(self, each: Pass, work: fx.GraphModule) -> None:
         """Go on with the graph that a pass rewrote."""

@@ -1,7 +1,8 @@
 """Checks the graph and its facts at the borders between passes.
 
 The rules of `legal.py` are checked after every pass. `SPARSELORA_VERIFY=1` adds a run on stand-ins (shapes
-and dtypes without data): what a node is recorded to hold must be what it computes.
+and dtypes without data): what a node is recorded to hold must be what it computes, and a pass that says that it changed
+nothing must have changed nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def verify(
         captured: the graph as it was captured.
         stages: the stages reached.
         ctx: the facts.
-        changed: whether the pass changed the graph; values are checked only then.
+        changed: whether the pass says that it changed the graph; values are checked only then.
         before: the graph before the pass, whose values were checked: what the pass left alone is not computed again.
 
     Raises:
@@ -62,8 +63,12 @@ def verify(
         if rule.stage in reached:
             for fault in rule.faults(checked):
                 raise VerificationError(f"{fault}. The rule of stage {rule.stage!r}: {rule.holds}")
-    if changed and os.environ.get("SPARSELORA_VERIFY", "0") not in ("", "0"):
+    if os.environ.get("SPARSELORA_VERIFY", "0") in ("", "0"):
+        return
+    if changed:
         _check_values(checked, set() if before is None else _left_alone(gm, before))
+    elif before is not None and before is not gm and not _equal(gm, before):
+        raise VerificationError("the pass rewrote the graph and says that it did not")
 
 
 def _left_alone(gm: fx.GraphModule, before: fx.GraphModule) -> set[fx.Node]:
@@ -77,6 +82,10 @@ def _left_alone(gm: fx.GraphModule, before: fx.GraphModule) -> set[fx.Node]:
         and all(value_of(each) is value_of(old.get(each.name, each)) for each in (node, *node.all_input_nodes))
         and all(each.name in old for each in node.all_input_nodes)
     }
+
+
+def _equal(gm: fx.GraphModule, before: fx.GraphModule) -> bool:
+    return len(_left_alone(gm, before)) == len(gm.graph.nodes) == len(before.graph.nodes)
 
 
 def _operands(node: fx.Node) -> Any:

@@ -16,7 +16,7 @@ from sparse_compile.graph.modes import switches_in_force, switches_modes
 from sparse_compile.graph.vocabulary import TAG
 from sparse_compile.torch_private.dynamo import copy_dynamo_attributes, register_graph_buffer, take_source
 from sparse_compile.torch_private.fake import StandIns
-from sparse_compile.torch_private.fx import is_erased, keep_used_names
+from sparse_compile.torch_private.fx import is_erased, keep_used_names, uncompiled_graph_module
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -34,7 +34,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     assert [node.name for node in graph.nodes] == [node.name for node in gm.graph.nodes], "a copy keeps node names"
     # Facts name nodes: a name that was given up must not come to mean another node.
     keep_used_names(gm.graph, graph)
-    copied_module = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copied_module = uncompiled_graph_module(gm, graph, type(gm).__name__)
     copy_dynamo_attributes(gm, copied_module)
     return copied_module
 

@@ -330,6 +330,7 @@ def test_plot_draws_the_newest_rows(benchmarks: dict[str, ModuleType], row: Any,
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_point_of_a_curve_names_the_middle_blocks(benchmarks: dict[str, ModuleType], tiny: Any) -> None:
     scale, workloads = benchmarks["scale"], benchmarks["workloads"]
     points = [point for curve in scale.CURVES.values() for point in curve()]

@@ -78,6 +78,7 @@ print("every way agrees")
 """
 
 
+@pytest.mark.slow
 def test_registered_by_name_without_an_import() -> None:
     result = subprocess.run([sys.executable, "-c", BY_NAME], capture_output=True, text=True, check=False)
     assert "every way agrees" in result.stdout, result.stderr
@@ -407,6 +408,7 @@ def test_labels_that_the_graph_only_compares_tell_the_roles(eager_inductor: Any)
 # --- Trainer ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trainer_with_the_callback(tmp_path: Path, aot_eager_inductor: Any) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -94,7 +94,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("form", "preset"),
-    [("nf4", "none"), *(slow(form, "none") for form in FORMS if form != "nf4"), ("nf4, nested", "exact")],
+    [("nf4", "none"), *(slow(form, "none") for form in FORMS if form != "nf4"), slow("nf4, nested", "exact")],
 )
 def test_a_qlora_model_trains_as_the_oracle_says(form: str, preset: str, aot_eager_inductor: Any) -> None:
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(**FORMS[form]))

@@ -82,7 +82,7 @@ def test_every_batch_equals_the_oracle(variant: str) -> None:
     assert_differs(step, train_step(model, model, inputs))
 
 
-@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("layers", [slow(2), 3])
 @pytest.mark.parametrize("variant", sweep(VARIANTS, "gqa"))
 def test_sparsity_and_exact_optimisations_together(variant: str, layers: int) -> None:
     """With two blocks the sparse ones reach into what runs on the rows of the loss alone, with three they do not."""

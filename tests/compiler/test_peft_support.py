@@ -106,6 +106,7 @@ for backend in ("sparselora", "aot_eager"):
 """
 
 
+@pytest.mark.slow
 def test_looking_up_the_backend_is_enough_and_serves_other_backends_too(repo_root: Any) -> None:
     program = ONE_PROCESS.replace("TESTS", repr(str(repo_root / "tests" / "helpers")))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -117,6 +118,7 @@ def test_explain_sees_one_graph() -> None:
     assert len(report.graphs) == 1
 
 
+@pytest.mark.slow
 def test_peft_that_is_not_imported_stays_so() -> None:
     program = (
         "import sys; import sparse_compile.compiler.backend\n"

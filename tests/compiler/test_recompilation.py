@@ -34,6 +34,7 @@ def test_ten_lengths_ten_splits_and_two_phases_compile_at_most_twice(aot_eager_i
     assert sum(aot_eager_inductor.runs) == 30, "every step ran compiled"
 
 
+@pytest.mark.slow
 def test_batch_sizes_and_extreme_splits_change_without_recompilation(aot_eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     call = torch.compile(model, backend="sparselora", options={"layer_sparsity": SITES, "strict": True})

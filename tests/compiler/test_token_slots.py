@@ -22,6 +22,7 @@ from sparse_compile import Schedule, SparseLoRACallback, SparseLoRAConfig, token
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.kernels.token_rows.capacity import check_on_device
 from sparse_compile.training.token_capacity import CAPACITIES, known_tokens
+from sweeps import slow
 
 B = 8
 PROMPTS = {
@@ -105,7 +106,7 @@ def test_lengths_that_vary_share_the_graph_of_a_bucket(aot_eager_inductor: Any) 
     assert len(aot_eager_inductor.graphs) == 1
 
 
-@pytest.mark.parametrize("mode", [4, "all", "mean"])
+@pytest.mark.parametrize("mode", [4, slow("all"), slow("mean")])
 def test_predictors_choose_the_same_channels(mode: str | int, eager_inductor: Any) -> None:
     model, inputs = fp64_decoder(layers=2), batch(61, padding="left")
     chosen = []
@@ -311,6 +312,7 @@ def test_blocks_nest_and_the_innermost_counts() -> None:
     assert [CAPACITIES[key] for key in keys] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_callback_counts_the_labels_that_a_model_is_called_with(
     eager_inductor: Any, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:

@@ -214,6 +214,32 @@ def test_a_sound_pipeline_passes_all_checks(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_pipeline(captured.gm, captured.ctx).sparse is not None
 
 
+@pytest.mark.parametrize("does", ["inserts", "erases", "retargets"])
+def test_a_pass_that_hides_its_change_is_found(does: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it rewrote would be handed to the next pass as a copy of the current graph."""
+    monkeypatch.setenv("SPARSELORA_VERIFY", "1")
+
+    def run(gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
+        loss = node_named(gm, "cross_entropy")
+        if does == "inserts":
+            rewriter = Rewriter(gm, "broken")
+            with rewriter.before(loss):
+                rewriter.method("float", loss.args[0])
+        elif does == "erases":
+            relu = node_named(gm, "relu")
+            relu.replace_all_uses_with(relu.args[0])
+            gm.graph.erase_node(relu)
+        else:
+            node_named(gm, "relu").target = F.silu
+        return PassOutcome(False)
+
+    order = [stand_in_pass(run, each) if each.name == "sparsify_attention" else each for each in PASSES]
+    captured = capture(Head(MLP()), *tokens(), config=SparseLoRAConfig(**CONFIG))
+    with pytest.warns(UserWarning, match="sparsify_attention failed.*rewrote the graph and says that it did not"):
+        result = run_pipeline(captured.gm, captured.ctx, order=order)
+    assert result.sparse is not None and result.failed[0].name == "sparsify_attention"
+
+
 class MLPWithDropout(MLP):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.dropout(F.relu(self.up(x)), 0.5, self.training))

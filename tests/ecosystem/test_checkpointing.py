@@ -146,7 +146,8 @@ def test_recomputations_stay_where_they_are_needed(
 # --- Given roles ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_reentrant", [pytest.param(True, id="re-entrant"), slow(False, id="non-re-entrant")])
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
 def test_with_the_hook_and_roles_the_decoder_stack_is_sparse(use_reentrant: bool, aot_eager_inductor: Any) -> None:
     model = checkpointed_llama(use_reentrant)
     inputs = batch(97, padding="right")
@@ -205,7 +206,8 @@ def test_inductor_recomputes_what_the_forward_chose() -> None:
     assert_same_step(step, oracle_step(model, kept, inputs), torch.float64)
 
 
-@pytest.mark.parametrize("open_in_backward", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("open_in_backward", [False, True])
 def test_two_forwards_with_roles_of_their_own_before_one_backward(
     open_in_backward: bool, aot_eager_inductor: Any
 ) -> None:

@@ -158,6 +158,7 @@ def test_dropout_is_declined_while_it_drops() -> None:
         assert_close_rms(call(**inputs).loss, plain(model)(**inputs).loss)
 
 
+@pytest.mark.slow
 def test_conv1d() -> None:
     """GPT-2 stores its weights as (in, out)."""
     transformers = pytest.importorskip("transformers")

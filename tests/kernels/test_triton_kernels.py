@@ -87,6 +87,7 @@ def test_every_kernel_of_a_block_compiles_ahead_of_time(report: ModuleType, arch
             assert built.spills == 0 and built.shared <= shared_limit(report.CAPABILITIES[arch]), rank
 
 
+@pytest.mark.slow
 def test_the_report(report: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     variants = {"down": report.variants()["down"], "activation backward": report.variants()["activation backward"]}
     monkeypatch.setattr(report, "variants", lambda: variants)

@@ -204,6 +204,7 @@ for weight in weights:
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_agree(tmp_path: Path, factorized: list[Tensor]) -> None:
     cache, go = tmp_path / "cache", tmp_path / "go"
     ready = [tmp_path / f"ready{i}" for i in range(2)]

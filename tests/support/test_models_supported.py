@@ -30,7 +30,7 @@ def compiled(model: torch.nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="sparselora", dynamic=False, options={"strict": True, **options})
 
 
-@pytest.mark.parametrize("name", sweep(MODELS, "llama", "gpt_neox", "mixtral", "hand_written"))
+@pytest.mark.parametrize("name", sweep(MODELS, "llama", "mixtral"))
 def test_a_model_trains_as_the_oracle_says(name: str, aot_eager_inductor: Any) -> None:
     row = MODELS[name]
     model, inputs = row.build().to(row.dtype), row.inputs()

@@ -14,6 +14,7 @@ from oracle import assert_same_step, oracle_step, sparse_step, told
 OPTIONS = {"preset": "none", "layer_sparsity": SITES, "strict": True}
 
 
+@pytest.mark.slow
 def test_sizes_marked_dynamic_are_one_graph(aot_eager_inductor: Any) -> None:
     """Through AOTAutograd: a size that the backend made a constant of would raise there."""
     model = fp64_decoder(layers=1)

@@ -161,7 +161,7 @@ TRAINING: dict[str, TrainingRow] = {
 }
 
 
-@pytest.mark.parametrize("name", sweep(TRAINING, "accumulation", "accelerate"))
+@pytest.mark.parametrize("name", sweep(TRAINING, "accumulation"))
 def test_a_way_to_train_is_sparse_at_every_step(name: str, tmp_path: Path, aot_eager_inductor: Any) -> None:
     row = TRAINING[name]
     model = model_for()

@@ -160,6 +160,7 @@ class TestMerging:
         assert {session.phase for session in sessions} == {SPARSE}
 
 
+@pytest.mark.slow
 def test_nothing_imports_transformers_and_the_exit_is_quiet(repo_root: Path) -> None:
     # A live model at exit: the callbacks of weak references run while modules are taken down.
     program = (

@@ -87,7 +87,8 @@ def test_every_kind_of_decoder(name: str) -> None:
     assert next(record for record in ran.result.records if record.name == "factor_dora_norm").stats["norms"] > 0
 
 
-@pytest.mark.parametrize("shape", sweep(["right", "packed"], "packed"))
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["right", "packed"])
 def test_every_shape_of_batch(shape: str) -> None:
     """With the end of the model on the rows of the loss alone, whose last FFN leaves the plan."""
     check(decoder(replace(DecoderConfig(), bias=True)), batch(61, **BATCHES[shape]), SITES, disable=())

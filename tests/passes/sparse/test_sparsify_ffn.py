@@ -194,6 +194,7 @@ def test_nothing_planned() -> None:
     assert not run_passes(captured, *ANALYSES, "insert_predictors", PASS)[PASS].changed
 
 
+@pytest.mark.slow
 def test_dynamic_sizes() -> None:
     """One compiled graph serves another batch size and another split."""
     model = Head(MLP(FUNCTIONS["silu gate"]))
