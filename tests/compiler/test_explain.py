@@ -148,6 +148,7 @@ def test_a_model_compiled_in_place_stays_compiled() -> None:
     assert len(runs) == 2
 
 
+@pytest.mark.slow
 def test_explain_answers_however_often_it_is_asked() -> None:
     """Each answer traces the model anew, and at its recompilation limit Dynamo would hand over no graph."""
     model = Head(nn.Sequential(lora(8, 12), nn.ReLU(), lora(12, 8)))

@@ -108,7 +108,8 @@ def test_a_qlora_model_trains_as_the_oracle_says(form: str, preset: str, aot_eag
     assert_differs(step, train_step(model, model, inputs))
 
 
-@pytest.mark.parametrize(("nested", "dropout"), [slow(False, 0.0), (True, 0.1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("nested", "dropout"), [(False, 0.0), (True, 0.1)])
 def test_a_dora_adapter_trains_as_the_oracle_says(nested: bool, dropout: float, aot_eager_inductor: Any) -> None:
     """PEFT dequantises the weight for its norm, and with dropout multiplies with it."""
     pytest.importorskip("peft")
@@ -142,7 +143,7 @@ def checkpointing(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointed", [False, slow(True)])
+@pytest.mark.parametrize("checkpointed", [False, True])
 def test_no_dense_weight_is_saved_for_the_backward(checkpointed: bool, aot_eager_inductor: Any) -> None:
     """The backward dequantises again, as that of bitsandbytes does."""
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(layers=2, nested=True))

@@ -174,6 +174,7 @@ def test_gradients_are_those_of_the_sparse_function() -> None:
     assert slope == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_draws_what_the_eager_model_draws(aot_eager_inductor: Any) -> None:
     # Dropout sits before A, on all tokens, in the order of the eager model: one seed gives one result.
     model = with_lora(llama(dtype=torch.float64), (*ATTENTION_TARGETS, "gate_proj", "up_proj"), dropout=0.3)
@@ -256,12 +257,13 @@ class Autocast(nn.Module):
             return self.model(**inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "dtype"),
     [
         ("outside the graph", torch.bfloat16),
-        slow("inside the graph", torch.bfloat16),
-        slow("outside the graph", torch.float16),
+        ("inside the graph", torch.bfloat16),
+        ("outside the graph", torch.float16),
     ],
     ids=str,
 )
@@ -285,7 +287,8 @@ class CheckpointedLayer(decoder.DecoderLayer):
         return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
 
 
-@pytest.mark.parametrize("attention", sweep(["sdpa", "eager"], "sdpa"))
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_checkpoints_of_a_hand_written_model(
     attention: str, monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
 ) -> None:
@@ -329,7 +332,8 @@ def assert_same_step_or_zero(actual: Step, expected: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "tokens"), [("eager", "mean"), ("eager", 3), ("eager", "all"), ("ungated", "mean"), ("mha", "all")]
+    ("variant", "tokens"),
+    [slow("eager", "mean"), ("eager", 3), slow("eager", "all"), ("ungated", "mean"), slow("mha", "all")],
 )
 def test_channels_are_those_of_the_published_scores(variant: str, tokens: str | int) -> None:
     config = VARIANTS[variant]

@@ -250,6 +250,7 @@ def test_a_dense_step_has_a_slot_for_every_token_and_none_for_context() -> None:
     torch.testing.assert_close(captured.gm(*values)[0], model(*inputs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_each_phase_has_a_graph_of_its_own(eager_inductor: Any) -> None:
     """A dense step has a slot for every token, a sparse one has not: sizes decide, and the phase is guarded."""
     model, inputs, schedule = fp64_decoder(layers=3), batch(61, prompts=[16, 13, 14]), Schedule()

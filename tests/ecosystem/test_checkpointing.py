@@ -39,7 +39,6 @@ from tolerances import Tolerance, assert_close_rms
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
-REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -66,7 +65,7 @@ def roles_around(call: Callable[..., Any]) -> Callable[..., Any]:
 # --- One graph --------------------------------------------------------------------------------------------------------
 
 
-@REENTRANT
+@pytest.mark.parametrize("use_reentrant", [slow(True, id="re-entrant"), pytest.param(False, id="non-re-entrant")])
 def test_without_the_hook_it_is_one_sparse_graph(use_reentrant: bool, aot_eager_inductor: Any) -> None:
     model = checkpointed_llama(use_reentrant)
     inputs = batch(97, padding="right")
@@ -232,7 +231,8 @@ def test_two_forwards_with_roles_of_their_own_before_one_backward(
 # --- Neither ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elsewhere", [pytest.param(False, id=""), slow(True, id="another model is sparse")])
+@pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "another model is sparse"])
 def test_with_the_hook_alone_it_is_dense_and_one_warning_says_why(
     elsewhere: bool, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

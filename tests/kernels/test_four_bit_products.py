@@ -143,6 +143,7 @@ def calls(graph: fx.GraphModule, op: str) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.target is getattr(torch.ops.sparselora, op).default]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_a_provider")
 def test_a_qlora_model_trains_as_the_oracle_says(aot_eager_inductor: Any) -> None:
     model, twin = (with_lora(each, ALL_TARGETS) for each in pair(layers=1, nested=True))

@@ -89,6 +89,7 @@ print(json.dumps([[module.__file__ for module in modules], sorted({"passes", "ke
     assert strays == []
 
 
+@pytest.mark.slow
 def test_entry_point_of_the_wheel_loads_the_backend(installed: Path, tmp_path: Path) -> None:
     code = f"""
 from importlib import metadata

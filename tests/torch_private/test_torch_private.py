@@ -20,6 +20,7 @@ PRIVATE = Path(torch_private.__path__[0])
 NAMES: dict[str, str] = {
     "torch._library.fake_impl.allocate_size": "new_unbacked_size",
     "torch._library.fake_impl.FakeImplCtx": "new_unbacked_size",
+    "torch.fx._lazy_graph_module._LazyGraphModule": "uncompiled_graph_module",
     "torch._dynamo.source.ConstantSource": "register_graph_buffer",
     "torch._dynamo.source.ChainedSource": "module_path",
     "torch._dynamo.source.DictGetItemSource": "module_path, install_value_guard",

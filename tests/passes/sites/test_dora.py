@@ -152,7 +152,8 @@ def test_llama(bias: bool) -> None:
     check(model, batch(97, padding="right"), SITES, tolerance=HF)
 
 
-@pytest.mark.parametrize("dropout", [0.0, slow(0.3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_exact_passes_alone(dropout: float, aot_eager_inductor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the backend: the loss and the gradients of eager, with the end of the model on rows of the loss alone."""
     monkeypatch.setenv("SPARSELORA_VERIFY", "1")
