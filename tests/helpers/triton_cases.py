@@ -323,9 +323,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield from triton_token_cases.cases()
     for case in (
         other_weight_dtype, gradients_of_strided, in_kernel_index_loads, one_tile_of_registers_for_a_sum,
-        tile_of_a_table, kernels_of_the_benchmarks, whole_decoder,
+        tile_of_a_table, kernels_of_the_benchmarks,
     ):  # fmt: skip
         yield case.__name__, case
+    yield "whole decoder", whole_decoder
     for autocast in (False, True):
         yield f"whole model{' under autocast' if autocast else ''}", partial(whole_model, autocast)
 

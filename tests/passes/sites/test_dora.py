@@ -102,7 +102,8 @@ def test_dora_on_some_layers(targets: Sequence[str]) -> None:
     check(decoder(replace(DecoderConfig(), bias=True), targets), batch(61), SITES)
 
 
-@pytest.mark.parametrize("bias", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [False, True])
 def test_dropout_gives_a_product_of_its_own(bias: bool) -> None:
     """Not on the out-projection of an FFN: its two segments draw apart, so no eager run is the same."""
     targets = [target for target in ALL_TARGETS if target != "down_proj"]
@@ -118,7 +119,8 @@ def test_dropout_on_an_out_projection() -> None:
     assert all(projection.dora[0].product for projection in ran.ctx.facts.projections.values() if projection.dora)
 
 
-@pytest.mark.parametrize("kinds", [slow((True, True)), (True, False), slow((False, True))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
 def test_two_adapters(kinds: tuple[bool, bool]) -> None:
     """The second one scales what the first one made of the output."""
     from peft import LoraConfig, get_peft_model
