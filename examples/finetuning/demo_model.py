@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from .muon import Muon
 from .records import Collator, Example, Record, tokenize
 from .word_problems import NUMBERS, Problem, generate
 
@@ -101,7 +102,7 @@ def _pretrain(
     """Train every weight. Muon takes the matrices: it learns these problems in a third of the steps AdamW needs."""
     matrices, others = _split_parameters(model)
     optimizers = [
-        torch.optim.Muon(matrices, lr=size.pretrain_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=size.pretrain_lr),
         torch.optim.AdamW(others, lr=size.pretrain_lr, weight_decay=0.0),
     ]
     rng = random.Random(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import runpy
@@ -40,6 +41,25 @@ TINY = (
 )
 TINY += ("--hidden", "128", "--eval-examples", "8", "--timing-rounds", "2")
 SPARSE_ARMS = ("o2", "o2-all-sparse", "o2-random-dense")
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_is_that_of_torch_but_for_its_bf16(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    muon = importlib.import_module("finetuning.muon")
+    start, *gradients = torch.randn(4, *shape).unbind()
+    moved = []
+    for optimizer, options in (
+        (muon.Muon, {}),
+        (torch.optim.Muon, {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}),
+    ):
+        weight = torch.nn.Parameter(start.clone())
+        steps = optimizer([weight], lr=0.1, **options)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            steps.step()
+        moved.append(weight.detach() - start)
+    assert (moved[0] - moved[1]).norm() < 0.02 * moved[1].norm()
 
 
 def run_example(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
