@@ -18,7 +18,8 @@ from sparse_compile.graph.read import hinted_shape, tensor_value, value_of
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.torch_private.dynamo import compile_id, without_recompile_limit
 from sparse_compile.torch_private.fake import size_hint
-from sparse_compile.torch_private.modules import uncompiled
+from sparse_compile.torch_private.modules import backend_name, backend_options, uncompiled
+from sparse_compile.training.session import known_config
 from sparse_compile.training.sharded import any_in_parts
 
 
@@ -36,7 +37,8 @@ def explain(
     Args:
         model: the model, or a function.
         *args: what a training step passes to it.
-        config: the options; None for the defaults. The schedule plays no part: a sparse step is reported.
+        config: the options; None for those that the model (or its parts) was compiled with, or else the defaults. The
+            report says which. The schedule plays no part: a sparse step is reported.
         **kwargs: what a training step passes to it, `labels` among them.
 
     Returns:
@@ -45,7 +47,7 @@ def explain(
     Raises:
         ValueError: an invalid option.
     """
-    options = config if isinstance(config, SparseLoRAConfig) else SparseLoRAConfig.from_options(config)
+    options, origin = _options_of(model, config)
     graphs: list[GraphReport] = []
     make_dora_traceable()
 
@@ -68,7 +70,40 @@ def explain(
 
     with uncompiled(model), torch.enable_grad(), without_recompile_limit():
         torch.compile(model, backend=backend)(*args, **kwargs)
-    return Report(tuple(graphs))
+    return Report(tuple(graphs), _chosen(options), origin)
+
+
+def _options_of(
+    model: nn.Module | Callable[..., Any], config: SparseLoRAConfig | Mapping[str, Any] | None
+) -> tuple[SparseLoRAConfig, str]:
+    """Return the options to explain a model with, and where they come from."""
+    if isinstance(config, SparseLoRAConfig):
+        return config, "config"
+    if config is not None:
+        return SparseLoRAConfig.from_options(config), "config"
+    if (own := _compiled_with(model)) is not None:
+        return own, "the compiled model"
+    if isinstance(model, nn.Module):
+        parts = [found for part in model.modules() if (found := _compiled_with(part)) is not None]
+        if parts:
+            alike = all(part == parts[0] for part in parts)
+            return parts[0], "the compiled parts" if alike else "the first compiled part (others have other options)"
+        known = known_config([parameter for parameter in model.parameters() if parameter.requires_grad])
+        if known is not None:
+            return known, "the session of the model"
+    return SparseLoRAConfig(), "the defaults"
+
+
+def _compiled_with(model: nn.Module | Callable[..., Any]) -> SparseLoRAConfig | None:
+    """Return the options of what was compiled with this backend; None for anything else."""
+    given = backend_options(model) if backend_name(model) == "sparselora" else None
+    return None if given is None else SparseLoRAConfig.from_options(given)
+
+
+def _chosen(options: SparseLoRAConfig) -> Mapping[str, Any]:
+    """Return the options as the user would write them, the preset too where it decides."""
+    written = options.to_options()
+    return written if options.layer_sparsity is not None else {"preset": options.preset, **written}
 
 
 def _outputs(gm: fx.GraphModule) -> Sequence[Any]:

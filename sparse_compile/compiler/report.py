@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,13 @@ class Report:
 
     graphs: tuple[GraphReport, ...]
 
+        options: the options that it is for, those that differ from the defaults, and the preset.
+        options_from: where they come from: `"config"` (the argument), `"the compiled model"`, `"the defaults"`, ...
     @property
     def sites(self) -> tuple[SiteReport, ...]:
         """Every matched site of every graph."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    options_from: str = "the defaults"
         return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
@@ -202,7 +206,10 @@ class Report:
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "graphs": [graph.to_dict() for graph in self.graphs],
+        # A schedule, or a value for Inductor, need not be plain data.
         }
+            "options": json.loads(json.dumps(self.options, default=repr)),
+            "options_from": self.options_from,
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report: `.json` as data, `.txt` as the table.
@@ -219,7 +226,9 @@ class Report:
             raise ValueError(f"a report is saved as .json or .txt, not as {target.suffix or 'a file without suffix'!r}")
 
     def __str__(self) -> str:
-        return "\n\n".join(_graph_text(graph) for graph in self.graphs) or "no graph was captured"
+        chosen = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        graphs = [_graph_text(graph) for graph in self.graphs] or ["no graph was captured"]
+        return "\n\n".join([f"options, from {self.options_from}: {chosen}", *graphs])
 
 
 def _graph_text(graph: GraphReport) -> str:

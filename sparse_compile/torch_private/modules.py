@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
@@ -13,12 +13,27 @@ WRAPPER_NAMES: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """Names that `torch.compile` and checkpoint wrappers put into a module's path, which no user knows."""
 
 
-def backend_name(module: nn.Module) -> str | None:
-    """Return the name of the backend that a module was compiled for, in place or wrapped; None for an eager module.
+def backend_name(module: nn.Module | Callable[..., Any]) -> str | None:
+    """Return the name of the backend that a module or a function was compiled for, in place or wrapped; None if eager.
 
     Returns None as well where the name cannot be told: nothing may rest on a module's being eager.
     """
-    compiled = getattr(module, "_compiled_call_impl", None)
+    name = getattr(_backend(module), "compiler_name", None)
+    return name if isinstance(name, str) else None
+
+
+def backend_options(module: nn.Module | Callable[..., Any]) -> Mapping[str, Any] | None:
+    """Return the `options` that a module or a function was compiled with, empty where it was compiled without.
+
+    Returns None for what is eager, and where the options cannot be told.
+    """
+    given = getattr(_backend(module), "kwargs", None)
+    return dict(given.get("options") or {}) if isinstance(given, Mapping) else None
+
+
+def _backend(module: nn.Module | Callable[..., Any]) -> Any:
+    """Return what holds the name and the options of the backend that a module was compiled for."""
+    compiled: Any = module if inspect.isfunction(module) else getattr(module, "_compiled_call_impl", None)
     compiled = getattr(compiled, "compiled", compiled)  # behind `around_compiled_calls`
     context = getattr(module, "dynamo_ctx", None)
     if inspect.isfunction(compiled):
@@ -27,8 +42,7 @@ def backend_name(module: nn.Module) -> str | None:
     # The compiler stands inside wrappers of Dynamo's own, each of which holds the next.
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
-    name = getattr(backend, "compiler_name", None)
-    return name if isinstance(name, str) else None
+    return backend
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from sparse_compile.training.schedule_notices import tell_about_missing_steps, t
 from sparse_compile.training.site_names import SiteNames, check_site_names
 from sparse_compile.training.told import Told
 
-__all__ = ["Session", "session_for"]
+__all__ = ["Session", "known_config", "session_for"]
 
 _IDS: Final = itertools.count()
 
@@ -70,6 +70,13 @@ def session_for(
             session._configure(config)
         session._refresh()
     return session
+
+
+def known_config(trained: Sequence[Tensor]) -> SparseLoRAConfig | None:
+    """Return what the user chose for the model that these parameters belong to; None where no session knows it."""
+    with STATE_LOCK:
+        sessions = sorted(set(_REGISTRY.owners_of(trained)), key=lambda each: each.id)
+        return next((session.config for session in sessions if session.config is not None), None)
 
 
 class Session:

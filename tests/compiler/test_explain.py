@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphs import PASS_NAMES, Head, frozen, lora, tokens
 from models import batch, fp64_decoder, tiny_llama, with_lora
-from sparse_compile import SparseLoRAConfig, explain
+from sparse_compile import Schedule, SparseLoRAConfig, explain
 from sparse_compile.compiler.report import Report
 
 SITES = {"1.mlp": 0.75, "2.mlp": 0.5, "2.self_attn": 0.5}
@@ -159,12 +159,80 @@ def test_explain_answers_however_often_it_is_asked() -> None:
 def test_explain_without_a_trained_parameter_is_empty() -> None:
     model = fp64_decoder().requires_grad_(False)
     report = explain(model, **batch(61))
-    assert report.graphs == () and str(report) == "no graph was captured"
+    assert report.graphs == () and str(report).endswith("no graph was captured")
 
 
 def test_explain_turns_gradients_on() -> None:
     with torch.no_grad():
         assert report_of(layer_sparsity=SITES).sites
+
+
+# --- Whose options ----------------------------------------------------------------------------------------------------
+
+HALF = {"layer_sparsity": {"1.mlp": 0.5}}
+MOST = {"layer_sparsity": {"1.mlp": 0.75}}
+
+
+def sparse_sites(report: Report) -> dict[str, float]:
+    return {site.name: site.sparsity for site in report.sites if site.sparsity}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_explained_with_its_own_options(in_place: bool) -> None:
+    model = fp64_decoder()
+    compiled = torch.compile(model, backend="sparselora", options=HALF)
+    if in_place:
+        model.compile(backend="sparselora", options=HALF)
+        compiled = model
+    report = explain(compiled, **batch(61))
+    assert list(sparse_sites(report).values()) == [0.5]
+    assert report.options == HALF and report.options_from == "the compiled model"
+    assert str(report).startswith("options, from the compiled model: layer_sparsity={'1.mlp': 0.5}\n")
+    assert report.to_dict()["options"] == HALF
+
+
+def test_options_that_are_given_win() -> None:
+    model = fp64_decoder()
+    model.compile(backend="sparselora", options=HALF)
+    report = explain(model, **batch(61), config=MOST)
+    assert list(sparse_sites(report).values()) == [0.75]
+    assert (report.options, report.options_from) == (MOST, "config")
+
+
+def test_a_model_that_was_compiled_with_another_backend_has_the_defaults() -> None:
+    model = Head(MLP())
+    model.compile(backend="inductor", options={"max_autotune": False})
+    report = explain(model, *tokens())
+    assert (report.options, report.options_from) == ({"preset": "o1"}, "the defaults")
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [(HALF, "the compiled parts"), (MOST, "the first compiled part (others have other options)")],
+)
+def test_blocks_that_were_compiled_one_by_one(second: dict[str, Any], said: str) -> None:
+    model = fp64_decoder()
+    for block, options in zip(model.layers, (HALF, second, second), strict=True):
+        block.compile(backend="sparselora", options=options)
+    report = explain(model, **batch(61))
+    assert (report.options, report.options_from) == (HALF, said)
+    assert [site.sparsity for site in report.sites if site.name.endswith("1.mlp")] == [0.5]
+
+
+def test_a_model_that_a_compiled_function_calls_has_the_options_of_its_session(eager_inductor: Any) -> None:
+    model, inputs = fp64_decoder(), batch(61)
+    schedule = Schedule(10)
+
+    @torch.compile(backend="sparselora", options={**HALF, "schedule": schedule})
+    def step() -> Tensor:
+        return model(**inputs)[0]
+
+    step()
+    report = explain(model, **inputs)
+    assert list(sparse_sites(report).values()) == [0.5]
+    assert report.options_from == "the session of the model"
+    assert report.to_dict()["options"]["schedule"] == repr(schedule), "JSON cannot hold a schedule"
+    assert explain(step).options_from == "the compiled model"
 
 
 # --- Several graphs ---------------------------------------------------------------------------------------------------
@@ -198,7 +266,8 @@ def test_several_graphs() -> None:
 def test_text() -> None:
     text = str(report_of(layer_sparsity=SITES))
     lines = text.splitlines()
-    assert "roles from cross_entropy" in lines[0]
+    assert lines[0].startswith("options, from config: layer_sparsity=")
+    assert "roles from cross_entropy" in lines[2]
     row = next(line for line in lines if line.startswith("layers.1.mlp"))
     assert row.split()[:4] == ["layers.1.mlp", "ffn", "0.75", "12/48"]
     for name in PASS_NAMES:

@@ -50,7 +50,7 @@ NAMES: dict[str, str] = {
     "torch._dynamo.config.recompile_limit": "without_recompile_limit",
     "torch._dynamo.config.accumulated_recompile_limit": "without_recompile_limit",
     "torch._functorch.config.activation_memory_budget": "saving_what_is_marked",
-    "torch.nn.Module._compiled_call_impl": "backend_name, uncompiled, around_compiled_calls",
+    "torch.nn.Module._compiled_call_impl": "backend_name, backend_options, uncompiled, around_compiled_calls",
     "torch._assert_async": "assert_on_device",
     "torch.Tensor._version": "write_count",
     "torch.fx.Node._erased": "is_erased",
