@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.cost import gain
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
@@ -139,7 +140,7 @@ class _Planner:
         estimate = gain(site, kept, self.ctx.env.config.predictor_rank, dtype.itemsize, device, tokens)
         if estimate.pays:
             return ""
-        note = f"saves {estimate.saved:.3g} FLOPs a token and costs the time of {estimate.spent:.3g}"
+        note = cost_note(estimate.saved, estimate.spent)
         if not named:
             raise Declined(site.name, note)
         return note

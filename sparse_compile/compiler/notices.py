@@ -10,7 +10,8 @@ from torch import fx, nn
 from sparse_compile.compiler.capture import is_whole_step
 from sparse_compile.compiler.peft_support import are_disabled
 from sparse_compile.compiler.pipeline import PASSES
-from sparse_compile.compiler.report import GraphReport, summary_of
+from sparse_compile.compiler.report import GraphReport, counted_adapters, summary_of
+from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.training.session import Session
@@ -48,9 +49,12 @@ def tell_about_sites(
 
 
 def _tell_declined(session: Session, report: GraphReport) -> None:
-    """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse."""
+    """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse.
+
+    Silent where a preset's site does not pay: to choose is the cost model's job, and `explain` shows what it chose.
+    """
     dense = [site for site in report.sites if site.kept == site.total and site.provider == "dense"]
-    sites = {site.name: site.reason for site in dense if site.reason}
+    sites = {site.name: site.reason for site in dense if site.reason and not is_cost_note(site.reason)}
     lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
     if lines:
         if not report.roles:
