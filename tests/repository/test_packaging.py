@@ -117,3 +117,112 @@ print(sorted({"passes", "kernels"} & set(sys.modules)))
 """
     assert run_python(code, repo_root, repo_root).strip() == "[]"
     assert {"passes", "kernels"}.isdisjoint(sys.modules)
+
+
+STAND_IN = {
+    "kernels/__init__.py": "from kernels.sub import get_kernel",
+    "kernels/sub.py": "get_kernel = 'the other one'",
+    "passes/__init__.py": "get_kernel = 'the other one'",
+    "kernels-0.18.3.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.3\n",
+}
+"""A distribution as Hugging Face's: what its modules say of themselves shows who was imported."""
+
+ONLY_THE_PATH = "import importlib, importlib.util; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+"""What the environment of the suite has installed under these names is no matter."""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stand-in")
+    for name, text in STAND_IN.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("first", ["root", "stand-in"])
+@pytest.mark.parametrize("name", ["kernels", "passes"])
+def test_another_package_of_a_root_folders_name_is_the_one_imported(
+    name: str, first: str, repo_root: Path, stand_in: Path
+) -> None:
+    code = f"""
+from {name} import get_kernel
+import {name}, importlib.metadata
+print(get_kernel, "|", {name}.__file__, "|", importlib.util.find_spec({name!r}).origin)
+print(importlib.import_module({name!r}) is {name}, importlib.metadata.version("kernels"))
+print(importlib.reload({name}).get_kernel, "sparse_compile" in sys.modules)
+"""
+    path = (repo_root, stand_in) if first == "root" else (stand_in, repo_root)
+    origin = stand_in / name / "__init__.py"
+    assert run_python(ONLY_THE_PATH + code, repo_root, *path).splitlines() == [
+        f"the other one | {origin} | {origin}",
+        "True 0.18.3",
+        "the other one False",
+    ]
+
+
+def test_a_submodule_of_the_other_package_is_imported_first(repo_root: Path, stand_in: Path) -> None:
+    code = "import kernels.sub; print(kernels.sub.get_kernel, kernels.get_kernel)"
+    assert run_python(code, repo_root, repo_root, stand_in).strip() == "the other one the other one"
+
+
+def test_a_second_checkout_stands_aside_too(repo_root: Path, stand_in: Path, tmp_path: Path) -> None:
+    for name in ("kernels", "passes"):
+        (tmp_path / name).mkdir()
+        shutil.copy(repo_root / name / "__init__.py", tmp_path / name)
+    shutil.copy(repo_root / "kernels" / "stand_aside.py", tmp_path / "kernels")
+    code = "import kernels, passes; print(kernels.get_kernel, passes.get_kernel)"
+    assert run_python(code, repo_root, repo_root, tmp_path, stand_in).strip() == "the other one the other one"
+
+
+def test_a_package_that_another_finder_knows_is_handed_over_to(repo_root: Path, stand_in: Path) -> None:
+    # An editable installation is known to a finder of its own, behind the one that searches the path.
+    code = f"""
+class Editable:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "kernels":
+            folder = {str(stand_in / "kernels")!r}
+            return importlib.util.spec_from_file_location(
+                name, folder + "/__init__.py", submodule_search_locations=[folder]
+            )
+sys.meta_path.append(Editable)
+from kernels import get_kernel
+print(get_kernel)
+"""
+    assert run_python(ONLY_THE_PATH + code, repo_root, repo_root).strip() == "the other one"
+
+
+@pytest.mark.parametrize("name", ["kernels", "passes"])
+@pytest.mark.parametrize("statement", ["import {}", "from {} import get_kernel", "import {}.sub"])
+def test_without_another_package_a_bare_name_is_not_there(name: str, statement: str, repo_root: Path) -> None:
+    code = f"""
+for _ in range(2):
+    try:
+        {statement.format(name)}
+    except ModuleNotFoundError as error:
+        print(error.name, "|", error, "|", {name!r} in sys.modules)
+"""
+    expected = f"{name} | No module named {name!r} | False"
+    assert run_python(ONLY_THE_PATH + code, repo_root, repo_root).splitlines() == [expected] * 2
+
+
+def test_a_check_that_imports_by_a_call_finds_nothing(repo_root: Path) -> None:
+    code = """
+print(importlib.import_module("kernels"), importlib.util.find_spec("kernels"))
+try:
+    from kernels import get_kernel
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert run_python(ONLY_THE_PATH + code, repo_root, repo_root).split() == ["None", "None", "kernels"]
+
+
+@pytest.mark.slow
+def test_transformers_sees_the_kernels_that_are_installed(repo_root: Path, stand_in: Path, tmp_path: Path) -> None:
+    code = """
+from transformers.utils.import_utils import is_kernels_available
+print(is_kernels_available(MIN_VERSION="0.18", MAX_VERSION="0.19"))
+"""
+    assert run_python(code, repo_root, repo_root, stand_in).strip() == "True"
+    assert run_python(code, repo_root, repo_root) == run_python(code, tmp_path)
