@@ -10,7 +10,7 @@ from torch import fx, nn
 from sparse_compile.compiler.capture import is_whole_step
 from sparse_compile.compiler.peft_support import are_disabled
 from sparse_compile.compiler.pipeline import PASSES
-from sparse_compile.compiler.report import GraphReport, counted_adapters, summary_of
+from sparse_compile.compiler.report import GraphReport, summary_of
 from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
