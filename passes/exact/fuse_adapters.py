@@ -10,8 +10,9 @@ are put side by side, and x gets one gradient instead of three that are added up
 Legal because: the rows of a product with A do not see each other; each slice holds the numbers the product held.
 Declines when: the adapters draw dropouts of their own (two draws of one tensor are two tensors), an A has a bias, the
 tensor is written to in between, a slice would be, the cost model sees no gain (the stacked factors are a copy, made in
-each step), or (silently) they stand in different checkpoints, regions of autocast, or dtypes. Of a sparse feed-forward
-block the adapters of the out-projection are left alone: their columns are gathered.
+each step), or (silently) they stand in different checkpoints, regions of autocast, or dtypes, or only
+some are trained. Of a sparse feed-forward block the adapters of the out-projection are left alone: their columns are
+gathered.
 
 Base products that read the same tensor are not stacked. A stack of frozen weights would have to stay alive beside the
 originals (q, k and v of Llama-3-8B: 50 MB a block in bf16, 1.6 GB in all), or be written anew in each step (100 MB of
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -52,7 +54,7 @@ class FuseAdapters(Pass):
         """Rewrite the graph in place."""
         rewriter = Rewriter(gm, self.name)
         gathered = _gathered_products(ctx)
-        groups = adapters_by_input(gm.graph, ctx)
+        groups = [part for group in adapters_by_input(gm.graph, ctx) for part in _by_gradient(group)]
         readers = Counter(adapter.projection.source for group in groups for adapter in group)
         rejections: list[Rejection] = []
         stats = {"groups": 0, "adapters": 0}
@@ -78,6 +80,14 @@ class FuseAdapters(Pass):
         return PassOutcome(stats["groups"] > 0, stats, tuple(rejections))
 
 
+def _by_gradient(group: list[Adapter]) -> Iterator[list[Adapter]]:
+    """Part the trained factors from the frozen ones, of which a stack would compute gradients."""
+    for trained in (True, False):
+        part = [adapter for adapter in group if tensor_of(argument(adapter.product, "weight")).requires_grad == trained]
+        if part:
+            yield part
+
+
 def _gathered_products(ctx: PassContext) -> set[str]:
     """Return the products with A whose columns a sparse feed-forward block gathers: they must stay products."""
     outputs = [plan.site.output for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
@@ -91,7 +101,7 @@ def _check_adapter(adapter: Adapter, group: int, readers: int, gathered: set[str
         reason = "its dropout draws for it alone: its input is another tensor than that of the adapters beside it"
         raise Declined(name, reason)
     if group == 1 and readers > 1:
-        reason = "it reads its input in another dtype, region of autocast or checkpoint than the adapters beside it"
+        reason = "its dtype, region of autocast, checkpoint or training is another than that of the adapters beside it"
         raise Declined(name, reason)
     if group == 1:
         return  # nothing is beside it

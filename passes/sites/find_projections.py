@@ -1,10 +1,13 @@
 """Find the frozen linear layers and the LoRA branches beside them.
 
     %base   = linear(%x, W, b)                     W frozen
-    %a      = linear(dropout(%x), A)               A trained          one branch; there may be several,
-    %b      = linear(%a, B)                        B trained          with casts and a scale anywhere between
+    %a      = linear(dropout(%x), A)               one branch; there may be several,
+    %b      = linear(%a, B)                        with casts and a scale anywhere between
     %scaled = mul(%b, s)
     %output = add(%base, %scaled)
+
+An adapter that is loaded and not trained has frozen factors, and is a branch all the same (`lora_branch`). Its products
+are no layers of their own.
 
 A weight-decomposed adapter (DoRA) is added as a term of another form: see `dora_term`.
 
@@ -29,6 +32,7 @@ from sparse_compile.graph.facts import Rejection
 from sparse_compile.graph.read import argument, calls_torch, op_name, strip_casts, tensor_value
 from sparse_compile.graph.sites import DoRATerm, LoRABranch, Projection
 from sparse_compile.graph.vocabulary import CASTS, LINEAR
+from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.dora_term import dora_term
@@ -77,10 +81,29 @@ class FindProjections(Pass):
             if found is not None:
                 projections[node.name] = found
                 taken.update(found.products)
+        projections = _without_factors(projections, gm.graph, ctx)
         rejections += [*_experts(gm.graph, ctx), *_in_8_bits(gm.graph, ctx)]
         ctx.facts = replace(ctx.facts, projections=projections)
         branches = sum(len(projection.adapters) for projection in projections.values())
         return PassOutcome(False, {"projections": len(projections), "branches": branches}, tuple(rejections))
+
+
+def _without_factors(projections: dict[str, Projection], graph: fx.Graph, ctx: PassContext) -> dict[str, Projection]:
+    """Return the layers without the products of frozen adapters.
+
+    A product with A may stand before the layer that it belongs to. DoRA's norm applies the factors to an identity
+    matrix, which is no layer either.
+    """
+    branches = [branch for projection in projections.values() for branch in projection.adapters]
+    products = {name for branch in branches for name in (branch.a, branch.b)}
+    factors = {name for branch in branches for name in branch.factors}
+    inputs = (node for node in graph.nodes if node.op == "placeholder" and node.name not in ctx.env.parameters)
+    of_tokens = {node.name for node in reach(inputs, lambda node: node.users)}
+    return {
+        name: projection
+        for name, projection in projections.items()
+        if name not in products and (projection.weight not in factors or name in of_tokens)
+    }
 
 
 @dataclass

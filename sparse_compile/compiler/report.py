@@ -66,6 +66,7 @@ class GraphReport:
         roles: where token roles come from: `"cross_entropy"`, `"labels"`, `"given"`, or None.
         tokens: what FLOPs are given for.
         projections, adapters: number of frozen linear layers, and of LoRA branches beside them.
+        frozen_adapters: number of those branches that are not trained.
         sites: every matched site.
         passes: every pass.
         masks: the pruned layers with an adapter, where their zeros are to be kept.
@@ -80,6 +81,7 @@ class GraphReport:
     tokens: TokenCounts
     projections: int
     adapters: int
+    frozen_adapters: int
     sites: tuple[SiteReport, ...]
     passes: tuple[PassReport, ...]
     masks: tuple[MaskedLayer, ...]
@@ -109,12 +111,14 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
     after, of_weights_after = result.flops_after.at(counts)
     totals = [before, *(flops.at(counts)[0] for flops in result.flops)]
     passes = [PassReport(record, *pair) for record, pair in zip(result.records, pairwise(totals), strict=True)]
+    adapters = [branch for projection in ctx.facts.projections.values() for branch in projection.adapters]
     return GraphReport(
         compile_id=compile_id,
         roles=ctx.facts.roles.origin if ctx.facts.roles else None,
         tokens=tokens,
         projections=len(ctx.facts.projections),
-        adapters=sum(len(projection.adapters) for projection in ctx.facts.projections.values()),
+        adapters=len(adapters),
+        frozen_adapters=sum(not branch.trained for branch in adapters),
         sites=_sites(result, ctx),
         passes=tuple(passes),
         masks=ctx.facts.masked_layers,
@@ -172,17 +176,17 @@ class Report:
 
     Attributes:
         graphs: one report per graph.
+        options: the options that it is for, those that differ from the defaults, and the preset.
+        options_from: where they come from: `"config"` (the argument), `"the compiled model"`, `"the defaults"`, ...
     """
 
     graphs: tuple[GraphReport, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    options_from: str = "the defaults"
 
-        options: the options that it is for, those that differ from the defaults, and the preset.
-        options_from: where they come from: `"config"` (the argument), `"the compiled model"`, `"the defaults"`, ...
     @property
     def sites(self) -> tuple[SiteReport, ...]:
         """Every matched site of every graph."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    options_from: str = "the defaults"
         return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
@@ -202,14 +206,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
+        # A schedule, or a value for Inductor, need not be plain data.
         return {
+            "options": json.loads(json.dumps(self.options, default=repr)),
+            "options_from": self.options_from,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "graphs": [graph.to_dict() for graph in self.graphs],
-        # A schedule, or a value for Inductor, need not be plain data.
         }
-            "options": json.loads(json.dumps(self.options, default=repr)),
-            "options_from": self.options_from,
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report: `.json` as data, `.txt` as the table.
@@ -235,8 +239,10 @@ def _graph_text(graph: GraphReport) -> str:
     counts = (
         f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
     )
+    adapters = counted_adapters(graph.adapters, graph.frozen_adapters)
     lines = [
         f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {counts}",
+        f"{graph.projections} frozen linear layers with {adapters}",
         "",
         table(
             ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),
@@ -272,6 +278,11 @@ def _graph_text(graph: GraphReport) -> str:
     if graph.rejections:
         lines += ["", "declined:", *summary_of(graph.rejections)]
     return "\n".join(lines)
+
+
+def counted_adapters(adapters: int, frozen: int) -> str:
+    """Return a number of adapters in words, with how many of them are not trained."""
+    return f"{adapters} adapters" + (f", {frozen} of them frozen" if frozen else "")
 
 
 def summary_of(rejections: tuple[Rejection, ...], most: int = 12) -> list[str]:

@@ -40,19 +40,23 @@ class Parameter:
 
 @dataclass(frozen=True)
 class LoRABranch:
-    """A trained low-rank branch s (x A') B' beside a frozen product.
+    """A low-rank branch s (x A') B' beside a frozen product.
 
     Attributes:
         a: the product with A', (..., in) to (..., r).
         b: the product with B', (..., r) to (..., out).
         output: the last node of the branch (scaled, cast), which is added to the base product.
         dropout: the dropout between x and A', or None.
+        factors: placeholders of A and B.
+        trained: whether A or B is trained; a frozen adapter that stays active has neither.
     """
 
     a: NodeName
     b: NodeName
     output: NodeName
     dropout: NodeName | None
+    factors: tuple[NodeName, NodeName]
+    trained: bool
 
 
 @dataclass(frozen=True)

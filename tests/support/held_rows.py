@@ -42,6 +42,10 @@ ADAPTERS = (
         "support/test_adapter_states.py::test_another_adapter_trains_after_set_adapter",
     ),
     Held(
+        "a frozen adapter that stays active beside the trained one",
+        "support/test_adapter_states.py::test_a_frozen_adapter_is_a_part_of_its_layer",
+    ),
+    Held(
         "`hotswap_adapter`, without recompilation",
         "support/test_adapter_states.py::test_a_hot_swapped_adapter_trains_without_recompilation",
     ),

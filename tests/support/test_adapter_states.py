@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from torch import nn
 from adapter_rows import SITES, peft, trained_for_a_while
 from models import ALL_TARGETS, batch
 from oracle import assert_same_step, oracle_step, sparse_step, told
-from tolerances import assert_close_rms
+from sparse_compile.compiler.explain import explain
+from sweeps import slow
+from tolerances import Tolerance, assert_close_rms
+
+HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
 
 
 def compiled(model: nn.Module) -> Any:
@@ -76,6 +81,55 @@ def test_another_adapter_trains_after_set_adapter(eager_inductor: Any) -> None:
             trained_for_a_while(model, seed=5)
             assert_sparse_as_the_oracle_says(model, call, **inputs)
     assert messages == [] and eager_inductor.sparse[:2] == [True, True]
+
+
+def beside_a_frozen_one(active: tuple[str, ...], **options: Any) -> nn.Module:
+    """Return a model in fp64 with two adapters, `active` in this order, of which `default` is frozen."""
+    from peft import LoraConfig
+
+    model = peft(**options)()
+    second = LoraConfig(r=2, target_modules=["q_proj", "gate_proj", "down_proj"], **options)
+    model.add_adapter("second", second)  # type: ignore[operator]
+    model.base_model.set_adapter(list(active))  # type: ignore[operator, union-attr]
+    trained_for_a_while(model, seed=2)
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.requires_grad_(False)
+    return model.double()
+
+
+def with_frozen_a() -> nn.Module:
+    """Return a model in fp64 whose adapters train B alone (LoRA-FA, arXiv 2308.03303)."""
+    model = peft()()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model.double()
+
+
+FROZEN: dict[str, Callable[[], nn.Module]] = {
+    "frozen_first": lambda: beside_a_frozen_one(("default", "second")),
+    "trained_first": lambda: beside_a_frozen_one(("second", "default")),
+    "dora": lambda: beside_a_frozen_one(("default", "second"), use_dora=True),
+    "only_b_trained": with_frozen_a,
+}
+
+
+@pytest.mark.parametrize("preset", ["none", slow("exact")])
+@pytest.mark.parametrize("name", ["frozen_first", slow("trained_first"), slow("dora"), slow("only_b_trained")])
+def test_a_frozen_adapter_is_a_part_of_its_layer(name: str, preset: str, eager_inductor: Any) -> None:
+    model, inputs = FROZEN[name](), batch(97)
+    options = {"preset": preset, "layer_sparsity": SITES, "strict": True}
+    with told() as messages:
+        step, kept = sparse_step(model, torch.compile(model, backend="sparselora", options=options), inputs)
+    assert messages == [] and len(kept) == len(SITES)
+    assert_same_step(step, oracle_step(model, kept, inputs), torch.float64, tolerance=HF_FP64)
+
+
+def test_frozen_adapters_are_counted_as_adapters() -> None:
+    (graph,) = explain(FROZEN["frozen_first"](), **batch(97)).graphs
+    # Seven layers in each of two blocks and the head; `second` is on three of the seven.
+    assert (graph.projections, graph.adapters, graph.frozen_adapters) == (15, 20, 14)
 
 
 def test_a_hot_swapped_adapter_trains_without_recompilation(eager_inductor: Any, tmp_path: Path) -> None:

@@ -126,6 +126,21 @@ def test_several_adapters_of_one_layer() -> None:
     check(Layers(two, v=lora(8, 12, rank=5)), given(), adapters=2)
 
 
+def test_frozen_factors_are_not_stacked_with_trained_ones() -> None:
+    """A stack of both would have the gradient of the frozen ones computed, and dropped."""
+
+    def some(m: Any, x: Tensor) -> Tensor:
+        return attention_inputs(m, x) + m.last(x).sum()
+
+    module = Layers(some, last=lora(8, 4, rank=1))
+    for layer in (module.k, module.last):
+        layer.requires_grad_(False)
+    check(module, given(), adapters=4)
+    captured, _ = fuse(module, normal(2, 30, 8))
+    stacks = [node for node in captured.gm.graph.nodes if node.name.startswith("split_with_sizes")]
+    assert [node.meta["example_value"][0].requires_grad for node in stacks] == [True, False]
+
+
 def test_a_product_that_is_read_twice() -> None:
     def twice(m: Any, x: Tensor) -> Tensor:
         low = F.linear(x, m.q.lora_A)
@@ -287,7 +302,7 @@ def test_other_dtypes() -> None:
         return m.q(x) + m.k(x).sum() + (m.v.base_layer(x) + F.linear(low, m.v.lora_B.float()) * 2.0).sum()
 
     _, outcome = fuse(Layers(cast), given())
-    reason = "it reads its input in another dtype, region of autocast or checkpoint than the adapters beside it"
+    reason = "its dtype, region of autocast, checkpoint or training is another than that of the adapters beside it"
     assert rejections(outcome) == [reason] and outcome.stats["adapters"] == 2
 
 

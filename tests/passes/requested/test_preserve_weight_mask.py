@@ -277,6 +277,28 @@ def test_adapters_that_are_only_evaluated_are_masked(aot_eager_inductor: Any, gr
     assert_close_rms(y, masked(module.layer, x.tanh()))
 
 
+def test_a_frozen_adapter_is_masked_while_others_train() -> None:
+    """As in evaluation: what is merged is what was computed. Its factors get no gradient."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.trained = Layer(), Layer()
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.frozen(x) + self.trained(x)
+
+    module, x = Two(), given()
+    ran = run_rewritten(module, x, config=EXACT)
+    expected = masked(module.frozen.layer, x.tanh()) + masked(module.trained.layer, x.tanh())
+    assert_close_rms(ran.value, expected)
+    actual = gradients_of(ran.value.sin().sum(), module, x)
+    assert set(actual) == {"trained.layer.lora_A", "trained.layer.lora_B", "0"}
+    for name, gradient in gradients_of(expected.sin().sum(), module, x).items():
+        assert_close_rms(actual[name], gradient, name=name)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_evaluation_without_a_mask_is_told_once(aot_eager_inductor: Any, trained: bool) -> None:
     module = Layer(NEAR_MISSES["two adapters"][0])

@@ -255,6 +255,38 @@ def test_dora_written_by_hand(name: str) -> None:
         assert projection.output == projection.base
 
 
+FROZEN_BRANCHES: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], int]] = {
+    "behind the layer": (lambda m, x: m.base(x) + x @ m.a @ m.b * 0.5, 1),
+    "before the layer": (lambda m, x: 0.5 * (x @ m.a @ m.b) + m.base(x), 1),
+    "DoRA's": (lambda m, x: (y := m.base(x)) + ((m.v - 1) * y + m.v * low(m, x)), 1),
+    # Near misses: layers of their own.
+    "added to nothing": (lambda m, x: m.base(x).sin() + x @ m.a @ m.b, 0),
+    "of another input": (lambda m, x: m.base(x) + (x + 1) @ m.a @ m.b, 0),
+}
+
+
+@pytest.mark.parametrize("trained", [(), ("b",)], ids=["frozen", "B trained"])
+@pytest.mark.parametrize("name", FROZEN_BRANCHES)
+def test_frozen_branches(name: str, trained: tuple[str, ...]) -> None:
+    function, count = FROZEN_BRANCHES[name]
+    module = ByHand(function).requires_grad_(False)
+    for factor in trained:
+        getattr(module, factor).requires_grad_(True)
+    captured, outcome = find(module, normal(2, 3, 4))
+    layers = captured.ctx.facts.projections.values()
+    assert outcome.stats["branches"] == count and not outcome.rejections
+    assert all(branch.trained == bool(trained) for layer in layers for branch in layer.adapters)
+    assert [layer.name for layer in layers if layer.name != "w"] == ([] if count else ["a", "b"][: 2 - len(trained)])
+
+
+def test_frozen_layers_that_are_as_wide_as_what_they_are_added_to_are_no_branch() -> None:
+    module = ByHand(lambda m, x: m.base(x) + x @ m.a @ m.b)
+    module.a, module.b = nn.Parameter(normal(4, 4)), nn.Parameter(normal(4, 6))
+    captured, outcome = find(module.requires_grad_(False), normal(2, 3, 4))
+    assert outcome.stats == {"projections": 3, "branches": 0}
+    assert {each.name for each in captured.ctx.facts.projections.values()} == {"w", "a", "b"}
+
+
 @pytest.mark.parametrize("name", BRANCHES)
 def test_branches_written_by_hand(name: str) -> None:
     function, count = BRANCHES[name]
