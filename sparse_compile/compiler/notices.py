@@ -10,7 +10,7 @@ from torch import fx, nn
 from sparse_compile.compiler.capture import is_whole_step
 from sparse_compile.compiler.peft_support import are_disabled
 from sparse_compile.compiler.pipeline import PASSES
-from sparse_compile.compiler.report import GraphReport, summary_of
+from sparse_compile.compiler.report import GraphReport, counted_adapters, summary_of
 from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
@@ -97,10 +97,12 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     reasons += [f"  {name}: {reason}" for name, reason in skipped.items()]
     if kinds and not reasons:
         reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow for it, or names no site"]
+    counts = (sum(graph.adapters for graph in graphs), sum(graph.frozen_adapters for graph in graphs))
+    adapters = counted_adapters(*counts)
+    layers = f"{sum(graph.projections for graph in graphs)} frozen linear layers with {adapters}"
     found = (
-        f"{sum(graph.projections for graph in graphs)} frozen linear layers with "
-        f"{sum(graph.adapters for graph in graphs)} adapters, {kinds['ffn']} feed-forward and {kinds['attention']} "
-        f"attention blocks, token roles from {' and '.join(roles) or 'nowhere'}"
+        f"{layers}, {kinds['ffn']} feed-forward and "
+        f"{kinds['attention']} attention blocks, token roles from {' and '.join(roles) or 'nowhere'}"
     )
     lines = [
         f"sparselora: {wanted} asks for sparsity and no site became sparse, so training runs dense.",
