@@ -15,8 +15,9 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ _substituted: set[Callable[..., Any]] = set()
 def make_dora_traceable() -> bool:
     """Have Dynamo trace substitutes for PEFT's weight helpers; return whether it does from now on.
 
-    Does nothing where PEFT has not been imported. A helper that is missing, or has another signature, is left alone.
-    May be called again.
+    Where PEFT has not been imported, it is left so, and Dynamo traces them from the moment that it is. A helper that is
+    missing, or has another signature, is left alone. May be called again.
     """
     if "peft" not in sys.modules:
+        if _AFTER_PEFT not in sys.meta_path:
+            sys.meta_path.insert(0, _AFTER_PEFT)
         return False
     done = [_substitute(module, name, make) for module, name, make in _HELPERS]
     return all(done)
@@ -112,3 +115,53 @@ _HELPERS = (
     ("peft.utils.integrations", "dequantize_module_weight", _dequantisation),
     ("peft.utils.other", "transpose", _transposition),
 )
+
+
+class _AfterPeft:
+    """Finds PEFT where others find it, and has Dynamo trace the substitutes once PEFT has been executed.
+
+    Not one helper after the other: PEFT imports bitsandbytes later than the module of the first.
+    """
+
+    def __init__(self) -> None:
+        self._searching = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "peft" or self._searching:
+            return None
+        self._searching = True  # another finder may ask all finders in its turn
+        try:
+            return self._watched(name, path, target)
+        finally:
+            self._searching = False
+
+    def _watched(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        for finder in tuple(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(name, path, target) if find is not None and finder is not self else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    self._watch(spec.loader)
+                return spec
+        return None
+
+    def _watch(self, loader: Any) -> None:
+        """Have a loader, which loads this module alone, call back once it has executed it.
+
+        The loader stays what it is: whoever looks for sources or reloads the module asks it.
+        """
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            del loader.exec_module
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            make_dora_traceable()
+
+        loader.exec_module = exec_module
+
+
+_AFTER_PEFT: Any = _AfterPeft()

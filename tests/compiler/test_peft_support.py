@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,7 +79,9 @@ import sys, warnings
 sys.path[:0] = [TESTS]
 warnings.simplefilter("ignore")
 import torch
-assert not any(name.startswith(("peft", "sparse_compile")) for name in sys.modules)
+if BACKEND_FIRST:
+    import sparse_compile.compiler.backend
+assert ("sparse_compile" in sys.modules, "peft" in sys.modules) == (BACKEND_FIRST, False)
 
 # What Inductor makes of a graph is tested elsewhere: here AOTAutograd has the last word.
 import torch._inductor.compile_fx as inductor
@@ -107,8 +111,10 @@ for backend in ("sparselora", "aot_eager"):
 
 
 @pytest.mark.slow
-def test_looking_up_the_backend_is_enough_and_serves_other_backends_too(repo_root: Any) -> None:
+@pytest.mark.parametrize("backend_first", [False, True])
+def test_looking_up_the_backend_is_enough_and_serves_other_backends_too(backend_first: bool, repo_root: Path) -> None:
     program = ONE_PROCESS.replace("TESTS", repr(str(repo_root / "tests" / "helpers")))
+    program = program.replace("BACKEND_FIRST", repr(backend_first))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -217,3 +223,82 @@ def test_a_4_bit_dora_model_computes_as_eager() -> None:
     torch.compile(model, backend=backend, fullgraph=True)(x).backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name])
+
+
+# --- PEFT that is imported after the backend --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def later_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Stand in for a PEFT that is installed and not imported yet; return its folder."""
+    folder = tmp_path / "peft"
+    (folder / "utils").mkdir(parents=True)
+    (folder / "__init__.py").write_text("from peft.utils import integrations, other")
+    (folder / "utils" / "__init__.py").touch()
+    (folder / "utils" / "integrations.py").write_text("def dequantize_module_weight(module): return module.weight")
+    (folder / "utils" / "other.py").write_text("def transpose(weight, fan_in_fan_out): return weight")
+    for name in [name for name in sys.modules if name.split(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(peft_support, "_substituted", set())
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "peft"]:
+        del sys.modules[name]
+
+
+def substituted() -> set[str]:
+    return {function.__name__ for function in peft_support._substituted}
+
+
+BOTH = {"dequantize_module_weight", "transpose"}
+
+
+def test_peft_that_is_imported_later_is_substituted_then(later_peft: Path) -> None:
+    finders = list(sys.meta_path)
+    assert not make_dora_traceable() and not make_dora_traceable()
+    assert len(sys.meta_path) == len(finders) + 1
+    found = importlib.util.find_spec("peft")
+    assert found is not None and found.origin == str(later_peft / "__init__.py")
+    assert not substituted() and "peft" not in sys.modules, "it was looked for alone"
+
+    peft = importlib.import_module("peft")
+    assert substituted() == BOTH
+    assert sys.meta_path == finders
+    assert type(peft.__loader__).__name__ == "SourceFileLoader" and "exec_module" not in vars(peft.__loader__)
+    assert importlib.reload(peft) is peft and make_dora_traceable()
+
+
+def test_an_import_that_fails_is_waited_for_again(later_peft: Path) -> None:
+    source = (later_peft / "__init__.py").read_text()
+    (later_peft / "__init__.py").write_text("raise ImportError('not today')")
+    assert not make_dora_traceable()
+    with pytest.raises(ImportError, match="not today"):
+        importlib.import_module("peft")
+    (later_peft / "__init__.py").write_text(source + "  # mended")
+    importlib.invalidate_caches()
+    importlib.import_module("peft")
+    assert substituted() == BOTH
+
+
+def test_other_finders_are_asked(later_peft: Path) -> None:
+    """One that asks all others, as post-import hooks do, and one that finds PEFT itself."""
+    asked = []
+
+    class Asking:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+            asked.append(name)
+            return importlib.util.find_spec(name) if asked.count(name) == 1 else None
+
+    sys.meta_path.insert(0, Asking())
+    assert not make_dora_traceable()
+    importlib.import_module("peft")
+    assert "peft" in asked and substituted() == BOTH
+
+
+def test_a_package_without_the_helpers_is_imported_as_it_is(later_peft: Path) -> None:
+    (later_peft / "__init__.py").write_text("answer = 42")
+    assert not make_dora_traceable()
+    assert importlib.import_module("peft").answer == 42
+    assert not substituted()
