@@ -15,8 +15,9 @@ The weight may be dequantised from one that is stored in 4 bits. A layer without
 prunes the MLP of a model whose adapters are on the attention alone. Whatever else is added to the base product is left
 to the analyses that read the output.
 
-Declines when: the weight holds several experts, is stored in 8 bits or in a tensor subclass, is no 2-D parameter of the
-graph, or is not at hand (the graph was given stand-ins).
+Declines when: an adapter's factors are multiplied with each other or merged into the weight; the weight holds several
+experts, is stored in 8 bits or in a tensor subclass, is no 2-D parameter of the graph, or is not at hand (the graph was
+given stand-ins).
 Leaves alone: a layer whose weight is trained.
 """
 
@@ -29,15 +30,25 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, calls_torch, op_name, strip_casts, tensor_value
-from sparse_compile.graph.sites import DoRATerm, LoRABranch, Projection
-from sparse_compile.graph.vocabulary import CASTS, LINEAR
+from sparse_compile.graph.read import (
+    argument,
+    calls_torch,
+    nodes_by_name,
+    op_name,
+    shape_of,
+    stored_matrix,
+    strip_casts,
+    tensor_of,
+    tensor_value,
+)
+from sparse_compile.graph.sites import DoRATerm, LoRABranch, Parameter, Projection
+from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.dora_term import dora_term
 from sparse_compile.passes.read.four_bit import calls_bitsandbytes
-from sparse_compile.passes.read.lora_branch import is_sum, match_branch
+from sparse_compile.passes.read.lora_branch import is_sum, match_branch, strip_scale
 
 EXPERTS = (
     "its weight holds several experts: tokens are sorted by expert before they are multiplied, so that their places no "
@@ -50,6 +61,14 @@ EIGHT_BITS = (
 WRAPPED = (
     "its weight is a tensor of a class of its own ({}, as torchao's quantised weights are), which this backend's "
     "operators cannot read: it stays dense. Load the model in 4 bits with bitsandbytes or in 16 bits to have it sparse"
+)
+MULTIPLIED_FACTORS = (
+    "the factors of its adapter are multiplied with each other, x @ (A @ B), which forms a matrix as large as the "
+    "weight: it is not matched as an adapter. Write (x @ A) @ B"
+)
+MERGED = (
+    "its weight is merged with an adapter in the graph, x @ (W + A @ B): it is no frozen layer with an adapter beside "
+    "it, and stays dense. Write x @ W + (x @ A) @ B"
 )
 DEQUANTISED_AGAIN = (
     "a DoRA adapter with dropout dequantises the 4-bit weight to another dtype than the layer computes in, so it is "
@@ -81,6 +100,7 @@ class FindProjections(Pass):
             if found is not None:
                 projections[node.name] = found
                 taken.update(found.products)
+        rejections += _formed_in_full(gm.graph, projections, ctx)
         projections = _without_factors(projections, gm.graph, ctx)
         rejections += [*_experts(gm.graph, ctx), *_in_8_bits(gm.graph, ctx)]
         ctx.facts = replace(ctx.facts, projections=projections)
@@ -104,6 +124,42 @@ def _without_factors(projections: dict[str, Projection], graph: fx.Graph, ctx: P
         for name, projection in projections.items()
         if name not in products and (projection.weight not in factors or name in of_tokens)
     }
+
+
+def _formed_in_full(graph: fx.Graph, projections: dict[str, Projection], ctx: PassContext) -> list[Rejection]:
+    """Name the layers whose adapter is multiplied out, or merged into the weight, before it meets the tokens."""
+    found = []
+    nodes = nodes_by_name(graph)
+    for projection in projections.values():
+        for user in nodes[projection.output].users:
+            others = [each for each in user.all_input_nodes if each is not nodes[projection.output]]
+            weight = _computed_weight(strip_scale(others[0])) if is_sum(user) and len(others) == 1 else None
+            if weight is not None and any(each.trained for each in _parameters_in(weight, ctx)):
+                found.append(Rejection("find_projections", projection.name, MULTIPLIED_FACTORS))
+    for node in graph.nodes:
+        weight = _computed_weight(node)
+        parts = _parameters_in(weight, ctx) if weight is not None else []
+        frozen = [each for each in parts if not each.trained and tensor_of(nodes[each.node]).dim() == 2]
+        if len(frozen) == 1 and len(parts) == 3 and all(each.trained for each in parts if each is not frozen[0]):
+            found.append(Rejection("find_projections", _module_name(frozen[0].path), MERGED))
+    return found
+
+
+def _computed_weight(node: fx.Node) -> fx.Node | None:
+    """Return the matrix that a node multiplies with, where it is computed in the graph."""
+    if not calls_torch(node) or (op_name(node) not in MATMULS and node.target is not LINEAR):
+        return None
+    weight = argument(node, "weight" if node.target is LINEAR else "other")
+    if not isinstance(weight, fx.Node) or stored_matrix(weight)[0].op == "placeholder":
+        return None
+    return weight if len(shape_of(weight)) == 2 else None
+
+
+def _parameters_in(weight: fx.Node, ctx: PassContext) -> list[Parameter]:
+    """Return the parameters that a matrix is computed from; none where something else has a part in it."""
+    leaves = [each for each in reach([weight], lambda node: node.all_input_nodes) if each.op == "placeholder"]
+    parameters = [ctx.env.parameters[each.name] for each in leaves if each.name in ctx.env.parameters]
+    return parameters if len(parameters) == len(leaves) else []
 
 
 @dataclass

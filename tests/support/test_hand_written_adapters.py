@@ -98,6 +98,24 @@ SPELLINGS: dict[str, SpellingRow] = {
             )
         ),
     ),
+    "divided": SpellingRow(
+        "hand-written, `base(x) + x @ A @ B / n`",
+        written(lambda layer, x: layer.base_layer(x) + x @ layer.lora_A @ layer.lora_B / 3),
+        scale=1 / 3,
+    ),
+    "alpha": SpellingRow(
+        "hand-written, `torch.add(base(x), x @ A @ B, alpha=s)`",
+        written(lambda layer, x: torch.add(layer.base_layer(x), x @ layer.lora_A @ layer.lora_B, alpha=layer.scale)),
+    ),
+    "einsum": SpellingRow(
+        'hand-written, `base(x) + s * einsum("bsr,ro->bso", einsum("bsi,ir->bsr", x, A), B)`',
+        written(
+            lambda layer, x: (
+                layer.base_layer(x)
+                + torch.einsum("bsr,ro->bso", torch.einsum("bsi,ir->bsr", x, layer.lora_A), layer.lora_B) * layer.scale
+            )
+        ),
+    ),
     "torchtune": SpellingRow("layers built as torchtune's `LoRALinear`", TorchtuneLinear, transposed=False),
 }
 

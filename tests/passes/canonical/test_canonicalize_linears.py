@@ -54,6 +54,9 @@ BATCHED: dict[str, Callable[..., Tensor]] = {
     "permute that moves nothing": lambda m, x: x @ m.v.permute(0, 1),
     "swapaxes": lambda m, x: x @ m.w.swapaxes(0, 1),
     "twice transposed": lambda m, x: x @ m.v.t().transpose(0, 1),
+    "einsum of V": lambda m, x: torch.einsum("bsi,io->bso", x, m.v),
+    "einsum of W": lambda m, x: torch.einsum("... i, o i -> ... o", x, m.w),
+    "einsum of W.t()": lambda m, x: torch.einsum("bsi,io->bso", [x, m.w.t()]),
     "thrice transposed": lambda m, x: x @ m.w.t().t().T,
 }
 
@@ -66,7 +69,7 @@ def test_spelling(spelling: str) -> None:
     outcome = run_passes(captured, PASS)[PASS]
     assert outcome.changed and outcome.stats["linears"] == 1 and not outcome.rejections
     (linear,) = (node for node in captured.gm.graph.nodes if node.target is LINEAR)
-    assert not {"matmul", "mm", "addmm"} & set(targets(captured.gm))
+    assert not {"matmul", "mm", "addmm", "einsum"} & set(targets(captured.gm))
     # One transpose at most is left: of a weight that is stored as (in, out).
     assert len(targets(captured.gm)) <= 2, render(captured)
     assert linear.meta["example_value"].shape == model(x).shape
@@ -125,6 +128,9 @@ UNRELATED: dict[str, Callable[..., Tensor]] = {
     "no parameter behind it": lambda m, x: x @ (m.w * 2).t(),
     "the parameter comes first": lambda m, x: m.w @ x.transpose(-2, -1),
     "a vector": lambda m, x: x[0, 0] @ m.v,
+    "einsum that leaves the features first": lambda m, x: torch.einsum("bsi,io->obs", x, m.v),
+    "einsum that sums over tokens": lambda m, x: torch.einsum("bsi,io->bo", x, m.v),
+    "einsum over tokens": lambda m, x: torch.einsum("bsi,so->bio", x, m.v[:3]),
     "a batch of weights": lambda m, x: x @ m.v.expand(2, 4, 6),
 }
 
@@ -200,7 +206,7 @@ def several(m: Layer, x: Tensor) -> Tensor:
 def test_golden_repeated_sites_and_several_users() -> None:
     captured = capture(Layer(several), normal(2, 4))
     before = render(captured)
-    assert run_passes(captured, PASS)[PASS].stats == {"linears": 3, "casts": 1, "dropouts": 1}
+    assert run_passes(captured, PASS)[PASS].stats == {"linears": 3, "scales": 0, "casts": 1, "dropouts": 1}
     assert_golden(PASS, f"{before}\n{render(captured)}")
 
 

@@ -193,14 +193,17 @@ BRANCHES: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], int]] = {
     "branch first": (lambda m, x: x @ m.a @ m.b + m.base(x), 1),
     "scale first": (lambda m, x: m.base(x) + 2.0 * (x @ m.a @ m.b), 1),
     "torch.add": (lambda m, x: torch.add(m.base(x), x @ m.a @ m.b), 1),
+    "torch.add with alpha": (lambda m, x: torch.add(m.base(x), x @ m.a @ m.b, alpha=2), 1),
+    "in place with alpha": (lambda m, x: m.base(x).add_(x @ m.a @ m.b, alpha=0.5), 1),
+    "divided": (lambda m, x: m.base(x) + x @ m.a / 4 @ m.b / 3, 1),
+    "einsum": (lambda m, x: m.base(x) + torch.einsum("bsr,ro->bso", torch.einsum("bsi,ir->bsr", x, m.a), m.b), 1),
     "in place": (lambda m, x: m.base(x).add_(x @ m.a @ m.b), 1),
     "twice": (lambda m, x: m.base(x) + x @ m.a @ m.b + 0.1 * (x @ m.a @ m.b), 2),
     # Near misses: the branch is not one of this layer's.
     "another input": (lambda m, x: m.base(x) + (x + 1) @ m.a @ m.b, 0),
     "something nonlinear in between": (lambda m, x: m.base(x) + (x @ m.a).relu() @ m.b, 0),
-    "a full trained matrix": (lambda m, x: m.base(x) + x @ (m.a @ m.b), 0),
     "scaled by a tensor of its own": (lambda m, x: m.base(x) + (x @ m.a @ m.b) * x.sum(), 0),
-    "torch.add with alpha": (lambda m, x: torch.add(m.base(x), x @ m.a @ m.b, alpha=2), 0),
+    "scaled by a number that is added": (lambda m, x: torch.add(m.base(x), 2.0, alpha=2), 0),
     "the base read twice": (lambda m, x: (y := m.base(x)) + x @ m.a @ m.b + y.relu(), 0),
     "a number added": (lambda m, x: m.base(x) + 1.0, 0),
     "a residual": (lambda m, x: m.base(x) + m.base(x), 0),
@@ -296,6 +299,32 @@ def test_branches_written_by_hand(name: str) -> None:
     nodes = {node.name for node in captured.gm.graph.nodes}
     for branch in projection.branches:
         assert {branch.a, branch.b, branch.output} <= nodes
+
+
+FORMED: dict[str, tuple[Callable[[ByHand, Tensor], Tensor], str]] = {
+    "x @ (A @ B)": (lambda m, x: m.base(x) + x @ (m.a @ m.b), "Write (x @ A) @ B"),
+    "scaled": (lambda m, x: 0.5 * (x @ (m.a @ m.b * 2)) + m.base(x), "Write (x @ A) @ B"),
+    "linear": (lambda m, x: m.base(x) + F.linear(x, (m.a @ m.b).t()), "Write (x @ A) @ B"),
+    "merged": (lambda m, x: F.linear(x, m.w + (m.a @ m.b).t()), "Write x @ W + (x @ A) @ B"),
+}
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_an_adapter_that_is_formed_in_full_is_named_with_a_way_out(name: str) -> None:
+    function, way_out = FORMED[name]
+    _, outcome = find(ByHand(function), normal(2, 3, 4))
+    (rejection,) = (each for each in outcome.rejections if each.node == "w")
+    assert rejection.reason.endswith(way_out)
+
+
+@pytest.mark.parametrize("name", ["two products", "a frozen matrix"])
+def test_what_is_no_adapter_formed_in_full(name: str) -> None:
+    functions: dict[str, Callable[[ByHand, Tensor], Tensor]] = {
+        "two products": lambda m, x: m.base(x) + x @ (x.sum(1).T @ (x.sum(1) @ m.a @ m.b)),
+        "a frozen matrix": lambda m, x: m.base(x) + x @ (m.w.t() * 2),
+    }
+    _, outcome = find(ByHand(functions[name]), normal(2, 3, 4))
+    assert all(each.node != "w" for each in outcome.rejections)
 
 
 def test_declines_a_computed_weight() -> None:
