@@ -17,7 +17,13 @@ from sparse_compile.compiler.executable import compile_as_it_is, compile_first, 
 from sparse_compile.compiler.guards import install_guards
 from sparse_compile.compiler.mask_watch import guard_masks, tell_unmasked, watching_masks
 from sparse_compile.compiler.model_part import ModelPart, part_of
-from sparse_compile.compiler.notices import tell_about_sites, tell_about_slots, tell_once, tell_untrained
+from sparse_compile.compiler.notices import (
+    tell_about_sites,
+    tell_about_slots,
+    tell_at_last_graph,
+    tell_once,
+    tell_untrained,
+)
 from sparse_compile.compiler.outputs import CompiledGraph, restored
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import EVALUATION_PASSES
@@ -59,6 +65,7 @@ def sparselora(
     """
     make_dora_traceable()  # PEFT may have been imported since: then for what is traced from now on
     config = SparseLoRAConfig.from_options(options)
+    tell_at_last_graph(gm, config)
     part = part_of(gm)
     graph = _Graph(gm, example_inputs, capture_context(gm, example_inputs, config, part), part, mode)
     if any_in_parts(example_inputs):

@@ -14,6 +14,7 @@ from sparse_compile.compiler.report import GraphReport, counted_adapters, summar
 from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
+from sparse_compile.torch_private.dynamo import frame_key, graphs_of_frame, recompile_limit
 from sparse_compile.training.session import Session
 from sparse_compile.training.told import IN_PROCESS
 
@@ -146,6 +147,20 @@ def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None
                 "for example with peft.get_peft_model, before training",
                 paths,
             )
+
+
+def tell_at_last_graph(gm: fx.GraphModule, config: SparseLoRAConfig) -> None:
+    """Warn once of a frame where its last graph is compiled that Dynamo keeps: what needs another one runs eagerly."""
+    limit = recompile_limit()
+    if limit > 1 and graphs_of_frame() == limit - 1:
+        wider = f"a token_bucket larger than {config.token_bucket}, " if config.token_bucket is not None else ""
+        tell_once(
+            f"this is the last of {limit} graphs that TorchDynamo keeps of one frame: a batch that fits none of them "
+            f"will run eagerly, as if the backend were not there. Have fewer graphs: {wider}batches padded to a "
+            "multiple of some length; or raise torch._dynamo.config.recompile_limit before the first step. "
+            "TORCH_LOGS=recompiles says what made each of them",
+            frame_key(gm),
+        )
 
 
 def tell_once(reason: str, model: object = None) -> None:

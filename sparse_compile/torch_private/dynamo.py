@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx
@@ -141,6 +142,30 @@ def frame_key(gm: fx.GraphModule) -> int:
     """Return Dynamo's number of the frame a graph was captured from, equal for all its recompilations."""
     found = gm.meta.get("dynamo_compile_id")
     return int(getattr(found, "frame_id", None) or 0)
+
+
+def graphs_of_frame() -> int:
+    """Return how many graphs Dynamo keeps that count against its limit for the frame being compiled, 0 outside.
+
+    It counts them as Dynamo does: those that are guarded by the identity of another model do not count.
+    """
+    from torch._dynamo.cache_size import _has_same_id_matched_objs
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        return 0
+    frame: Any = SimpleNamespace(f_locals=output.local_scope)
+    return sum(_has_same_id_matched_objs(frame, entry) for entry in _debug_get_cache_entry_list(output.root_tx.f_code))
+
+
+def recompile_limit() -> int:
+    """Return how many graphs Dynamo keeps of one frame; beyond that it runs the frame eagerly."""
+    from torch._dynamo import config
+
+    return config.recompile_limit
 
 
 def is_control_flow_exception(error: Exception) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from models import batch, fp64_decoder
-from oracle import assert_same_step, oracle_step, sparse_step, train_step
+from oracle import assert_same_step, oracle_step, sparse_step, told, train_step
+from sparse_compile import token_roles
 from sparse_compile.kernels.channel_selection import record_channels
 
 SITES = {"layers.0.mlp": 0.75, "layers.0.self_attn": 0.5}
@@ -61,3 +64,71 @@ def test_prompts_alone_never_recompile(aot_eager_inductor: Any) -> None:
     for prompt in range(8):
         train_step(model, call, batch(61, rows=2, length=7, prompts=[prompt, 7 - prompt] if prompt else [0, 6]))
     assert aot_eager_inductor.runs == [8]
+
+
+class Scaled(nn.Module):
+    """A frozen layer with a trained factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, times: float = 1.0) -> Tensor:
+        return (self.frozen(x) * self.factor * times).sum()
+
+
+def told_at(call: Callable[..., Any], calls: list[dict[str, Any]]) -> list[list[str]]:
+    """Return what is told at each of some calls."""
+    found = []
+    for inputs in calls:
+        with told() as messages:
+            call(**inputs)
+        found.append(messages)
+    return found
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_the_last_graph_that_dynamo_keeps_is_told_before_steps_run_eagerly(limit: int, eager_inductor: Any) -> None:
+    """Whatever makes them: here a number that is another at each call."""
+    with torch._dynamo.config.patch(recompile_limit=limit, specialize_float=True):
+        call = torch.compile(Scaled(), backend="sparselora", options={"preset": "exact"}, dynamic=False)
+        calls = [{"x": torch.ones(2, 4), "times": float(times)} for times in (1, 1, 2, 2, 3, 3, 4, 4, 5)]
+        messages = told_at(call, calls)
+    assert len(eager_inductor.graphs) == limit, "the others ran eagerly"
+    assert [len(each) for each in messages] == [int(index == 2 * (limit - 1)) for index in range(len(calls))]
+    (text,) = messages[2 * (limit - 1)]
+    assert f"the last of {limit} graphs" in text and "recompile_limit" in text and "token_bucket" not in text
+
+
+def test_buckets_that_reach_the_limit_are_told_to_be_wider(eager_inductor: Any) -> None:
+    options = {"layer_sparsity": {"layers.0.mlp": 0.5}, "token_bucket": 4}
+    messages = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        call = torch.compile(fp64_decoder(layers=2), backend="sparselora", options=options)
+        for prompt in (13, 8):
+            inputs = batch(61, prompts=[prompt] * 3)
+            with token_roles(labels=inputs["labels"]):
+                messages += told_at(call, [inputs])
+    assert len(eager_inductor.graphs) == 2
+    assert not messages[0]
+    assert len(messages[1]) == 1 and "a token_bucket larger than 4" in messages[1][0]
+
+
+def test_an_evaluation_can_be_what_takes_the_last_place(eager_inductor: Any) -> None:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        call = torch.compile(Scaled(), backend="sparselora", options={"preset": "exact"})
+        (first,) = told_at(call, [{"x": torch.ones(2, 4)}])
+        with torch.no_grad():
+            (second,) = told_at(call, [{"x": torch.ones(2, 4)}])
+    assert not first and len(second) == 1
+
+
+def test_one_graph_for_each_of_many_models_is_far_from_the_limit(eager_inductor: Any) -> None:
+    """Graphs with sparse sites are guarded by their model, and Dynamo's limit counts those of one model."""
+    models = [fp64_decoder(layers=2) for _ in range(3)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model in models:
+            call = torch.compile(model, backend="sparselora", options={"layer_sparsity": {"layers.0.mlp": 0.5}})
+            assert told_at(call, [batch(61)]) == [[]]
+    assert len(eager_inductor.graphs) == 3
