@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.loss_rows import reference
 from sparse_compile.kernels.token_rows.capacity import check_slots
+from sparse_compile.kernels.token_rows.reference import without_spare_slots
 from sparse_compile.torch_private.fake import new_unbacked_size
 
 
@@ -127,8 +128,7 @@ def _place_backward(ctx: Any, d_placed: Tensor) -> tuple[Tensor | None, ...]:
     (rows,) = ctx.saved_tensors
     d_selected = select_rows(d_placed, rows, ctx.spare)
     if ctx.spare:
-        # A spare slot has no place, so that nothing comes back to it.
-        d_selected = d_selected.masked_fill((rows < 0).reshape(-1, *[1] * (d_placed.dim() - 1)), 0)
+        d_selected = without_spare_slots(d_selected, rows)
     return d_selected, None, None, None
 
 

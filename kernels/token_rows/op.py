@@ -208,8 +208,8 @@ def _put_rows_backward(ctx: Any, d_merged: Tensor) -> tuple[Tensor | None, ...]:
     d_output, d_context = take_rows(d_merged, output_rows, context_rows, columns, ctx.provider, ctx.tokens)
     if ctx.tokens is not None:
         # Nothing reads a spare slot: without this its row would count twice in the gradient of every weight.
-        d_output = d_output.masked_fill((output_rows < 0).unsqueeze(1), 0)
-        d_context = d_context.masked_fill((context_rows < 0).unsqueeze(1), 0)
+        d_output = reference.without_spare_slots(d_output, output_rows)
+        d_context = reference.without_spare_slots(d_context, context_rows)
     return d_output, d_context, None, None, None, None, None
 
 

@@ -88,6 +88,11 @@ def past_the_end(rows: Tensor, tokens: int) -> Tensor:
     return torch.where(rows < 0, tokens, rows)
 
 
+def without_spare_slots(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Return the gradient (R, ...) of slots with these `rows` (R,), zero in spare ones: nobody reads what they hold."""
+    return gradient.masked_fill((rows < 0).reshape(-1, *[1] * (gradient.dim() - 1)), 0)
+
+
 def expand_kv_channels(channels: Tensor, head_dim: int, groups: int) -> Tensor:
     """Map kept key/value channels to the channels of the query heads that read them, ascending.
 

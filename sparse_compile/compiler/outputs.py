@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from sparse_compile.graph.facts import LossRows
 from sparse_compile.graph.read import tensor_value, value_of
-from sparse_compile.kernels.token_rows.reference import past_the_end
+from sparse_compile.kernels.token_rows.reference import past_the_end, without_spare_slots
 from sparse_compile.torch_private.fake import size_expression
 
 CompiledGraph = Callable[..., Any]
@@ -94,5 +94,4 @@ class _PlaceRows(torch.autograd.Function):
         flat = gradient.flatten(0, ctx.leading - 1)
         if not ctx.spare:
             return flat[rows], None, None, None
-        nowhere = (rows < 0).reshape(-1, *[1] * (flat.dim() - 1))
-        return flat[rows.clamp_min(0)].masked_fill(nowhere, 0), None, None, None
+        return without_spare_slots(flat[rows.clamp_min(0)], rows), None, None, None
