@@ -13,19 +13,19 @@ is trained or not finite, or (presets) it does not pay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.cost import gain
+from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name
 from sparse_compile.graph.sites import Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
+from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.presets import kept_count, match_site, preset_sparsity
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import InvalidOptionError, Pass, PassOutcome
@@ -47,7 +47,7 @@ class PlanSparsity(Pass):
         nodes = nodes_by_name(gm.graph)
         rejections: list[Rejection] = []
         space = token_space(gm.graph, ctx.facts.roles) if ctx.facts.roles else set()
-        planner = _Planner(ctx, _token_shape(nodes, ctx), space, _factor_store(ctx))
+        planner = _Planner(ctx, _token_shape(nodes, ctx), space, factor_store(ctx.env.config))
         plans = []
         for site in sorted(ctx.facts.sites, key=lambda site: _position(gm.graph, site)):
             plan = planner.plan(site, hinted_shape(nodes[site.source]))
@@ -83,22 +83,34 @@ def _token_shape(nodes: dict[str, fx.Node], ctx: PassContext) -> tuple[int, ...]
     return hinted_shape(nodes[ctx.facts.roles.labels[0][0]])
 
 
-def _factor_store(ctx: PassContext) -> Callable[[Projection], LowRankFactors]:
-    config = ctx.env.config
+def factor_store(config: SparseLoRAConfig) -> FactorStore:
+    """Return the source of predictor factors that the options ask for.
+
+    Raises:
+        InvalidOptionError: the file of published factors cannot be read.
+    """
     try:
         upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
     except ValueError as error:
         raise InvalidOptionError(f"predictor_path: {error}") from error
-    store = FactorStore(None, config.predictor_rank, config.seed, upstream)
+    return FactorStore(None, config.predictor_rank, config.seed, upstream)
 
-    def get(projection: Projection) -> LowRankFactors:
-        weight = ctx.frozen_weight(projection)
-        with torch.no_grad():
-            rows = weight.t() if projection.transposed else weight
-            rows = rows if projection.fused is None else projection.fused.take(rows)
-            return store.get(projection.name, rows)
 
-    return get
+def factors_of(projection: Projection, weight: Tensor, store: FactorStore) -> LowRankFactors:
+    """Return the predictor's factors of a layer, or of its part of a fused one.
+
+    Args:
+        projection: the layer.
+        weight: as it is stored, (out, in) or transposed.
+        store: where they come from.
+
+    Raises:
+        ValueError: the weight has no factors.
+    """
+    with torch.no_grad():
+        rows = weight.t() if projection.transposed else weight
+        rows = rows if projection.fused is None else projection.fused.take(rows)
+        return store.get(projection.name, rows)
 
 
 class _Planner:
@@ -107,12 +119,12 @@ class _Planner:
         ctx: PassContext,
         token_shape: tuple[int, ...] | None,
         space: set[str],
-        factors_of: Callable[[Projection], LowRankFactors],
+        store: FactorStore,
     ) -> None:
         self.ctx = ctx
         self.token_shape = token_shape
         self.space = space
-        self.factors_of = factors_of
+        self.store = store
         self.factors: dict[str, LowRankFactors] = {}
 
     def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
@@ -168,7 +180,7 @@ class _Planner:
         found = {}
         for projection in site.predicted:
             try:
-                found[projection.name] = self.factors_of(projection)
+                found[projection.name] = factors_of(projection, self.ctx.frozen_weight(projection), self.store)
             except ValueError as error:
                 raise Declined(site.name, f"no predictor: {error}") from error
         self.factors.update(found)

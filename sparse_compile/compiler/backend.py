@@ -29,6 +29,7 @@ from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import EVALUATION_PASSES
 from sparse_compile.compiler.report import GraphReport, graph_report, plan_data
 from sparse_compile.compiler.runner import PipelineResult, run_pipeline
+from sparse_compile.compiler.weight_watch import with_fresh_factors
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import RequestedFunctionError
@@ -130,8 +131,9 @@ def _evaluation(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
     if not graph.masks:
         return graph.dense()
     masked = run_pipeline(graph.gm, graph.ctx, order=EVALUATION_PASSES).exact
-    guard_masks(graph.gm, graph.ctx)
-    tell_unmasked(graph.ctx, session_for(trained, graph.config).once if trained else IN_PROCESS.once)
+    session = session_for(trained, graph.config) if trained else None
+    guard_masks(graph.gm, graph.ctx, session)
+    tell_unmasked(graph.ctx, IN_PROCESS.once if session is None else session.once)
     return graph.dense(masked)
 
 
@@ -148,12 +150,14 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
     _tell(graph, session, result, report)
     if dump is not None:
         _write(dump, ctx, report)
-    install_guards(gm, ctx, session.id, path=graph.path, sparse=result.sparse is not None)
+    install_guards(gm, ctx, session, path=graph.path, sparse=result.sparse is not None)
     rewritten = {"sparse": result.sparse, "optimised": result.exact}
     compiled = compile_first(rewritten, graph.example_inputs, ctx, graph.mode)
     if compiled is not None and ctx.facts.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.facts.loss_rows)
     compiled = compiled or graph.dense()
+    if result.sparse is not None:
+        compiled = with_fresh_factors(compiled, ctx, session, moves=model is not None)
     if graph.masks:
         compiled = watching_masks(compiled, ctx, session, whole_step=is_whole_step(gm, ctx))
     return watched(compiled, session, report, graph.config, (frame_key(gm), graph.path))

@@ -8,16 +8,17 @@ from sparse_compile.compiler.mask_watch import guard_masks
 from sparse_compile.compiler.notices import asks_for_sparsity
 from sparse_compile.passes.context import PassContext
 from sparse_compile.torch_private.dynamo import install_identity_guards, install_value_guard
+from sparse_compile.training.session import Session
 from sparse_compile.training.token_capacity import watch
 
 
-def install_guards(gm: fx.GraphModule, ctx: PassContext, session_id: int, *, path: str, sparse: bool) -> None:
+def install_guards(gm: fx.GraphModule, ctx: PassContext, session: Session, *, path: str, sparse: bool) -> None:
     """Guard a training graph on what it was compiled for, beside what Dynamo guards on its own.
 
     Args:
         gm: the captured graph.
         ctx: its facts.
-        session_id: the key of its session in `PHASES`.
+        session: of its model.
         path: where in its model the graph stands; empty for a whole model.
         sparse: whether it has sparse sites.
     """
@@ -27,12 +28,12 @@ def install_guards(gm: fx.GraphModule, ctx: PassContext, session_id: int, *, pat
         shift = 1 if facts.roles.origin == "given" else facts.roles.labels[0][1]
         install_value_guard("sparse_compile.training.token_capacity", "CAPACITIES", watch(config.token_bucket, shift))
     if sparse and facts.slots is not None:
-        install_value_guard("sparse_compile.training.phase", "PHASES", session_id)
+        install_value_guard("sparse_compile.training.phase", "PHASES", session.id)
     if sparse or (path and facts.roles is not None and asks_for_sparsity(config)):
         # Blocks are alike: what is planned for one, dense or sparse, goes for no other.
         install_identity_guards(_inputs_of_this_model(gm, ctx))
     if "preserve_weight_mask" in config.requested:
-        guard_masks(gm, ctx)
+        guard_masks(gm, ctx, session)
 
 
 def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:

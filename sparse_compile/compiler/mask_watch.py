@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Final
 
-from torch import Tensor, fx
+from torch import fx
 
 from sparse_compile.compiler.report import summary_of
+from sparse_compile.compiler.weight_watch import StoredWeight
+from sparse_compile.kernels.masked_linear.pattern import zero_fraction
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.requested.preserve_weight_mask import adapted_projections
-from sparse_compile.torch_private.autograd import write_count
-from sparse_compile.torch_private.dynamo import install_identity_guards
+from sparse_compile.predictor.weight_state import WeightWatch
+from sparse_compile.torch_private.autograd import running_backward
+from sparse_compile.torch_private.dynamo import install_identity_guards, install_value_guard
 from sparse_compile.training.session import Session
 
+_LOG = logging.getLogger(__name__)
 _RULE = "preserve_weight_mask"
 
+TURNS: Final[Counter[int]] = Counter()
+"""By the id of a session, how often layers of its model became pruned, or ceased to be, under a compiled graph. Graphs
+with masks are guarded on it."""
 
-def guard_masks(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """Have Dynamo compile anew where a weight whose zeros were counted is replaced, or belongs to another model."""
+
+def guard_masks(gm: fx.GraphModule, ctx: PassContext, session: Session | None) -> None:
+    """Have Dynamo compile anew where zeros are to be counted anew.
+
+    That is where a weight whose zeros were counted is replaced or belongs to another model, and where so many zeros
+    came or went that another layer counts as pruned.
+
+    Args:
+        gm: a captured graph.
+        ctx: its facts.
+        session: of its model; None where nothing of it is trained.
+    """
+    if session is not None:
+        TURNS[session.id] += 0
+        install_value_guard(__name__, "TURNS", session.id)
     counted = {projection.weight for projection in adapted_projections(ctx)}
     install_identity_guards(node for node in gm.graph.nodes if node.op == "placeholder" and node.name in counted)
 
@@ -39,7 +60,11 @@ def watching_masks(
     tell_unmasked(ctx, session.once)
     if whole_step:
         _tell_if_none(session)
-    versions = _versions(ctx)
+    projections = {each.name: each for each in adapted_projections(ctx)}
+    pruned = {layer.projection for layer in ctx.facts.masked_layers}
+    weights = {name: StoredWeight.of(each, ctx) for name, each in projections.items()}
+    watch = WeightWatch({name: weight.tensors() for name, weight in weights.items()})
+    threshold = ctx.env.config.mask_threshold
     runs = 0
 
     def run(*args: Any) -> Any:
@@ -48,7 +73,9 @@ def watching_masks(
         if runs == 2:
             # All graphs of a training step have been compiled by now.
             _tell_if_none(session)
-        _tell_if_written(versions, session)
+        if running_backward() is None and (changed := watch.changed()):
+            now = {name for name in changed if zero_fraction(weights[name].dense()) >= threshold}
+            _tell_of_change(changed, now ^ (pruned & changed), session)
         return compiled(*args)
 
     return run
@@ -78,23 +105,26 @@ def _tell_if_none(session: Session) -> None:
     warnings.warn("\n".join([head, *reasons]), stacklevel=2)
 
 
-def _versions(ctx: PassContext) -> list[tuple[str, weakref.ref[Tensor], int]]:
-    """Return, of each weight whose zeros were counted, its name and how often it had been written to."""
-    values = {each.name: ctx.env.parameters[each.weight].value for each in adapted_projections(ctx)}
-    return [
-        (name, weakref.ref(value), count)
-        for name, value in values.items()
-        if value is not None and (count := write_count(value)) is not None
-    ]
+def _tell_of_change(changed: frozenset[str], turned: set[str], session: Session) -> None:
+    """Say that weights with counted zeros hold other values, and have the next step compiled anew where that matters.
 
-
-def _tell_if_written(versions: list[tuple[str, weakref.ref[Tensor], int]], session: Session) -> None:
-    """Warn once where a weight has other values than those its zeros were counted in."""
-    written = [name for name, weight, version in versions if (w := weight()) is not None and write_count(w) != version]
-    if written and session.once((_RULE, "written")):
-        warnings.warn(
-            f"sparselora: {len(written)} weights were written to after their zeros were counted ({written[0]} among "
-            "them). Masked layers keep the zeros that there are now, in each step; which layers are masked was decided "
-            "by the zeros that there were. Call torch._dynamo.reset() to have them counted again.",
-            stacklevel=3,
+    Args:
+        changed: the layers.
+        turned: those that were pruned and are no more, or that became so.
+        session: of their model.
+    """
+    if not turned:
+        _LOG.info(
+            "sparselora: %d weights changed after their zeros were counted (%s among them). The same layers are "
+            "pruned: they keep the zeros that there are now",
+            len(changed),
+            min(changed),
         )
+        return
+    TURNS[session.id] += 1
+    warnings.warn(
+        f"sparselora: {len(turned)} layers became pruned, or ceased to be, after their zeros were counted "
+        f"({min(turned)} among them). This step is computed as before; the next one is compiled anew, by the zeros "
+        "that there are now.",
+        stacklevel=3,
+    )

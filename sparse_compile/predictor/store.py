@@ -35,7 +35,7 @@ from sparse_compile.predictor.svd import (
     factorize,
     shape_of,
 )
-from sparse_compile.torch_private.autograd import write_count
+from sparse_compile.predictor.weight_state import identity_of, sample_of
 from sparse_compile.torch_private.modules import WRAPPER_NAMES
 
 ALGORITHM_VERSION = 1
@@ -109,6 +109,10 @@ class FactorStore:
             raise NonFiniteWeight(f"{name}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def is_published(self, name: str) -> bool:
+        """Tell whether the factors of a layer come from a file, whatever its weight holds."""
+        return any(match_site(key, _layer_name(name)) for key in self.upstream)
 
     def _published(self, name: str, weight: Tensor) -> LowRankFactors | None:
         layer = _layer_name(name)
@@ -190,14 +194,8 @@ def _layer_name(name: str) -> str:
 
 
 def _identity(weight: Tensor) -> tuple[object, ...]:
-    """Return what changes when the weight does, without reading all of it.
-
-    Writes through ``.data`` (as PEFT merges adapters) leave ``_version`` alone: a few elements are compared too.
-    """
-    flat = weight.detach()
-    sample = flat[:: max(1, flat.shape[0] // 16), :: max(1, flat.shape[1] // 16)]
-    values = tuple(sample.double().flatten().tolist())
-    return weight.data_ptr(), write_count(weight), weight.dtype, weight.stride(), values
+    """Return what changes when the weight does, without reading all of it."""
+    return *identity_of(weight), *sample_of(weight).double().flatten().tolist()
 
 
 def _content_digest(weight: Tensor, rank: int, seed: int) -> str:

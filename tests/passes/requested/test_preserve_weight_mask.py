@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -313,16 +314,42 @@ def test_evaluation_without_a_mask_is_told_once(aot_eager_inductor: Any, trained
     assert "a merge fills their zeros:\n  layer: it has several adapters" in str(one.message)
 
 
-def test_a_weight_that_is_written_to_is_told_once(aot_eager_inductor: Any) -> None:
+@pytest.mark.parametrize("how", ["in place", "through data"])
+def test_a_weight_that_stays_pruned_keeps_the_zeros_that_there_are_now(
+    aot_eager_inductor: Any, how: str, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
     module, x = Layer(), given()
     call = compiled(module, preserve_weight_mask="auto")
     call(x)
-    with torch.no_grad():
-        module.layer.base_layer.weight.mul_(random_mask(12, 16, seed=9))
-    with pytest.warns(UserWarning, match="written to after their zeros were counted") as told:
+    weight, mask = module.layer.base_layer.weight, random_mask(12, 16, seed=9)
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="sparse_compile"):
+        (weight if how == "in place" else weight.data).mul_(mask)
+    with caplog.at_level(logging.INFO, logger="sparse_compile"):
         repeat(call, x)
     assert_close_rms(call(x), masked(module.layer, x.tanh()))
-    assert len(told) == 1
+    told = [record for record in caplog.records if "changed after their zeros were counted" in record.message]
+    assert len(told) == 1 and len(aot_eager_inductor.graphs) == 1 and not recwarn.list
+
+
+def test_a_layer_that_ceases_to_be_pruned_is_compiled_anew(aot_eager_inductor: Any) -> None:
+    """And one that becomes pruned has a mask from the next step on."""
+    module, x = Layer(), given()
+    call = compiled(module, preserve_weight_mask="auto")
+    call(x)
+    zeros = module.layer.base_layer.weight == 0
+    with torch.no_grad():
+        module.layer.base_layer.weight[zeros] = 0.5
+    with pytest.warns(UserWarning, match="1 layers became pruned, or ceased to be(?s:.*)the next one is compiled anew"):
+        call(x)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert_close_rms(call(x), module(x))
+    assert len(aot_eager_inductor.graphs) == 2 and not any("became pruned" in str(each.message) for each in told)
+    with torch.no_grad():
+        module.layer.base_layer.weight[zeros] = 0.0
+    with pytest.warns(UserWarning, match="1 layers became pruned, or ceased to be"):
+        call(x)
+    assert_close_rms(call(x), masked(module.layer, x.tanh()))
 
 
 def test_a_model_without_zeros_is_told_once(aot_eager_inductor: Any) -> None:

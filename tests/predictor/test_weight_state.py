@@ -1,0 +1,90 @@
+"""Changes of frozen weights are noticed, whichever way they are made, and nothing else is."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_compile.predictor.weight_state import WeightWatch, sample_of
+
+
+def replace_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data.clone()
+
+
+def write(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight[0, 0] = 3.0
+
+
+WRITES: dict[str, Callable[[nn.Parameter], object]] = {
+    "one element in place": write,
+    "p.data = ...": replace_data,
+    "through p.data": lambda weight: weight.data.add_(1.0),
+    "NaN through p.data": lambda weight: weight.data.fill_(torch.nan),
+    "another dtype": lambda weight: weight.data.copy_(weight.data.bfloat16()),
+}
+
+
+def weights(*names: str) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.randn(24, 40), requires_grad=False) for name in names}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_each_change_is_told_once(how: str) -> None:
+    model = weights("a", "b", "c")
+    watch = WeightWatch({name: [weight] for name, weight in model.items()})
+    assert watch.changed() == frozenset()
+    WRITES[how](model["b"])
+    assert watch.changed() == {"b"}
+    assert watch.changed() == frozenset(), "a weight of NaN equals itself here"
+
+
+def test_a_name_with_several_tensors() -> None:
+    packed, scales = torch.zeros(64, 1, dtype=torch.uint8), torch.ones(16)
+    watch = WeightWatch({"layer": [packed, scales]})
+    scales.data.mul_(2)
+    assert watch.changed() == {"layer"}
+
+
+def test_weights_that_move_are_compared_by_their_values() -> None:
+    model = weights("a", "b")
+    watch = WeightWatch({name: [weight] for name, weight in model.items()}, moves=True)
+    replace_data(model["a"])
+    assert watch.changed() == frozenset()
+    model["b"].data = model["b"].data + 1
+    assert watch.changed() == {"b"}
+
+
+@pytest.mark.parametrize("pruned", [(slice(None), slice(None, None, 2)), (slice(None), slice(1, None, 2))])
+@pytest.mark.parametrize("shape", [(16, 16), (24, 40), (64, 4096)])
+def test_zeros_in_regular_places_hide_no_write(pruned: tuple[slice, slice], shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape)
+    weight[pruned] = 0
+    watch = WeightWatch({"layer": [weight]})
+    weight.data.mul_(2)
+    assert watch.changed() == {"layer"}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 15), (8, 16), (1, 4096), (4096, 1), (5,), (4096,), (0, 4)])
+def test_a_sample_lies_within_the_weight(shape: tuple[int, ...]) -> None:
+    weight = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    found = sample_of(weight)
+    assert found.numel() <= 64 and found.unique().numel() == found.numel()
+    assert set(found.flatten().tolist()) <= set(weight.flatten().tolist())
+    turned = sample_of(weight.t()) if weight.dim() == 2 else found
+    assert set(turned.flatten().tolist()) <= set(weight.flatten().tolist())
+
+
+def test_weights_are_not_kept_alive() -> None:
+    model = weights("a")
+    watch = WeightWatch({name: [weight] for name, weight in model.items()})
+    gone = weakref.ref(model["a"])
+    del model
+    gc.collect()
+    assert gone() is None and watch.changed() == frozenset()
