@@ -104,6 +104,9 @@ def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Give each test the same seeds, an empty predictor cache, and a backend and a Dynamo without memory of others."""
     if told := sys.modules.get("sparse_compile.training.told"):
         told.IN_PROCESS.clear()
+    if schedule := sys.modules.get("sparse_compile.training.schedule"):
+        # Most tests train a few steps of a loop whose length nobody knows: `default_start` brings the dense steps back.
+        monkeypatch.setattr(schedule, "DEFAULT_START_STEPS", 0)
     if notices := sys.modules.get("sparse_compile.compiler.notices"):
         notices._matched.clear()
     monkeypatch.setenv("SPARSELORA_CACHE_DIR", str(tmp_path / "sparselora_cache"))
@@ -114,6 +117,14 @@ def _isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     # Importing Dynamo takes seconds, so a test that did not compile does not pay for it.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def default_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a run of unknown length start densely, as it does for users."""
+    from sparse_compile.options.presets import DEFAULT_START_STEPS
+
+    monkeypatch.setattr("sparse_compile.training.schedule.DEFAULT_START_STEPS", DEFAULT_START_STEPS)
 
 
 @pytest.fixture

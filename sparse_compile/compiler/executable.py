@@ -35,15 +35,15 @@ def compile_first(
     example_inputs: Sequence[Any],
     ctx: PassContext,
     mode: str | None,
-) -> CompiledGraph | None:
-    """Compile the first graph that compiles; None where there is none. One warning names those that did not.
+) -> tuple[str, CompiledGraph | None]:
+    """Compile the first graph that compiles, with its name; None where there is none. One warning names the others.
 
     Raises:
         RequestedFunctionError: none compiles, and the captured graph is not the function that was asked for.
     """
     config, masked = ctx.env.config, any(not layer.reason for layer in ctx.facts.masked_layers)
     failed: dict[str, str] = {}
-    compiled = None
+    compiled, chosen = None, ""
     for kind, graph in graphs.items():
         if graph is None or compiled is not None:
             continue
@@ -51,6 +51,7 @@ def compile_first(
             _prepare_counts(graph)
             with saving_what_is_marked():
                 compiled = compile_with_inductor(graph, example_inputs, _inductor_options(graph, config), mode)
+            chosen = kind
         except Exception as error:
             if config.strict or is_control_flow_exception(error):
                 raise
@@ -65,7 +66,7 @@ def compile_first(
         kinds, instead = " and the ".join(failed), "dense" if "sparse" in failed else "as it was captured"
         reasons = " ".join(dict.fromkeys(failed.values()))
         warnings.warn(f"sparselora: the {kinds} graph did not compile, so it runs {instead}. {reasons}", stacklevel=2)
-    return compiled
+    return chosen, compiled
 
 
 def _prepare_counts(gm: fx.GraphModule) -> None:

@@ -50,7 +50,7 @@ class SparseLoRAConfig:
             published code does; near chance in ``docs/predictor.md``). Attention scores read all context tokens.
         start_step: First sparse step: a ``float`` in [0, 1] is a fraction of the run, an ``int`` a number of optimizer
             steps. Default ``None``: 0.05 where the length of the run is known (the paper keeps the first 5-10% dense),
-            else 0.
+            else 20 steps.
         end_step: First dense step after the sparse phase, in the same units. Default ``None``: never.
         schedule: Handle that knows the length of the run (``total_steps``, in optimizer steps), which fractions need.
             Default ``None``: :class:`SparseLoRACallback` may still supply it.
@@ -165,7 +165,8 @@ class SparseLoRAConfig:
         if end is None:
             return
         if start is None:
-            # A fraction as the end needs the length of the run; where that is known the default is a fraction too.
+            # A fraction as the end needs the length of the run; where that is known the default is a fraction too. The
+            # default of a run of unknown length is no reason to refuse an end: the length may still come.
             start = DEFAULT_START_FRACTION if isinstance(end, float) else 0
         comparable = type(start) is type(end) or 0 in (start, end)
         if comparable and end < start:

@@ -12,6 +12,9 @@ PRESETS = ("none", "exact", "o1", "o2")
 DEFAULT_START_FRACTION = 0.05
 """Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
 
+DEFAULT_START_STEPS = 20
+"""Where sparsity starts in a run of unknown length: 5% of 400 optimizer steps, the length of a short fine-tuning."""
+
 
 def preset_sparsity(preset: str, kind: Literal["ffn", "attention"], index: int, count: int) -> float:
     """Return the sparsity that a preset gives to one site of a model that nobody tuned.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, Final, Literal, TypeAlias
 
-from sparse_compile.options.presets import DEFAULT_START_FRACTION
+from sparse_compile.options.presets import DEFAULT_START_FRACTION, DEFAULT_START_STEPS
 
 __all__ = ["DENSE", "SPARSE", "STATE_LOCK", "Phase", "Schedule", "phase_at", "sparse_window"]
 
@@ -37,7 +37,7 @@ def sparse_window(total: int | None, start: float | None, end: float | None) -> 
 
     Args:
         total: optimizer steps of the whole run; None where nobody said.
-        start: where sparsity begins; None for `DEFAULT_START_FRACTION` of a known total, else for position 0.
+        start: where sparsity begins; None for `DEFAULT_START_FRACTION` of a known total, else `DEFAULT_START_STEPS`.
         end: where it ends; None for never.
 
     Returns:
@@ -47,7 +47,7 @@ def sparse_window(total: int | None, start: float | None, end: float | None) -> 
     if total is None and (isinstance(start, float) or isinstance(end, float)):
         return None
     if start is None:
-        start = 0 if total is None else DEFAULT_START_FRACTION
+        start = DEFAULT_START_STEPS if total is None else DEFAULT_START_FRACTION
     first = _in_steps(start, total, ROUND_CEILING)
     return first, None if end is None else _in_steps(end, total, ROUND_FLOOR)
 

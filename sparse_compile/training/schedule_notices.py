@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Final
 
@@ -12,14 +11,12 @@ from sparse_compile.training.told import Told
 
 __all__ = ["FORWARDS_BEFORE_WARNING", "tell_about_missing_steps", "tell_about_start"]
 
-_LOGGER: Final = logging.getLogger(__name__)
-
 FORWARDS_BEFORE_WARNING: Final = 100
 """Training forwards without an optimizer step after which the user is told that no step was seen."""
 
 
 def tell_about_start(schedule: ScheduleHandle, start: float | None, end: float | None, told: Told) -> None:
-    """Say once what an unknown length of the run means for the start.
+    """Warn once where a schedule that does not know the length of the run never becomes sparse.
 
     Args:
         schedule: the position of the run.
@@ -29,7 +26,8 @@ def tell_about_start(schedule: ScheduleHandle, start: float | None, end: float |
     """
     if schedule.total_steps is not None:
         return
-    if sparse_window(None, start, end) is None:
+    window = sparse_window(None, start, end)
+    if window is None:
         if told.once("a fraction without a total"):
             warnings.warn(
                 f"start_step={start}, end_step={end} holds a fraction of the run, and the length of the run is not "
@@ -37,8 +35,12 @@ def tell_about_start(schedule: ScheduleHandle, start: float | None, end: float |
                 "option schedule=Schedule(total_steps=...), or give numbers of steps (an int).",
                 stacklevel=3,
             )
-    elif start is None and told.once("start without a total"):
-        _LOGGER.info("the length of the run is not known, so sparse training starts at step 0 (start_step)")
+    elif start is None and window[1] is not None and window[1] <= window[0] and told.once("an end before the default"):
+        warnings.warn(
+            f"end_step={end} does not lie behind step {window[0]}, where sparse training starts because the length of "
+            "the run is not known: training stays dense. Give start_step as a number of steps (an int).",
+            stacklevel=3,
+        )
 
 
 def tell_about_missing_steps(schedule: ScheduleHandle, phase: Phase, forwards: int, told: Told) -> None:

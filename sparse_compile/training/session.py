@@ -24,7 +24,7 @@ from sparse_compile.torch_private.autograd import running_backward
 from sparse_compile.training.forwards import ForwardCount
 from sparse_compile.training.phase import PHASES, PublishedPhase
 from sparse_compile.training.registry import Registry
-from sparse_compile.training.schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at
+from sparse_compile.training.schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at, sparse_window
 from sparse_compile.training.schedule_notices import tell_about_missing_steps, tell_about_start
 from sparse_compile.training.site_names import SiteNames, check_site_names
 from sparse_compile.training.told import Told
@@ -94,6 +94,7 @@ class Session:
         self._told = Told()
         self._sites = SiteNames(self._told)
         self._forwards = ForwardCount()
+        self._together: list[Session] = []
         self._published = PublishedPhase(self.id)
         self._schedule: ScheduleHandle = Schedule()
         self._schedule.subscribe(self._refresh)
@@ -107,6 +108,12 @@ class Session:
     def schedule(self) -> ScheduleHandle:
         """The position of this model's training run."""
         return self._root()._schedule
+
+    @property
+    def window(self) -> tuple[int, int | None] | None:
+        """The first sparse step and the first dense one after it, as in `sparse_window`."""
+        root = self._root()
+        return sparse_window(root._schedule.total_steps, *root._start_and_end())
 
     @property
     def phase(self) -> Phase:
@@ -128,6 +135,11 @@ class Session:
         A report holds plain data: one that holds a parameter keeps the model alive.
         """
         return self._root()._reports
+
+    @property
+    def together(self) -> list[Session]:
+        """The sessions of one model: those whose parameters the last counted optimizer step changed; none before it."""
+        return self._root()._together
 
     def once(self, key: Hashable) -> bool:
         """Return True the first time that this model asks for `key`: for warnings that are given once."""
@@ -264,6 +276,8 @@ def _count_step(sessions: list[Session]) -> None:
     schedules = {id(session.schedule): session.schedule for session in sessions}
     counted = [schedule.note_step() for schedule in schedules.values()]
     if any(counted):
+        for session in sessions:
+            session._together = sessions
         check_site_names([session._sites for session in sessions])
 
 

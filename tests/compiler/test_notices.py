@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import fx, nn
 
 from models import batch, fp64_decoder
 from oracle import told
+from sparse_compile import Schedule, token_roles
 from sparse_compile.compiler.report import SiteReport
 from sparse_compile.graph.cost import Gain
 from sparse_compile.passes.roles import plan_sparsity
@@ -28,6 +31,107 @@ def warnings_of_a_step(options: dict[str, Any]) -> tuple[list[str], list[SiteRep
             model(**batch(61))[0].backward()
     (report,) = session_for([each for each in model.parameters() if each.requires_grad]).reports
     return messages, report.sites
+
+
+# --- What the run does ------------------------------------------------------------------------------------------------
+
+SITES = {"0.mlp": 0.5, "2.self_attn": 0.5}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the lines that are shown."""
+    lines: list[str] = []
+    monkeypatch.setattr("sparse_compile.compiler.run_notices.say", lines.append)
+    return lines
+
+
+def train(model: nn.Module, steps: int) -> None:
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(steps):
+        model(**batch(61))[0].backward()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("default_start", "eager_inductor")
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, "sparse from step 20 (the length of the run is not known; to choose: start_step=..., "),
+        ({"start_step": 0}, "sparse from step 0"),
+        ({"start_step": 2, "end_step": 9}, "sparse from step 2 to step 8"),
+        ({"schedule": Schedule(100)}, "sparse from step 5"),
+        ({"end_step": 5, "schedule": Schedule(200)}, "but no step of the run is sparse"),
+    ],
+)
+def test_a_run_says_what_it_does(options: dict[str, Any], steps: str, said: list[str]) -> None:
+    model = fp64_decoder()
+    model.compile(backend="sparselora", options={"layer_sparsity": SITES, **options})
+    train(model, 2)
+    (line,) = said
+    (report,) = session_for([each for each in model.parameters() if each.requires_grad]).reports
+    assert f"{report.flops_after / report.flops_before - 1:.0%}" == line.split(", ")[1].split()[0]
+    assert line.startswith("2 of 6 sites sparse, -") and f" FLOPs of a step, {steps}" in line
+    assert line.endswith(steps) or not options
+
+
+def test_a_model_whose_blocks_are_compiled_one_by_one_says_it_in_one_line(eager_inductor: Any, said: list[str]) -> None:
+    model = fp64_decoder()
+    for block in model.layers:
+        block.compile(backend="sparselora", options={"layer_sparsity": SITES, "start_step": 0})
+    for _ in range(3):
+        with token_roles(labels=batch(61)["labels"]):
+            train(model, 1)
+    assert [line.split(", ")[0] for line in said] == ["2 of 6 sites sparse"]
+
+
+@pytest.mark.parametrize("preset", ["none", "exact"])
+def test_nothing_is_said_where_nothing_was_to_be_sparse(preset: str, said: list[str], eager_inductor: Any) -> None:
+    model = fp64_decoder()
+    model.compile(backend="sparselora", options={"preset": preset})
+    train(model, 1)
+    with torch.no_grad():
+        model(**batch(61))
+    assert said == []
+
+
+def test_where_the_sparse_graph_does_not_compile_nothing_is_said_of_it(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(gm: fx.GraphModule, *_: Any) -> Any:
+        if any("split_tokens" in str(node.target) for node in gm.graph.nodes):
+            raise RuntimeError("no kernel for this")
+        return gm.forward
+
+    monkeypatch.setattr("sparse_compile.compiler.executable.compile_with_inductor", failing)
+    model = fp64_decoder()
+    model.compile(backend="sparselora", options={"layer_sparsity": SITES})
+    with pytest.warns(UserWarning, match="did not compile"):
+        train(model, 1)
+    assert said == []
+
+
+@pytest.mark.usefixtures("default_start")
+def test_a_graph_of_fixed_sizes_is_told_of_when_it_is_sparse(eager_inductor: Any, said: list[str]) -> None:
+    model = fp64_decoder()
+    model.compile(backend="sparselora", options={"layer_sparsity": SITES, "token_capacity": 30})
+    said_at = []
+    for step in range(21):
+        train(model, 1)
+        said_at += [step] * (len(said) - len(said_at))
+    assert said_at == [20]
+    assert said[0].startswith("2 of 6 sites sparse, -") and eager_inductor.runs == [20, 1]
+
+
+def test_a_model_that_trains_in_evaluation_mode_is_told_of_once(eager_inductor: Any, said: list[str]) -> None:
+    model = fp64_decoder()
+    model.compile(backend="sparselora", options={"preset": "exact"})
+    with torch.no_grad():
+        model.eval()(**batch(61))
+    assert said == []
+    train(model, 2)
+    (line,) = said
+    assert "eval mode" in line and "model.train()" in line
 
 
 # --- Sites that do not pay --------------------------------------------------------------------------------------------

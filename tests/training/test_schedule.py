@@ -19,8 +19,9 @@ class TestPhaseAt:
         ("total", "start", "end", "window"),
         [
             (100, None, None, (5, None)),
-            (None, None, None, (0, None)),
-            (None, None, 7, (0, 7)),
+            (None, None, None, (20, None)),
+            (None, None, 30, (20, 30)),
+            (None, 0, None, (0, None)),
             (None, 3, None, (3, None)),
             (None, 0, 10, (0, 10)),
             (100, 0.1, 0.9, (10, 90)),
@@ -41,6 +42,7 @@ class TestPhaseAt:
             (None, None, 0.9, None),
         ],
     )
+    @pytest.mark.usefixtures("default_start")
     def test_window(
         self, total: int | None, start: float | None, end: float | None, window: tuple[int, int | None] | None
     ) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 
 import pytest
 import torch
 
 from noting_model import DENSE, NO_UNEXPECTED_WARNING, SPARSE, NotingModel
-from sparse_compile.training.schedule import Schedule
 from sparse_compile.training.schedule_notices import FORWARDS_BEFORE_WARNING
 
 pytestmark = NO_UNEXPECTED_WARNING
@@ -73,17 +72,24 @@ class TestUnknownTotal:
         assert session.phase == SPARSE
         session.note_training_forward("graph")
 
-    def test_the_default_start_is_told_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        model = NotingModel()
-        session = model.session
-        with caplog.at_level(logging.INFO, "sparse_compile"):
-            for _ in range(3):
-                session.note_training_forward("graph")
-        assert [record.levelname for record in caplog.records] == ["INFO"]
-        assert session.phase == SPARSE
+    @pytest.mark.usefixtures("default_start")
+    def test_the_default_start_is_a_number_of_steps(self) -> None:
+        session = (model := NotingModel()).session
+        optimizer = torch.optim.SGD(model.parameters())
+        phases = []
+        for _ in range(22):
+            phases.append(session.phase)
+            session.note_training_forward("graph")
+            optimizer.step()
+        assert phases == [DENSE] * 20 + [SPARSE] * 2
 
-    def test_nothing_is_said_where_the_total_is_known(self, caplog: pytest.LogCaptureFixture) -> None:
-        model = NotingModel(start_step=0.5, schedule=Schedule(10))
-        with caplog.at_level(logging.INFO, "sparse_compile"):
-            model.session.note_training_forward("graph")
-        assert not caplog.records
+    @pytest.mark.usefixtures("default_start")
+    @pytest.mark.parametrize(("end", "warns"), [(20, True), (21, False)])
+    def test_an_end_before_the_default_start_is_dense_with_one_warning(self, end: int, warns: bool) -> None:
+        session = (model := NotingModel(end_step=end)).session
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                session.note_training_forward("graph")
+        assert [f"end_step={end} does not lie behind step 20" in str(each.message) for each in caught] == [True] * warns
+        assert model.session is session
