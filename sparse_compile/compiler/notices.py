@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 
 from torch import fx, nn
 
@@ -13,6 +14,7 @@ from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.report import GraphReport, counted_adapters, summary_of
 from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.options.presets import match_site
 from sparse_compile.passes.context import PassContext
 from sparse_compile.torch_private.dynamo import frame_key, graphs_of_frame, recompile_limit
 from sparse_compile.training.session import Session
@@ -97,7 +99,9 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     }
     reasons += [f"  {name}: {reason}" for name, reason in skipped.items()]
     if kinds and not reasons:
-        reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow for it, or names no site"]
+        if _names_no_site(config, graphs):
+            return  # the warning of these names lists the sites that are there: this one knows no more
+        reasons = [f"  {wanted} asks for no sparsity at any site: the model is too shallow or too narrow for it"]
     counts = (sum(graph.adapters for graph in graphs), sum(graph.frozen_adapters for graph in graphs))
     adapters = counted_adapters(*counts)
     layers = f"{sum(graph.projections for graph in graphs)} frozen linear layers with {adapters}"
@@ -113,6 +117,15 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
         *(reasons or ["  nothing: there was nothing to match"]),
     ]
     warnings.warn("\n".join(lines), stacklevel=2)
+
+
+def _names_no_site(config: SparseLoRAConfig, graphs: Iterable[GraphReport]) -> bool:
+    """Tell whether `layer_sparsity` is given, and none of the names that it wants sparse matches a site."""
+    if config.layer_sparsity is None:
+        return False
+    wanted = [pattern for pattern, sparsity in config.layer_sparsity.items() if sparsity]
+    names = [site.name for graph in graphs for site in graph.sites]
+    return not any(match_site(pattern, name) for pattern in wanted for name in names)
 
 
 def tell_untrained(gm: fx.GraphModule, ctx: PassContext, model: nn.Module | None) -> None:
@@ -157,8 +170,8 @@ def tell_at_last_graph(gm: fx.GraphModule, config: SparseLoRAConfig) -> None:
         tell_once(
             f"this is the last of {limit} graphs that TorchDynamo keeps of one frame: a batch that fits none of them "
             f"will run eagerly, as if the backend were not there. Have fewer graphs: {wider}batches padded to a "
-            "multiple of some length; or raise torch._dynamo.config.recompile_limit before the first step. "
-            "TORCH_LOGS=recompiles says what made each of them",
+            "multiple of some length; or raise torch._dynamo.config.recompile_limit. TORCH_LOGS=recompiles says what "
+            "made each of them",
             frame_key(gm),
         )
 

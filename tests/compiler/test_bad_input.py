@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from graphs import frozen, lora
 from models import DecoderConfig, Fp64Decoder, Kept, batch, fp64_decoder, gradients, masked_sites
 from oracle import assert_same_step, kept_from, oracle_step, sparse_step, told, train_step
 from sparse_compile.kernels.channel_selection import record_channels
@@ -145,6 +146,26 @@ def test_names_that_match_nothing_give_one_warning_that_lists_the_sites() -> Non
     assert list(kept) == ["layers.0.mlp"]
     assert len(messages) == 1
     assert all(name in messages[0] for name in ("h.3.mlp", "ayers.0.mlp", "layers.0.mlp", "layers.0.self_attn"))
+
+
+@pytest.mark.parametrize("others", [{}, {"layers.0.mlp": 0.0}], ids=["alone", "beside a dense one"])
+def test_where_every_name_matches_nothing_one_warning_says_all(others: dict[str, float]) -> None:
+    call = compiled(fp64_decoder(layers=1), layer_sparsity={"h.3.mlp": 0.5, **others})
+    with told() as messages:
+        for _ in range(2):
+            call(**batch(61))[0].backward()
+    assert len(messages) == 1 and "no site of this model matches h.3.mlp. Sites there are: " in messages[0]
+
+
+def test_why_no_site_is_there_is_said_beside_the_names() -> None:
+    """The warning of names does not know why there is no site: here the graph has no roles and a layer, no block."""
+    call = compiled(frozen(lora(8, 4)), layer_sparsity={"mlp": 0.5})
+    with told() as messages:
+        for _ in range(2):  # a graph without labels may be a part of a step: the second forward settles it
+            call(torch.randn(2, 3, 8, dtype=torch.float64)).sum().backward()
+    assert len(messages) == 2
+    assert any("no site of this model matches mlp" in text for text in messages)
+    assert any("no site became sparse" in text and "Found: 1 frozen linear layers" in text for text in messages)
 
 
 def test_names_that_match_nothing_raise_when_strict() -> None:
