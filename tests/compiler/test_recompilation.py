@@ -101,6 +101,7 @@ def test_the_last_graph_that_dynamo_keeps_is_told_before_steps_run_eagerly(limit
     assert f"the last of {limit} graphs" in text and "recompile_limit" in text and "token_bucket" not in text
 
 
+@pytest.mark.slow
 def test_buckets_that_reach_the_limit_are_told_to_be_wider(eager_inductor: Any) -> None:
     options = {"layer_sparsity": {"layers.0.mlp": 0.5}, "token_bucket": 4}
     messages = []
@@ -124,6 +125,7 @@ def test_an_evaluation_can_be_what_takes_the_last_place(eager_inductor: Any) -> 
     assert not first and len(second) == 1
 
 
+@pytest.mark.slow
 def test_one_graph_for_each_of_many_models_is_far_from_the_limit(eager_inductor: Any) -> None:
     """Graphs with sparse sites are guarded by their model, and Dynamo's limit counts those of one model."""
     models = [fp64_decoder(layers=2) for _ in range(3)]
