@@ -34,7 +34,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1))
 
 model = Model()
-options = {"layer_sparsity": {"up": 0.5}, "strict": True}
+options = {"layer_sparsity": {"up": 0.5}, "strict": True, "start_step": 0}
 call = torch.compile(model, backend="sparselora", dynamic=False, fullgraph=True, options=options)
 ids = torch.arange(10).reshape(2, 5)
 labels = ids.clone()
