@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -18,9 +17,9 @@ from sparse_compile.passes.requested.preserve_weight_mask import adapted_project
 from sparse_compile.predictor.weight_state import WeightWatch
 from sparse_compile.torch_private.autograd import running_backward
 from sparse_compile.torch_private.dynamo import install_identity_guards, install_value_guard
+from sparse_compile.training.news import say
 from sparse_compile.training.session import Session
 
-_LOG = logging.getLogger(__name__)
 _RULE = "preserve_weight_mask"
 
 TURNS: Final[Counter[int]] = Counter()
@@ -114,11 +113,9 @@ def _tell_of_change(changed: frozenset[str], turned: set[str], session: Session)
         session: of their model.
     """
     if not turned:
-        _LOG.info(
-            "sparselora: %d weights changed after their zeros were counted (%s among them). The same layers are "
-            "pruned: they keep the zeros that there are now",
-            len(changed),
-            min(changed),
+        say(
+            f"{len(changed)} weights changed after their zeros were counted ({min(changed)} among them). The same "
+            "layers are pruned: they keep the zeros that there are now"
         )
         return
     TURNS[session.id] += 1

@@ -7,7 +7,6 @@ the next sparse step: nothing is compiled.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 import weakref
@@ -27,10 +26,9 @@ from sparse_compile.predictor.store import FactorStore
 from sparse_compile.predictor.svd import LowRankFactors
 from sparse_compile.predictor.weight_state import WeightWatch
 from sparse_compile.torch_private.autograd import running_backward
+from sparse_compile.training.news import say
 from sparse_compile.training.schedule import DENSE
 from sparse_compile.training.session import Session
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,9 @@ def _renew(layers: list[_Predicted], store: FactorStore, session: Session) -> No
                     buffer.copy_(value)
         renewed.append(name)
     if renewed:
-        _LOG.info(
-            "sparselora: %s changed since the factors that predict their channels were computed, which took %.1f s to "
-            "compute again",
-            _listed(renewed),
-            time.perf_counter() - start,
+        say(
+            f"{_listed(renewed)} changed since the factors that predict their channels were computed. They were "
+            f"computed again, in {time.perf_counter() - start:.1f} s"
         )
     if published and session.once("published factors of other weights"):
         warnings.warn(

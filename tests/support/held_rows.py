@@ -143,3 +143,46 @@ DISTRIBUTED = (
         'dense: "tensor parallel"',
     ),
 )
+
+CHANGES = (
+    Held(
+        "a 4-bit layer is quantised again in place",
+        "compiler/test_weight_watch.py::test_a_layer_that_is_quantised_again",
+        "0",
+    ),
+    Held(
+        "`merge_adapter()` and `unmerge_adapter()`",
+        "compiler/test_weight_watch.py::test_a_merge_and_its_reverse",
+        "0",
+    ),
+    Held(
+        "frozen weights, in the dense phase",
+        "compiler/test_weight_watch.py::test_a_change_in_the_dense_phase_is_seen_by_the_first_sparse_step",
+        "0",
+    ),
+    Held(
+        "frozen weights become NaN: told of, factors stay",
+        "compiler/test_weight_watch.py::test_weights_that_are_not_finite_keep_their_factors_and_are_told_of",
+        "0",
+    ),
+    Held(
+        "frozen weights with published factors: told of, factors stay",
+        "compiler/test_weight_watch.py::test_published_factors_stay_and_are_told_of",
+        "0",
+    ),
+    Held(
+        "a layer ceases to be pruned, or becomes so (LoRS): told of, counted anew one step later",
+        "passes/requested/test_preserve_weight_mask.py::test_a_layer_that_ceases_to_be_pruned_is_compiled_anew",
+        "1",
+    ),
+    Held(
+        "`set_adapter` to another adapter, and back",
+        "support/test_adapter_states.py::test_another_adapter_trains_after_set_adapter",
+        "1",
+    ),
+    Held(
+        "`hotswap_adapter`",
+        "support/test_adapter_states.py::test_a_hot_swapped_adapter_trains_without_recompilation",
+        "0",
+    ),
+)

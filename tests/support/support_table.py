@@ -53,6 +53,12 @@ SECTIONS = {
 }
 
 
+BETWEEN_STEPS = """What may change under a compiled model. The next step equals that of a fresh compilation: in fp64,
+with the exact passes, with sparse sites and with LoRS. What is computed once from frozen weights follows them in place:
+a predictor's factors, and which layers are pruned. An info line says so. On an accelerator a write through `p.data` is
+seen one step late. The second column says how many graphs the next step compiles."""
+
+
 def support_page() -> str:
     """Return the text of the page."""
     import held_rows
@@ -85,7 +91,18 @@ def support_page() -> str:
             *(f"| {row.title} | {row.outcome} | `{row.test}` |\n" for row in elsewhere[section]),
         ]
         parts += [f"\n## {section}\n\n{text}\n\n| | sparse | test |\n|---|---|---|\n", *lines]
-    return "".join(parts)
+    return "".join([*parts, *_changes()])
+
+
+def _changes() -> Iterable[str]:
+    from held_rows import CHANGES as CHANGES_ELSEWHERE
+    from test_changes_between_steps import CHANGES
+
+    yield f"\n## Between steps\n\n{BETWEEN_STEPS}\n\n| what changes | compilations | test |\n|---|---|---|\n"
+    test = "support/test_changes_between_steps.py::test_the_next_step_is_that_of_a_fresh_compilation"
+    for name, change in CHANGES.items():
+        yield f"| {change.title} | {change.compilations} | `{test}[{name}]` |\n"
+    yield from (f"| {row.title} | {row.outcome} | `{row.test}` |\n" for row in CHANGES_ELSEWHERE)
 
 
 def _models() -> Iterable[str]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import Fp64Decoder, batch, fp64_decoder, gradients
+from models import ALL_TARGETS, ATTENTION_TARGETS, Fp64Decoder, batch, fp64_decoder, gradients, with_lora
 from sparse_compile.kernels.channel_selection import record_channels
 from sweeps import sweep
 
-SITES = {"layers.0.mlp": 0.5, "layers.1.self_attn": 0.5}
+SITES = {"layers.0.mlp": 0.5, "layers.0.self_attn": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
     "sparse": {"preset": "none", "layer_sparsity": SITES, "start_step": 0},
     "exact": {"preset": "exact"},
@@ -47,7 +47,7 @@ def frozen(model: nn.Module) -> list[Tensor]:
 
 def other_weights(model: Fp64Decoder) -> dict[str, Tensor]:
     """Return the state of a model of other weights, with the zeros that this one has."""
-    state = fp64_decoder(layers=2, seed=5).state_dict()
+    state = fp64_decoder(layers=1, seed=5).state_dict()
     return {name: value * (model.state_dict()[name] != 0) for name, value in state.items()}
 
 
@@ -103,6 +103,21 @@ def freeze_some(model: Fp64Decoder) -> None:
     model.layers[0].mlp.up_proj.lora_B.requires_grad_(False)
 
 
+def widen(model: Fp64Decoder) -> None:
+    """Give each adapter two directions more, as a schedule of ranks does."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            width = module.lora_A.shape[1]
+            module.lora_A = nn.Parameter(torch.cat([module.lora_A.data, 0.1 * torch.ones(2, width)]))
+            module.lora_B = nn.Parameter(torch.cat([module.lora_B.data, 0.1 * torch.ones(len(module.lora_B), 2)], 1))
+
+
+def drop_more(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+
+
 CHANGES = {
     "load_state_dict": Change("frozen weights, by `load_state_dict` in place", load_in_place),
     "assign": Change("frozen weights, by `load_state_dict(assign=True)`", load_by_assignment, 1),
@@ -113,12 +128,18 @@ CHANGES = {
     "average": Change("trained weights: an average is swapped in (EMA)", average, derived=False),
     "scale": Change("the adapters' scaling", scale, 1, derived=False),
     "freeze": Change("`requires_grad` of some adapters", freeze_some, 1, derived=False, loss=False),
+    "rank": Change("the rank of the adapters", widen, 1, derived=False),
+    "dropout": Change("the adapters' dropout", drop_more, 1, derived=False),
     "mode": Change("`model.eval()` in a training loop", lambda model: model.eval(), derived=False, loss=False),
 }
 
 
-def model_for(options: str) -> Fp64Decoder:
-    model = fp64_decoder(layers=2)
+def model_for(name: str, options: str) -> Any:
+    """Return a model with hand-written adapters, or with PEFT's where they are to drop something out."""
+    model: Any = fp64_decoder(layers=1, adapters=() if name == "dropout" else ALL_TARGETS)
+    if name == "dropout":
+        pytest.importorskip("peft")
+        model = with_lora(model, ATTENTION_TARGETS, dropout=0.1).double()
     if options == "LoRS":
         for weight in frozen(model):
             weight.data[:, ::2] = 0
@@ -127,6 +148,7 @@ def model_for(options: str) -> Fp64Decoder:
 
 def step(model: nn.Module, call: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     model.zero_grad()
+    torch.manual_seed(3)  # for dropout
     with record_channels() as chosen:
         loss = call(**inputs)[0]
         loss.backward()
@@ -138,7 +160,7 @@ def step(model: nn.Module, call: Any, inputs: dict[str, Tensor]) -> tuple[Tensor
 def test_the_next_step_is_that_of_a_fresh_compilation(
     name: str, options: str, aot_eager_inductor: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    change, model, inputs = CHANGES[name], model_for(options), batch(61)
+    change, model, inputs = CHANGES[name], model_for(name, options), batch(61)
     call = torch.compile(model, backend="sparselora", options=OPTIONS[options])
     before, *_ = step(model, call, inputs)
     compiled = len(aot_eager_inductor.graphs)
