@@ -16,6 +16,7 @@ from tabulate import tabulate
 from sparse_compile.compiler.capture import TokenCounts
 from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.runner import PassRecord, PipelineResult
+from sparse_compile.compiler.unmatched import unmatched_of
 from sparse_compile.graph.cost import LOSS, OUTPUT, saved_flops
 from sparse_compile.graph.facts import MaskedLayer, ProductOrder, Rejection, SitePlan, SparsityPlan
 from sparse_compile.passes.context import PassContext
@@ -123,7 +124,7 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
         passes=tuple(passes),
         masks=ctx.facts.masked_layers,
         orders=ctx.facts.product_orders,
-        rejections=result.rejections,
+        rejections=(*result.rejections, *unmatched_of(result, ctx)),
         flops_before=before,
         flops_after=after,
         weight_flops_before=of_weights_before,
