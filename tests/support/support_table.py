@@ -88,7 +88,7 @@ def support_page() -> str:
     for section, text in SECTIONS.items():
         lines = [
             *own.get(section, ()),
-            *(f"| {row.title} | {row.outcome} | `{row.test}` |\n" for row in elsewhere[section]),
+            *(f"| {row.title} | {row.outcome} | `tests/{row.test}` |\n" for row in elsewhere[section]),
         ]
         parts += [f"\n## {section}\n\n{text}\n\n| | sparse | test |\n|---|---|---|\n", *lines]
     return "".join([*parts, *_changes()])
@@ -99,10 +99,10 @@ def _changes() -> Iterable[str]:
     from test_changes_between_steps import CHANGES
 
     yield f"\n## Between steps\n\n{BETWEEN_STEPS}\n\n| what changes | compilations | test |\n|---|---|---|\n"
-    test = "support/test_changes_between_steps.py::test_the_next_step_is_that_of_a_fresh_compilation"
+    test = "tests/support/test_changes_between_steps.py::test_the_next_step_is_that_of_a_fresh_compilation"
     for name, change in CHANGES.items():
         yield f"| {change.title} | {change.compilations} | `{test}[{name}]` |\n"
-    yield from (f"| {row.title} | {row.outcome} | `{row.test}` |\n" for row in CHANGES_ELSEWHERE)
+    yield from (f"| {row.title} | {row.outcome} | `tests/{row.test}` |\n" for row in CHANGES_ELSEWHERE)
 
 
 def _models() -> Iterable[str]:
@@ -119,7 +119,7 @@ def _models() -> Iterable[str]:
 def _rows(rows: Mapping[str, Any], test: str) -> Iterable[str]:
     for name, row in rows.items():
         outcome = f'dense: "{words}"' if (words := getattr(row, "declined", "")) else "yes"
-        yield f"| {row.title} | {outcome} | `support/{test}[{name}]` |\n"
+        yield f"| {row.title} | {outcome} | `tests/support/{test}[{name}]` |\n"
 
 
 if __name__ == "__main__":
