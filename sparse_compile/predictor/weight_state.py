@@ -31,15 +31,16 @@ def identity_of(weight: Tensor) -> Identity:
 
 
 def sample_of(weight: Tensor) -> Tensor:
-    """Return a view of evenly spaced elements of a vector or a matrix, at most 8 along each dimension.
+    """Return a view of evenly spaced elements of a number, a vector or a matrix, at most 8 along each dimension.
 
     Each row of a wide matrix is sampled one column further on: a pruned weight has zeros in regular places.
     """
     sizes = [min(_SAMPLES, size) for size in weight.shape]
-    shift = sizes[0] - 1 if weight.dim() == 2 and weight.shape[1] >= 2 * _SAMPLES else 0
-    spans = [*weight.shape[:-1], weight.shape[-1] - shift]
+    spans, shifted = list(weight.shape), weight.dim() == 2 and weight.shape[1] >= 2 * _SAMPLES
+    if shifted:
+        spans[1] -= sizes[0] - 1
     steps = [max(1, span // _SAMPLES) * stride for span, stride in zip(spans, weight.stride(), strict=True)]
-    if shift:
+    if shifted:
         steps[0] += weight.stride(1)
     with torch.no_grad():
         return weight.as_strided(sizes, steps, weight.storage_offset())
@@ -77,7 +78,8 @@ class WeightWatch:
             if key not in samples or samples[key][0] != places:
                 continue
             # Bytes, not numbers: NaN differs from NaN.
-            differs = (values.view(torch.uint8) != samples[key][1].view(torch.uint8)).flatten(1).any(1)
+            now, before = (each.flatten(1).view(torch.uint8) for each in (values, samples[key][1]))
+            differs = (now != before).any(1)
             (waiting if values.device.type == "cpu" else self._pending).append((places, differs))
         for places, differs in waiting:
             found.update(place for place, is_other in zip(places, differs.tolist(), strict=True) if is_other)
@@ -94,7 +96,7 @@ class WeightWatch:
                 places, views = groups[view.device, view.dtype, view.shape]
                 places.append(place)
                 views.append(view)
-        self._samples = {key: (places, torch.stack(views)) for key, (places, views) in groups.items()}
+        self._samples = {key: (places, torch.stack(views).unsqueeze(-1)) for key, (places, views) in groups.items()}
 
 
 def _places_that_differ(before: list[Identity | None], now: list[Identity | None]) -> set[int]:

@@ -219,6 +219,7 @@ def test_blocks_that_were_compiled_one_by_one(second: dict[str, Any], said: str)
     assert [site.sparsity for site in report.sites if site.name.endswith("1.mlp")] == [0.5]
 
 
+@pytest.mark.slow
 def test_a_model_that_a_compiled_function_calls_has_the_options_of_its_session(eager_inductor: Any) -> None:
     model, inputs = fp64_decoder(), batch(61)
     schedule = Schedule(10)

@@ -15,6 +15,7 @@ from sparse_compile.compiler.report import SiteReport
 from sparse_compile.graph.cost import Gain
 from sparse_compile.passes.roles import plan_sparsity
 from sparse_compile.training.session import session_for
+from sweeps import slow
 
 
 def pays_for(kinds: tuple[str, ...]) -> Any:
@@ -58,10 +59,10 @@ def train(model: nn.Module, steps: int) -> None:
     ("options", "steps"),
     [
         ({}, "sparse from step 20 (the length of the run is not known; to choose: start_step=..., "),
-        ({"start_step": 0}, "sparse from step 0"),
+        slow({"start_step": 0}, "sparse from step 0"),
         ({"start_step": 2, "end_step": 9}, "sparse from step 2 to step 8"),
-        ({"schedule": Schedule(100)}, "sparse from step 5"),
-        ({"end_step": 5, "schedule": Schedule(200)}, "but no step of the run is sparse"),
+        slow({"schedule": Schedule(100)}, "sparse from step 5"),
+        slow({"end_step": 5, "schedule": Schedule(200)}, "but no step of the run is sparse"),
     ],
 )
 def test_a_run_says_what_it_does(options: dict[str, Any], steps: str, said: list[str]) -> None:
@@ -85,7 +86,7 @@ def test_a_model_whose_blocks_are_compiled_one_by_one_says_it_in_one_line(eager_
     assert [line.split(", ")[0] for line in said] == ["2 of 6 sites sparse"]
 
 
-@pytest.mark.parametrize("preset", ["none", "exact"])
+@pytest.mark.parametrize("preset", [slow("none"), "exact"])
 def test_nothing_is_said_where_nothing_was_to_be_sparse(preset: str, said: list[str], eager_inductor: Any) -> None:
     model = fp64_decoder()
     model.compile(backend="sparselora", options={"preset": preset})
@@ -95,6 +96,7 @@ def test_nothing_is_said_where_nothing_was_to_be_sparse(preset: str, said: list[
     assert said == []
 
 
+@pytest.mark.slow
 def test_where_the_sparse_graph_does_not_compile_nothing_is_said_of_it(
     said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +113,7 @@ def test_where_the_sparse_graph_does_not_compile_nothing_is_said_of_it(
     assert said == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_start")
 def test_a_graph_of_fixed_sizes_is_told_of_when_it_is_sparse(eager_inductor: Any, said: list[str]) -> None:
     model = fp64_decoder()
@@ -155,6 +158,7 @@ def test_where_nothing_pays_the_warning_names_the_reason(monkeypatch: pytest.Mon
     assert not any(eager_inductor.sparse)
 
 
+@pytest.mark.slow
 def test_what_else_keeps_a_preset_site_dense_is_a_warning(monkeypatch: pytest.MonkeyPatch, eager_inductor: Any) -> None:
     monkeypatch.setattr(plan_sparsity, "gain", pays_for(("ffn", "attention")))
     model = fp64_decoder(layers=4)

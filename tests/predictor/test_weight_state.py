@@ -46,10 +46,11 @@ def test_each_change_is_told_once(how: str) -> None:
 
 
 def test_a_name_with_several_tensors() -> None:
-    packed, scales = torch.zeros(64, 1, dtype=torch.uint8), torch.ones(16)
-    watch = WeightWatch({"layer": [packed, scales]})
-    scales.data.mul_(2)
-    assert watch.changed() == {"layer"}
+    packed, scales, offset = torch.zeros(64, 1, dtype=torch.uint8), torch.ones(16), torch.tensor(0.5)
+    watch = WeightWatch({"layer": [packed, scales, offset]})
+    for each in (packed, scales, offset):
+        each.data.add_(2)
+        assert watch.changed() == {"layer"}
 
 
 def test_weights_that_move_are_compared_by_their_values() -> None:
@@ -71,7 +72,7 @@ def test_zeros_in_regular_places_hide_no_write(pruned: tuple[slice, slice], shap
     assert watch.changed() == {"layer"}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 15), (8, 16), (1, 4096), (4096, 1), (5,), (4096,), (0, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 15), (8, 16), (1, 4096), (4096, 1), (), (5,), (4096,), (0, 4)])
 def test_a_sample_lies_within_the_weight(shape: tuple[int, ...]) -> None:
     weight = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     found = sample_of(weight)

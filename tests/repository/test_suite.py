@@ -12,7 +12,7 @@ SLOW_ALONE: dict[str, str] = {
     "compiler/test_cache.py": "its one test is of Inductor's cache: it compiles for real, in programs of its own",
 }
 """Files of which `make test` runs nothing, each with the reason."""
-MOST_SLOW = 0.08
+MOST_SLOW = 0.1
 """Share of the functions that may be slow as a whole, or `make test` would say little."""
 
 

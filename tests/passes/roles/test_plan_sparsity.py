@@ -151,13 +151,10 @@ def test_declines_a_weight_that_is_not_finite(layer: str, bad: float) -> None:
 
 
 def test_declines_a_site_without_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_factors(ctx: object) -> object:
-        def get(projection: object) -> object:
-            raise ValueError("published for another model")
+    def no_factors(*_: object) -> object:
+        raise ValueError("published for another model")
 
-        return get
-
-    monkeypatch.setattr(plan_sparsity, "_factor_store", no_factors)
+    monkeypatch.setattr(plan_sparsity, "factors_of", no_factors)
     captured, outcome = plan(Head(MLP()), **ALL)
     assert rejections(outcome) == ["no predictor: published for another model"]
     assert not captured.ctx.facts.plan.sparse_sites

@@ -94,10 +94,8 @@ def test_every_shape_of_batch(shape: str) -> None:
     check(decoder(replace(DecoderConfig(), bias=True)), batch(61, **BATCHES[shape]), SITES, disable=())
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [slow(ATTENTION_TARGETS), slow(FFN_TARGETS), ("q_proj", "o_proj", "up_proj"), slow(("down_proj",))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [ATTENTION_TARGETS, FFN_TARGETS, ("q_proj", "o_proj", "up_proj"), ("down_proj",)])
 def test_dora_on_some_layers(targets: Sequence[str]) -> None:
     check(decoder(replace(DecoderConfig(), bias=True), targets), batch(61), SITES)
 
