@@ -28,7 +28,7 @@ from sparse_compile.compiler.outputs import CompiledGraph, restored
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import EVALUATION_PASSES
 from sparse_compile.compiler.report import GraphReport, graph_report, plan_data
-from sparse_compile.compiler.run_notices import announced, tell_if_in_evaluation_mode
+from sparse_compile.compiler.run_notices import announced, noticing_evaluation_mode
 from sparse_compile.compiler.runner import PipelineResult, run_pipeline
 from sparse_compile.compiler.weight_watch import with_fresh_factors
 from sparse_compile.options.config import SparseLoRAConfig
@@ -157,13 +157,13 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
     if compiled is not None and ctx.facts.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.facts.loss_rows)
     compiled = compiled or graph.dense()
-    if result.sparse is not None:
-        compiled = with_fresh_factors(compiled, ctx, session, moves=model is not None)
-    if graph.masks:
-        compiled = watching_masks(compiled, ctx, session, whole_step=is_whole_step(gm, ctx))
+    whole_step = is_whole_step(gm, ctx)
     if kind == "sparse":
-        whole_step = is_whole_step(gm, ctx)
+        compiled = with_fresh_factors(compiled, ctx, session, moves=model is not None)
         compiled = announced(compiled, session, report, graph.config, whole_step=whole_step)
+    if graph.masks:
+        compiled = watching_masks(compiled, ctx, session, whole_step=whole_step)
+    compiled = noticing_evaluation_mode(compiled, graph.part, session, report)
     return watched(compiled, session, report, graph.config, (frame_key(gm), graph.path))
 
 
@@ -173,7 +173,6 @@ def _tell(graph: _Graph, session: Session, result: PipelineResult, report: Graph
     _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
     tell_about_sites(graph.gm, graph.ctx, session, report, failed=result.failed_to_approximate)
     tell_about_slots(session, report)
-    tell_if_in_evaluation_mode(graph.part, session, report)
 
 
 def _write(dump: GraphDump, ctx: PassContext, report: GraphReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparse_compile.training.news import say
 from sparse_compile.training.schedule import DENSE
 from sparse_compile.training.session import Session
 
-__all__ = ["announced", "run_line", "tell_if_in_evaluation_mode"]
+__all__ = ["announced", "noticing_evaluation_mode", "run_line"]
 
 _WAYS = "start_step=..., schedule=Schedule(total_steps=...) or SparseLoRACallback"
 
@@ -73,10 +74,24 @@ def _when(session: Session, config: SparseLoRAConfig) -> str:
     return steps
 
 
-def tell_if_in_evaluation_mode(part: ModelPart | None, session: Session, report: GraphReport) -> None:
-    """Say once that a model computes a loss to train on and is in evaluation mode."""
-    if part is not None and not part.model.training and report.roles and session.once("evaluation mode"):
-        say(
-            "this model computes a loss with gradients in eval mode, so its dropout is off. Call model.train() to "
-            "train it, or evaluate under torch.no_grad(), which runs dense"
-        )
+def noticing_evaluation_mode(
+    compiled: CompiledGraph, part: ModelPart | None, session: Session, report: GraphReport
+) -> CompiledGraph:
+    """Have the first training forward in evaluation mode say so, of a model that computes a loss to train on.
+
+    That is seen in each forward: a model without dropout is not compiled anew for another mode.
+    """
+    if part is None or not report.roles:
+        return compiled
+    model = weakref.ref(part.model)
+
+    def run(*args: Any) -> Any:
+        living = model()
+        if living is not None and not living.training and session.once("evaluation mode"):
+            say(
+                "this model computes a loss with gradients in eval mode, so its dropout is off. Call model.train() to "
+                "train it, or evaluate under torch.no_grad(), which runs dense"
+            )
+        return compiled(*args)
+
+    return run

@@ -129,10 +129,12 @@ def test_a_graph_of_fixed_sizes_is_told_of_when_it_is_sparse(eager_inductor: Any
 def test_a_model_that_trains_in_evaluation_mode_is_told_of_once(eager_inductor: Any, said: list[str]) -> None:
     model = fp64_decoder()
     model.compile(backend="sparselora", options={"preset": "exact"})
+    train(model, 1)
     with torch.no_grad():
         model.eval()(**batch(61))
     assert said == []
     train(model, 2)
+    assert len(eager_inductor.graphs) == 2, "no other compilation than that of the evaluation"
     (line,) = said
     assert "eval mode" in line and "model.train()" in line
 
