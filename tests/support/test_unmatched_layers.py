@@ -64,6 +64,10 @@ FAMILIES = (
     "ministral", "mistral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3",
     "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2",
     "trocr", "xglm",
+    "bailing_hybrid", "bart", "beam", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot",
+    "blenderbot-small", "camembert", "cohere2_moe", "cpmant", "cwm", "data2vec-text", "deepseek_v4", "doge", "electra",
+    "ernie", "ernie4_5_moe", "exaone_moe", "falcon_h1", "falcon_mamba", "flex_olmo", "flint", "jamba", "lfm2",
+    "llama4_text", "nemotron_h", "qwen3_5_text", "qwen3_next",
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
