@@ -29,7 +29,7 @@ class Change(NamedTuple):
     Attributes:
         title: for a reader of the table.
         make: changes the model.
-        compilations: of the next step.
+        compilations: of the next step; none by the exact passes where frozen weights alone change.
         derived: whether frozen weights hold other values afterwards.
         loss: whether the loss is another one afterwards.
     """
@@ -167,7 +167,9 @@ def test_the_next_step_is_that_of_a_fresh_compilation(
     change.make(model)
     with caplog.at_level(logging.INFO, logger="sparse_compile"):
         loss, found, chosen = step(model, call, inputs)
-    assert len(aot_eager_inductor.graphs) - compiled == change.compilations
+    # The exact passes derive nothing from frozen weights.
+    expected = 0 if change.derived and options == "exact" else change.compilations
+    assert len(aot_eager_inductor.graphs) - compiled == expected
     told = [record.message for record in caplog.records if " changed " in record.message]
     assert bool(told) == (change.derived and not change.compilations and options != "exact")
     fresh = copy.deepcopy(model)
