@@ -1,11 +1,14 @@
-"""Tell what the projections of a site have in common, and which nodes belong to a projection."""
+"""Tell what the projections of a site have in common, which nodes belong to one, and what a product multiplies with."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from sparse_compile.graph.read import strip_casts
+from sparse_compile.graph.read import argument, op_name, strip_casts
 from sparse_compile.graph.sites import Projection
+from sparse_compile.graph.vocabulary import LINEAR, MATMULS
 from sparse_compile.graph.walk import reach
 
 
@@ -33,3 +36,10 @@ def read_by(projection: Projection, nodes: dict[str, fx.Node]) -> set[fx.Node]:
         lambda node: [each for each in node.all_input_nodes if each.op != "placeholder" and each not in ends],
     )
     return {base, *back}
+
+
+def matrix_operand(node: fx.Node) -> Any:
+    """Return what a linear layer or a matrix product multiplies its input with; None for any other call."""
+    if node.target is LINEAR:
+        return argument(node, "weight")
+    return argument(node, "other") if op_name(node) in MATMULS else None

@@ -47,7 +47,7 @@ class PlanSparsity(Pass):
         nodes = nodes_by_name(gm.graph)
         rejections: list[Rejection] = []
         space = token_space(gm.graph, ctx.facts.roles) if ctx.facts.roles else set()
-        planner = _Planner(ctx, _token_shape(nodes, ctx), space, factor_store(ctx.env.config))
+        planner = _Planner(ctx, _token_shape(nodes, ctx), space, _factor_store(ctx.env.config))
         plans = []
         for site in sorted(ctx.facts.sites, key=lambda site: _position(gm.graph, site)):
             plan = planner.plan(site, hinted_shape(nodes[site.source]))
@@ -83,12 +83,7 @@ def _token_shape(nodes: dict[str, fx.Node], ctx: PassContext) -> tuple[int, ...]
     return hinted_shape(nodes[ctx.facts.roles.labels[0][0]])
 
 
-def factor_store(config: SparseLoRAConfig) -> FactorStore:
-    """Return the source of predictor factors that the options ask for.
-
-    Raises:
-        InvalidOptionError: the file of published factors cannot be read.
-    """
+def _factor_store(config: SparseLoRAConfig) -> FactorStore:
     try:
         upstream = load_upstream_factors(config.predictor_path) if config.predictor_path else None
     except ValueError as error:

@@ -42,13 +42,14 @@ from sparse_compile.graph.read import (
     tensor_value,
 )
 from sparse_compile.graph.sites import DoRATerm, LoRABranch, Parameter, Projection
-from sparse_compile.graph.vocabulary import CASTS, LINEAR, MATMULS
+from sparse_compile.graph.vocabulary import CASTS, LINEAR
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.dora_term import dora_term
 from sparse_compile.passes.read.four_bit import calls_bitsandbytes
 from sparse_compile.passes.read.lora_branch import is_sum, match_branch, strip_scale
+from sparse_compile.passes.read.projections import matrix_operand
 
 EXPERTS = (
     "its weight holds several experts: tokens are sorted by expert before they are multiplied, so that their places no "
@@ -147,9 +148,7 @@ def _formed_in_full(graph: fx.Graph, projections: dict[str, Projection], ctx: Pa
 
 def _computed_weight(node: fx.Node) -> fx.Node | None:
     """Return the matrix that a node multiplies with, where it is computed in the graph."""
-    if not calls_torch(node) or (op_name(node) not in MATMULS and node.target is not LINEAR):
-        return None
-    weight = argument(node, "weight" if node.target is LINEAR else "other")
+    weight = matrix_operand(node) if calls_torch(node) else None
     if not isinstance(weight, fx.Node) or stored_matrix(weight)[0].op == "placeholder":
         return None
     return weight if len(shape_of(weight)) == 2 else None

@@ -16,13 +16,12 @@ from torch import fx
 
 from sparse_compile.compiler.runner import PipelineResult
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph.read import nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.sites import Projection, Site
 from sparse_compile.graph.vocabulary import (
     CASTS,
     COPIES,
     ELEMENTWISE,
-    LINEAR,
     MATMULS,
     NORMALISATIONS,
     REDUCTIONS,
@@ -34,7 +33,7 @@ from sparse_compile.graph.vocabulary import (
 )
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
-from sparse_compile.passes.read.projections import read_by
+from sparse_compile.passes.read.projections import matrix_operand, read_by
 
 __all__ = ["RULE", "unmatched_layers", "unmatched_of"]
 
@@ -166,9 +165,7 @@ class _Finder:
         """Name the stored matrices whose products are with something that is computed from them."""
         layers = {projection.weight for projection in self.ctx.facts.projections.values()}
         for node in self.graph.nodes:
-            if node.target is not LINEAR and op_name(node) not in MATMULS:
-                continue
-            weight = argument(node, "weight" if node.target is LINEAR else "other")
+            weight = matrix_operand(node)
             if not isinstance(weight, fx.Node) or weight in self.of_tokens or node not in self.of_tokens:
                 continue
             for each in reach([weight], lambda node: node.all_input_nodes):

@@ -21,7 +21,7 @@ from sparse_compile.compiler.outputs import CompiledGraph
 from sparse_compile.graph.sites import Projection
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.quantized_weight import QuantizedWeight
-from sparse_compile.passes.roles.plan_sparsity import factor_store, factors_of
+from sparse_compile.passes.roles.plan_sparsity import factors_of
 from sparse_compile.predictor.store import FactorStore
 from sparse_compile.predictor.svd import LowRankFactors
 from sparse_compile.predictor.weight_state import WeightWatch
@@ -94,7 +94,7 @@ def with_fresh_factors(compiled: CompiledGraph, ctx: PassContext, session: Sessi
     }
     if not layers:
         return compiled
-    store = factor_store(ctx.env.config)
+    store = FactorStore(None, ctx.env.config.predictor_rank, ctx.env.config.seed)
     watch = WeightWatch({name: each.weight.tensors() for name, each in layers.items()}, moves=moves)
 
     def run(*args: Any) -> Any:
@@ -109,12 +109,12 @@ def with_fresh_factors(compiled: CompiledGraph, ctx: PassContext, session: Sessi
 def _renew(layers: list[_Predicted], store: FactorStore, session: Session) -> None:
     """Compute the factors of some layers again, in place; say so, and say which could not be."""
     start = time.perf_counter()
-    published = [each.projection.name for each in layers if store.is_published(each.projection.name)]
+    published = [each.projection.name for each in layers if each.factors.published]
     failed: dict[str, str] = {}
     renewed = []
     for layer in layers:
         name = layer.projection.name
-        if name in published:
+        if layer.factors.published:
             continue
         try:
             found = factors_of(layer.projection, layer.weight.dense(), store)

@@ -110,10 +110,6 @@ class FactorStore:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def is_published(self, name: str) -> bool:
-        """Tell whether the factors of a layer come from a file, whatever its weight holds."""
-        return any(match_site(key, _layer_name(name)) for key in self.upstream)
-
     def _published(self, name: str, weight: Tensor) -> LowRankFactors | None:
         layer = _layer_name(name)
         keys = [key for key in self.upstream if match_site(key, layer)]
@@ -126,7 +122,8 @@ class FactorStore:
             if given.shape != wanted:
                 raise ValueError(f"{key}.{part} has shape {shape_of(given)}, the weight needs {wanted}")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return LowRankFactors(*(factor.to(weight.device, dtype) for factor in (factors.a, factors.b)))
+        a, b = (factor.to(weight.device, dtype) for factor in (factors.a, factors.b))
+        return LowRankFactors(a, b, published=True)
 
     def _cached_or_computed(self, weight: Tensor) -> LowRankFactors:
         path = self.cache_dir / f"{_content_digest(weight, self.rank, self.seed)}.safetensors"

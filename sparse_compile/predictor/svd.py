@@ -34,10 +34,12 @@ class LowRankFactors:
     Attributes:
         a: (in, r) = ``U_r sqrt(S_r)``.
         b: (r, out) = ``sqrt(S_r) V_r^T``.
+        published: Whether they come from a file, whatever the weight holds.
     """
 
     a: Tensor
     b: Tensor
+    published: bool = False
 
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[1] != self.b.shape[0]:

@@ -9,25 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphs import PASS_NAMES, Head, frozen, lora, tokens
+from graphs import MLP, PASS_NAMES, Head, lora, tokens
 from models import batch, fp64_decoder, tiny_llama, with_lora
 from sparse_compile import Schedule, SparseLoRAConfig, explain
 from sparse_compile.compiler.report import Report
 
 SITES = {"1.mlp": 0.75, "2.mlp": 0.5, "2.self_attn": 0.5}
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = lora(8, 12), lora(12, 8)
-        frozen(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)))
 
 
 def report_of(**options: Any) -> Report:

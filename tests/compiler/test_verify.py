@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import CheckpointPolicy
 
-from graphs import Head, aot_eager, capture, frozen, lora, stand_in_pass, tokens
+from graphs import MLP, Head, aot_eager, capture, stand_in_pass, tokens
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.pipeline import PASSES
 from sparse_compile.compiler.runner import run_pipeline
@@ -26,16 +26,6 @@ from sparse_compile.passes.protocol import Pass, PassOutcome
 
 OPS = torch.ops.sparselora
 CONFIG = {"preset": "none", "layer_sparsity": {"body.0": 0.5}}
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = lora(8, 12), lora(12, 8)
-        frozen(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)))
 
 
 def node_named(gm: fx.GraphModule, start: str) -> fx.Node:

@@ -13,24 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphs import Head, lora, tokens
-from graphs import frozen as frozen_module
+from graphs import MLP, Head, tokens
 from models import ATTENTION_TARGETS, batch, fp64_decoder, with_lora
 from oracle import train_step
 from sparse_compile import Schedule
 from sparse_compile.kernels.channel_selection import record_channels
 
 SITE = {"body.0": 0.5}
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = lora(8, 12), lora(12, 8)
-        frozen_module(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:

@@ -262,6 +262,18 @@ def lora(inputs: int, outputs: int, *, bias: bool = False, rank: int = 2) -> LoR
     return LoRALinear(nn.Linear(inputs, outputs, bias=bias), rank, 2.0)
 
 
+class MLP(nn.Module):
+    """An ungated feed-forward block, 8 to 12 to 8, with an adapter on either layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = lora(8, 12), lora(12, 8)
+        frozen(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)))
+
+
 class Head(nn.Module):
     """A body between an embedding and a causal loss: the smallest model with roles.
 

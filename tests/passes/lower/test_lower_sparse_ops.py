@@ -6,26 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from graphs import ANALYSES, Captured, Head, capture, frozen, lora, render, run_passes, tokens
+from graphs import ANALYSES, MLP, Captured, Head, capture, render, run_passes, tokens
 from sparse_compile.graph.facts import Rejection
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.protocol import PassOutcome
 
 SPARSE = ("insert_predictors", "sparsify_ffn", "sparsify_attention")
 PASS = "lower_sparse_ops"
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = lora(8, 12), lora(12, 8)
-        frozen(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)))
 
 
 def lowered(*extra: str, **options: object) -> tuple[Captured, PassOutcome]:
