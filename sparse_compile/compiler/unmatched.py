@@ -39,9 +39,11 @@ __all__ = ["RULE", "unmatched_layers", "unmatched_of"]
 
 RULE = "unmatched"
 _HEAD = "it is the head, no other layer reads its output: all rows are computed where this pass does not apply"
+_LAST = "no other layer of this graph reads its output: the graph ends there (a graph break), or it is the head"
 _COMPUTED = "its weight is computed in the graph from a stored one: it is not matched as a layer"
 _RECURRENCES = re.compile(r"cumsum|cumprod|logcumsumexp|conv|scan|recurr|delta_rule|ssm|wkv")
 _BY_ELEMENT = ELEMENTWISE | {"where", "gt", "lt", "ge", "le", "min", "max", "masked_fill"}
+_LOSSES = {"cross_entropy", "nll_loss"}
 _PRODUCTS = MATMULS | {"baddbmm", "einsum"}
 _ROUTING = ("topk", "sort", "argsort", "one_hot", "bincount", "scatter", "scatter_")
 # Calls of which nothing can be learnt: they stand in every block, around every layer.
@@ -158,7 +160,7 @@ class _Finder:
             over_tokens = self.nodes[projection.base] in self.of_tokens
             if over_tokens and projection.base not in placed and projection.name not in named:
                 reason = self._reason(projection)
-                yield Rejection("select_loss_rows" if reason is _HEAD else RULE, projection.name, reason)
+                yield Rejection("select_loss_rows" if reason in (_HEAD, _LAST) else RULE, projection.name, reason)
         yield from self._computed(named)
 
     def _computed(self, named: set[str]) -> Iterator[Rejection]:
@@ -179,8 +181,12 @@ class _Finder:
     def _reason(self, projection: Projection) -> str:
         """Say why a layer is in no site, by what its output goes through, else by what its input comes from."""
         ahead, reader = self._until_next_layer(projection)
-        if reader is None and not _telling(ahead) - {"cross_entropy", "nll_loss", "slice", "pad", "contiguous"}:
-            return _HEAD
+        if reader is None and not _telling(ahead) - _LOSSES - {"slice", "pad", "contiguous"}:
+            if _telling(ahead) & _LOSSES:
+                return _HEAD
+            # What is behind the head is the whole stream, which says nothing of it.
+            behind = self._since_last_layer(projection) if self._joins_residual(projection, ahead) else {}
+            return self._form(behind, "its input is made by") or _LAST
         for rejection in self.rejections:
             if reader is not None and rejection.rule == "find_ffn" and rejection.node == reader.name:
                 return f"it feeds a block that was declined: {rejection.reason}"
@@ -188,7 +194,15 @@ class _Finder:
         last = not _telling(ahead)
         nodes = self._since_last_layer(projection) if last else ahead
         what = "its input is made by" if last else "its output is read by"
-        return self._form(nodes, what) or self._fallback(nodes, what)
+        if form := self._form(nodes, what):
+            return form
+        if reader is None and not last and not _telling(ahead) & _LOSSES:
+            calls = ", ".join(sorted(_telling(ahead)))
+            return f"{what} {calls}, but {_LAST}"
+        sums = any(op_name(node) in SUMS and len(node.all_input_nodes) > 1 for node in ahead)
+        if reader is not None and not _telling(nodes) and not sums:
+            what = f"its output is read by another layer, {reader.name}, through"
+        return self._fallback(nodes, what)
 
     def _form(self, nodes: dict[fx.Node, None], what: str) -> str | None:
         """Return what a form is called that no matcher looks for, or None."""
@@ -235,6 +249,13 @@ class _Finder:
 
         near = reach(start.users, lambda node: [] if node in self.starts or is_residual(node) else node.users)
         return {node: None for node in near if node in back and node not in self.starts}, self.starts[first][0]
+
+    def _joins_residual(self, projection: Projection, ahead: dict[fx.Node, None]) -> bool:
+        """Return whether a layer's output is added to something that its input was computed from, as a block's is."""
+        before = (
+            reach([self.nodes[projection.source]], lambda node: node.all_input_nodes).keys() & self.of_tokens.keys()
+        )
+        return any(op_name(node) in SUMS and not before.isdisjoint(node.all_input_nodes) for node in ahead)
 
     def _since_last_layer(self, projection: Projection) -> dict[fx.Node, None]:
         """Return the nodes between the layers before and the input of a layer."""

@@ -80,7 +80,13 @@ FORMS: dict[str, tuple[Form, dict[str, str]]] = {
         {"up": "feeds a block that was declined: its intermediate h is also read by"},
     ),
     "anything else": (lambda m, x: m.v(x).flip(1), {"v": "its output is read by flip: neither a feed-forward block"}),
-    "a bare chain": (lambda m, x: m.o(m.v(x)), {"v": "nothing but sums and norms", "o": "nothing but sums and norms"}),
+    "a bare chain": (
+        lambda m, x: m.o(F.layer_norm(m.v(x), (8,))),
+        {
+            "v": "its output is read by another layer, body.0.o, through nothing",
+            "o": "its input is made by nothing but",
+        },
+    ),
     "a feed-forward block": (lambda m, x: m.down(m.up(x).relu()), {}),
 }
 
@@ -102,6 +108,19 @@ def test_the_head_is_named_where_its_rows_are_not_selected() -> None:
     assert reasons(model, *tokens(), preset="none") == {
         "head": "it is the head, no other layer reads its output: all rows are computed where this pass does not apply"
     }
+
+
+ENDS: dict[str, tuple[Form, str]] = {
+    "at once": (lambda m, x: m.v(x), "the graph ends there (a graph break), or it is the head"),
+    "within the block": (lambda m, x: F.gelu(m.v(x)), "is read by gelu, but no other layer of this graph"),
+    "behind a recurrence": (lambda m, x: m.v(x.cumsum(1)), "its input is made by a recurrence"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_layer_behind_which_the_graph_ends_is_not_called_the_head(name: str) -> None:
+    form, words = ENDS[name]
+    assert words in reasons(Block(form).requires_grad_(False), torch.ones(2, 5, 8))["v"]
 
 
 def test_a_weight_that_is_computed_is_named() -> None:
