@@ -21,6 +21,7 @@ from sparse_compile.graph.facts import (
 from sparse_compile.graph.sites import AttentionSite, FFNSite, Parameter, Projection, Site
 from sparse_compile.kernels.providers import Choice, OpCall
 from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.quantized_weight import QuantizedWeight
 from sparse_compile.predictor.svd import LowRankFactors
 from sparse_compile.training.token_capacity import OutputCount
@@ -68,6 +69,7 @@ class Facts:
         slots: the fixed numbers of rows that tokens are computed in, None where sizes depend on data.
         plan: the decisions.
         factors: by projection name, the predictor's factors of the sites in the plan.
+        surrogates: by site identity, the map that stands in the place of each mapped site of the plan.
         loss_rows: the part of the graph that runs on the rows of the loss alone, None where there is none.
         masked_layers: the pruned layers with an adapter.
         product_orders: the order of the products of each layer that could have another.
@@ -84,6 +86,7 @@ class Facts:
     slots: TokenSlots | None = None
     plan: SparsityPlan = field(default_factory=lambda: SparsityPlan(()))
     factors: Mapping[str, LowRankFactors] = field(default_factory=dict)
+    surrogates: Mapping[str, AffineMap] = field(default_factory=dict)
     loss_rows: LossRows | None = None
     masked_layers: tuple[MaskedLayer, ...] = ()
     product_orders: tuple[ProductOrder, ...] = ()

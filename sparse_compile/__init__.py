@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_compile.calibration.calibrate import calibrate
 from sparse_compile.compiler.explain import explain
 from sparse_compile.ecosystem.gradient_start import gradient_guided_start
 from sparse_compile.ecosystem.merge import merge_masked
 from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.options.recipe import Recipe
 from sparse_compile.training.roles import token_roles
 from sparse_compile.training.schedule import Schedule
 
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
     from sparse_compile.ecosystem.callback import SparseLoRACallback
 
 __all__ = [
+    "Recipe",
     "Schedule",
     "SparseLoRACallback",
     "SparseLoRAConfig",
+    "calibrate",
     "explain",
     "gradient_guided_start",
     "merge_masked",

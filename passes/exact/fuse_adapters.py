@@ -90,7 +90,7 @@ def _by_gradient(group: list[Adapter]) -> Iterator[list[Adapter]]:
 
 def _gathered_products(ctx: PassContext) -> set[str]:
     """Return the products with A whose columns a sparse feed-forward block gathers: they must stay products."""
-    outputs = [plan.site.output for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+    outputs = [plan.site.output for plan in ctx.facts.plan.predicted_sites if isinstance(plan.site, FFNSite)]
     return {branch.a for projection in outputs for branch in projection.adapters}
 
 

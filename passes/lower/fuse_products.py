@@ -53,7 +53,7 @@ class FuseProducts(Pass):
         rewriter = Rewriter(gm, self.name)
         rejections: dict[Rejection, None] = {}
         fused = 0
-        for plan in ctx.facts.plan.sparse_sites:
+        for plan in ctx.facts.plan.predicted_sites:
             if not (isinstance(plan.site, FFNSite) or any(_products_in_4bit(plan, gm.graph))):
                 continue
             choice = FUSED_LINEAR.choose(ctx.op_call(plan), ctx.env.config.kernels)

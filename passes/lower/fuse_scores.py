@@ -61,7 +61,7 @@ class FuseScores(Pass):
         nodes = nodes_by_name(gm.graph)
         rejections: dict[Rejection, None] = {}
         fused = 0
-        for plan in ctx.facts.plan.sparse_sites:
+        for plan in ctx.facts.plan.predicted_sites:
             if not isinstance(plan.site, FFNSite):
                 continue
             (kept,) = ctx.facts.selections[plan.site.identity]

@@ -2,12 +2,13 @@
 
     sites + roles + options + cost model  ->  plan (per site: sparsity, channels kept, reason where it stays dense)
 
-A site named in `layer_sparsity` is never declined for cost; a preset's site is, where the predictor and the movement of
-tokens cost more than the products they save. The predictor's factors are computed here, so that a weight that has none
-(NaN, infinite) leaves its site dense with its name in the reason.
+A recipe says of each site that a map stands in its place for context tokens, or which fraction of its channels is left
+out. A site named in a recipe or in `layer_sparsity` is never declined for cost; a preset's site is, where the predictor
+and the movement of tokens cost more than the products they save. The predictor's factors are computed here, so that a
+weight that has none (NaN, infinite) leaves its site dense with its name in the reason.
 
 Declines a site when: nothing tells the roles of its tokens, its tokens are not those of the labels, one of its weights
-is trained or not finite, or (presets) it does not pay.
+is trained or not finite, or (presets) it does not pay. A map that was fitted for other weights is an error.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name
-from sparse_compile.graph.sites import Projection, Site
+from sparse_compile.graph.sites import FFNSite, Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.presets import kept_count, match_site, preset_sparsity
+from sparse_compile.options.recipe import AffineMap, Recipe, SiteRecipe
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import InvalidOptionError, Pass, PassOutcome
 from sparse_compile.passes.read.token_space import token_space
 from sparse_compile.predictor.published import load_upstream_factors
 from sparse_compile.predictor.store import FactorStore
 from sparse_compile.predictor.svd import LowRankFactors
+from sparse_compile.predictor.weight_state import fingerprint
 
 
 class PlanSparsity(Pass):
@@ -54,7 +57,8 @@ class PlanSparsity(Pass):
             if not plan.sparse and plan.reason:
                 rejections.append(Rejection(self.name, site.name, plan.reason))
             plans.append(plan)
-        ctx.facts = replace(ctx.facts, plan=SparsityPlan(tuple(plans)), factors=planner.factors)
+        decided = SparsityPlan(tuple(plans))
+        ctx.facts = replace(ctx.facts, plan=decided, factors=planner.factors, surrogates=planner.surrogates)
         sparse = len(ctx.facts.plan.sparse_sites)
         return PassOutcome(False, {"sparse": sparse, "dense": len(plans) - sparse}, tuple(rejections))
 
@@ -69,6 +73,11 @@ def requested_sparsity(site: Site, ctx: PassContext) -> tuple[float, bool]:
     position, graphs = ctx.env.stack
     count = len(ctx.facts.ffn_sites) if site.kind == "ffn" else len(ctx.facts.attention_sites)
     return preset_sparsity(config.preset, site.kind, position * count + site.index, graphs * count), False
+
+
+def site_fingerprint(site: Site, ctx: PassContext) -> str:
+    """Return what tells the frozen weights of a site from those of another."""
+    return fingerprint(ctx.frozen_weight(projection) for projection in site.projections)
 
 
 def _position(graph: fx.Graph, site: Site) -> int:
@@ -108,6 +117,12 @@ def factors_of(projection: Projection, weight: Tensor, store: FactorStore) -> Lo
         return store.get(projection.name, rows)
 
 
+def _entry(recipe: Recipe | None, site: Site) -> SiteRecipe | None:
+    """Return what a recipe says of a site, under the longest name that matches; None where it says nothing."""
+    names = [] if recipe is None else [name for name in recipe.sites if match_site(name, site.name)]
+    return recipe.sites[max(names, key=len)] if recipe is not None and names else None
+
+
 class _Planner:
     def __init__(
         self,
@@ -120,12 +135,24 @@ class _Planner:
         self.token_shape = token_shape
         self.space = space
         self.store = store
+        self.recipe = ctx.env.config.recipe
         self.factors: dict[str, LowRankFactors] = {}
+        self.surrogates: dict[str, AffineMap] = {}
 
     def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
-        """Return what is to be done with `site`."""
+        """Return what is to be done with `site`.
+
+        Raises:
+            InvalidOptionError: a recipe has a map for it that does not fit.
+        """
         total = site.channels
-        sparsity, named = requested_sparsity(site, self.ctx)
+        wanted = _entry(self.recipe, site)
+        if wanted is not None and wanted.surrogate is not None:
+            return self._mapped(site, wanted, wanted.surrogate, source_shape)
+        if self.recipe is None:
+            sparsity, named = requested_sparsity(site, self.ctx)
+        else:
+            sparsity, named = (0.0, False) if wanted is None else (wanted.sparsity, True)
         kept = kept_count(total, sparsity)
         if kept == total:
             return SitePlan(site, 0.0, total, total)
@@ -136,6 +163,35 @@ class _Planner:
         except Declined as declined:
             return SitePlan(site, 0.0, total, total, declined.reason)
         return SitePlan(site, sparsity, kept, total, note)
+
+    def _mapped(self, site: Site, wanted: SiteRecipe, surrogate: AffineMap, source_shape: tuple[int, ...]) -> SitePlan:
+        """Plan a map in the place of a block.
+
+        Raises:
+            InvalidOptionError: the map was not fitted for this block.
+        """
+        total = site.channels
+        if not isinstance(site, FFNSite):
+            raise InvalidOptionError(
+                f"recipe: a map stands in the place of a feed-forward block, and {site.name} is none"
+            )
+        shape = (site.inputs[0].in_features, site.output.out_features)
+        if (surrogate.q.shape[1], surrogate.u.shape[0]) != shape:
+            sizes = f"{surrogate.q.shape[1]} to {surrogate.u.shape[0]} features, and the block {shape[0]} to {shape[1]}"
+            raise InvalidOptionError(f"recipe: the map of {site.name} goes from {sizes}: it is of another model")
+        if wanted.weights and wanted.weights != site_fingerprint(site, self.ctx):
+            raise InvalidOptionError(
+                f"recipe: the map of {site.name} was fitted for other weights than this model has. Calibrate it anew, "
+                "or leave the site out (Recipe.without)"
+            )
+        try:
+            self._check_tokens(site, source_shape)
+        except Declined as declined:
+            return SitePlan(site, 0.0, total, total, declined.reason)
+        dtype, device = self.ctx.weight_kind(site.output)
+        parts = (each.to(device, dtype) for each in (surrogate.q, surrogate.u, surrogate.bias))
+        self.surrogates[site.identity] = AffineMap(*parts)
+        return SitePlan(site, 1.0, 0, total, mapped=True)
 
     def _cost_note(self, site: Site, kept: int, tokens: int, *, named: bool) -> str:
         """Return a note for a named site that does not pay; empty if it pays.

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -37,12 +36,13 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph.facts import SitePlan
-from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, op_name, tensor_of, tensor_value
-from sparse_compile.graph.rewrite import Rewriter, hoist, save_what_precedes
+from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, op_name, tensor_of
+from sparse_compile.graph.rewrite import Rewriter, buffer_name, save_what_precedes
 from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection
 from sparse_compile.options.presets import kept_count
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
+from sparse_compile.passes.write.output_mask import insert_output_mask
 
 _OPS = torch.ops.sparselora
 _DENSE_STEP = "sparselora_dense_step"
@@ -63,7 +63,7 @@ class InsertPredictors(Pass):
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
         builder = _PredictorBuilder(rewriter, ctx, *_insert_roles(rewriter, ctx))
-        selections = {plan.site.identity: builder.build(plan) for plan in ctx.facts.plan.sparse_sites}
+        selections = {plan.site.identity: builder.build(plan) for plan in ctx.facts.plan.predicted_sites}
         ctx.facts = replace(ctx.facts, selections=selections)
         return PassOutcome(True, {"predictors": len(selections), "inserted": rewriter.inserted})
 
@@ -74,36 +74,14 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     Returns:
         The tokens that scores read; whether this is a dense step, None where none is.
     """
-    roles = ctx.facts.roles
-    assert roles is not None
-    nodes = nodes_by_name(rewriter.graph)
+    source = nodes_by_name(rewriter.graph)[ctx.facts.plan.sparse_sites[0].site.source]
+    tokens = tensor_of(source)
     top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
     # What is there already of the top of the graph is on the rows of the loss: their number is read with that of roles.
     (loss_rows,) = rewriter.graph.find_nodes(op="call_function", target=_OPS.loss_rows.default) or (None,)
     top = loss_rows or top
-    source = tensor_of(nodes[ctx.facts.plan.sparse_sites[0].site.source])
-
-    def beside_tokens(node: fx.Node, origin: fx.Node) -> fx.Node:
-        """Move what was computed from `origin` to the device of the activations: labels may come on the CPU."""
-        value = tensor_value(origin)
-        is_there = value is None or value.device == source.device
-        return node if is_there else rewriter.method("to", node, source.device)
-
     with rewriter.before(top):
-        if roles.origin == "given":
-            mask = rewriter.call(_OPS.given_output_mask.default, _token_placeholder(rewriter.graph, ctx, nodes))
-        else:
-            masks = []
-            for name, shift in roles.labels:
-                labels = hoist(rewriter, nodes[name], {})
-                found = rewriter.call(_OPS.output_mask.default, labels, roles.ignore_index, shift)
-                masks.append(beside_tokens(found, nodes[name]))
-            mask = masks[0]
-            for other in masks[1:]:
-                mask = rewriter.call(torch.logical_or, mask, other)
-        attended = nodes[roles.padding] if roles.padding else None
-        if attended is not None:
-            attended = beside_tokens(rewriter.method("to", attended, torch.bool), attended)
+        mask, attended = insert_output_mask(rewriter, ctx, source)
         if ctx.env.config.token_selection == "all_sparse":
             mask = rewriter.call(torch.zeros_like, mask)
         elif ctx.env.config.token_selection == "random_dense":
@@ -111,13 +89,13 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
             mask = rewriter.call(_OPS.shuffled_mask.default, mask, eligible)
         dense_step = None
         if ctx.env.dense_step is not None:
-            dense_step = rewriter.buffer(_DENSE_STEP, ctx.env.dense_step(source.device))
+            dense_step = rewriter.buffer(_DENSE_STEP, ctx.env.dense_step(tokens.device))
             mask = rewriter.call(torch.logical_or, mask, dense_step)
         counts: tuple[fx.Node, ...] = ()
         if loss_rows is not None:
             counts = (rewriter.call(_OPS.row_counts.default, mask, *loss_rows.args),)
             loss_rows.args = (*loss_rows.args, *counts)
-        rows = rewriter.items(_split(rewriter, mask, math.prod(source.shape[:-1]), ctx, counts), 2)
+        rows = rewriter.items(_split(rewriter, mask, math.prod(tokens.shape[:-1]), ctx, counts), 2)
         weights = rewriter.call(torch.logical_not, mask)
         if attended is not None:
             weights = rewriter.call(torch.logical_and, weights, attended)
@@ -152,18 +130,6 @@ def _split(
     elif slots.bucket is not None:
         contexts = rewriter.call(operator.add, tokens, slots.bucket - slots.capacity)
     return rewriter.call(_OPS.token_slots.default, mask, outputs, contexts, slots.option)
-
-
-def _token_placeholder(graph: fx.Graph, ctx: PassContext, nodes: dict[str, fx.Node]) -> fx.Node:
-    """Return an input of the graph whose first dimensions are those of the tokens."""
-    tokens = hinted_shape(nodes[ctx.facts.plan.sparse_sites[0].site.source])[:2]
-    node: fx.Node
-    for node in graph.nodes:
-        value = tensor_value(node)
-        is_input = node.op == "placeholder" and node.name not in ctx.env.parameters
-        if is_input and value is not None and value.dim() >= 2 and hinted_shape(node)[:2] == tokens:
-            return node
-    raise ValueError("no input of the graph has the shape of the tokens, to check the given roles against")
 
 
 class _PredictorBuilder:
@@ -250,8 +216,9 @@ class _PredictorBuilder:
 
     def _factors(self, projection: Projection) -> tuple[fx.Node, fx.Node]:
         factors = self.ctx.facts.factors[projection.name]
-        stem = "sparselora_" + re.sub(r"\W", "_", projection.name)
-        return self.rewriter.buffer(f"{stem}_a", factors.a), self.rewriter.buffer(f"{stem}_b", factors.b)
+        pairs = (("a", factors.a), ("b", factors.b))
+        a, b = (self.rewriter.buffer(buffer_name(projection.name, part), value) for part, value in pairs)
+        return a, b
 
     def _bias(self, projection: Projection) -> fx.Node | None:
         if projection.bias is None:

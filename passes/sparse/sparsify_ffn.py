@@ -1,4 +1,4 @@
-"""Compute the planned feed-forward blocks densely for output tokens, in the kept channels alone for context tokens.
+"""Compute the planned feed-forward blocks densely for output tokens, and for context tokens in few channels or none.
 
     %h = act(gate(%x)) * up(%x)          %x_o, %x_c = take_rows(%x, %output_rows, %context_rows)
     %y = down(%h)                 ->     %y_o = down(act(gate(%x_o)) * up(%x_o))
@@ -12,8 +12,14 @@ DoRA adapter on gate or up scales the channels, and takes the bias off before: i
 If it has a frozen product of its own, that is computed as the base product is. Where gate and up are one layer, one
 product computes the kept rows of both, those of gate first.
 
+Where a recipe has a map for the block, no channel is kept: it stands in the place of the whole block.
+
+                                         %t   = linear(%x_c, %Q)
+                                         %y_c = linear(%t, %U, %b)
+
 Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3): for context tokens, the intermediate channels that are
-not kept count as zero. The gradients are the exact gradients of that function.
+not kept count as zero; or the block is the affine map that was fitted to it. The gradients are the exact gradients of
+that function; those of a map may be left out by an option (`surrogate_gradient`).
 """
 
 from __future__ import annotations
@@ -23,10 +29,12 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from sparse_compile.graph.facts import SitePlan
 from sparse_compile.graph.read import argument, hinted_shape, tensor_value
-from sparse_compile.graph.rewrite import Rewriter, take_over
+from sparse_compile.graph.rewrite import Rewriter, buffer_name, take_over
 from sparse_compile.graph.sites import FFNSite, Projection
 from sparse_compile.graph.vocabulary import LINEAR
+from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
 from sparse_compile.passes.write.sparse_rows import SparseRows
@@ -42,24 +50,33 @@ class SparsifyFFN(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        sites = [plan.site for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
-        if not sites:
+        plans = [plan for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+        if not plans:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
-        erased = 0
-        for site in sites:
-            erased += _rewrite(site, rewriter, ctx)
-        return PassOutcome(True, {"sites": len(sites), "inserted": rewriter.inserted, "erased": erased})
+        stats = {
+            "sites": len(plans),
+            "mapped": sum(plan.mapped for plan in plans),
+            "erased": sum(_rewrite(plan, rewriter, ctx) for plan in plans),
+            "inserted": rewriter.inserted,
+        }
+        return PassOutcome(True, stats)
 
 
-def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
+def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> int:
+    site = plan.site
+    assert isinstance(site, FFNSite)
     rows = SparseRows(rewriter, ctx)
     nodes = rows.nodes
-    end = nodes[site.output.output]
-    kept = nodes[ctx.facts.selections[site.identity][0]]
+    end, source = nodes[site.output.output], nodes[site.source]
     with rewriter.before(end, site.name):
-        output, context = _Segment(rows, site), _Segment(rows, site, kept)
-        source = nodes[site.source]
+        output: _Segment = _Segment(rows, site)
+        context: _Segment | _Map
+        if plan.mapped:
+            detached = ctx.env.config.surrogate_gradient == "detached"
+            context = _Map(rows, site, ctx.facts.surrogates[site.identity], detached=detached)
+        else:
+            context = _Segment(rows, site, nodes[ctx.facts.selections[site.identity][0]])
         output.values[source], context.values[source] = rows.split(source)
         for projection in site.inputs:
             whole = [nodes[branch.a] for branch in projection.adapters]
@@ -69,6 +86,39 @@ def _rewrite(site: FFNSite, rewriter: Rewriter, ctx: PassContext) -> int:
                     output.values[node], context.values[node] = rows.split(node)
         merged = rows.merge(output.run(), context.run(), source, site.output.out_features)
     return take_over(end, merged)
+
+
+class _Map:
+    """Inserts the map in the place of a site, for the tokens of one role.
+
+    Args:
+        rows: what inserts nodes.
+        site: the site.
+        surrogate: the map.
+        detached: whether no gradient passes through it.
+    """
+
+    def __init__(self, rows: SparseRows, site: FFNSite, surrogate: AffineMap, *, detached: bool) -> None:
+        self.rows = rows
+        self.site = site
+        self.surrogate = surrogate
+        self.detached = detached
+        self.values: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> fx.Node:
+        """Insert the map; return the node that holds its result, (tokens, out)."""
+        rewriter = self.rows.rewriter
+        q, u, bias = (
+            rewriter.buffer(buffer_name(self.site.name, part), getattr(self.surrogate, part))
+            for part in ("q", "u", "bias")
+        )
+        x = self.values[self.rows.nodes[self.site.source]]
+        if self.detached:
+            x = rewriter.method("detach", x)
+        if self.surrogate.rank == 0:
+            return rewriter.method("expand", bias, rewriter.method("size", x, 0), -1)
+        thin = self.rows.product(x, q, None, self.surrogate.q.shape[1])
+        return self.rows.product(thin, u, bias, self.surrogate.rank)
 
 
 class _Segment:

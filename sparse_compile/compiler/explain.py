@@ -103,7 +103,7 @@ def _compiled_with(model: nn.Module | Callable[..., Any]) -> SparseLoRAConfig | 
 def _chosen(options: SparseLoRAConfig) -> Mapping[str, Any]:
     """Return the options as the user would write them, the preset too where it decides."""
     written = options.to_options()
-    return written if options.layer_sparsity is not None else {"preset": options.preset, **written}
+    return written if options.site_option else {"preset": options.preset, **written}
 
 
 def _outputs(gm: fx.GraphModule) -> Sequence[Any]:

@@ -203,18 +203,20 @@ def _decisions(checked: Checked) -> Iterator[str]:
     for plan in checked.facts.plan.sites:
         if plan.site.identity not in known:
             yield f"the plan names {plan.site.name}, which is no site of the graph"
-        if not 0 < plan.kept <= plan.total:
+        if not (0 if plan.mapped else 1) <= plan.kept <= plan.total:
             yield f"the plan keeps {plan.kept} of {plan.total} channels of {plan.site.name}"
+        if plan.mapped and plan.site.identity not in checked.facts.surrogates:
+            yield f"a map is to stand in the place of {plan.site.name}, and there is none"
         if plan.sparse and checked.facts.roles is None:
             yield f"{plan.site.name} is to be sparse, and nothing tells context tokens from output tokens"
-        if plan.sparse and checked.ctx.env.config.channel_selection == "svd":
+        if plan.sparse and not plan.mapped and checked.ctx.env.config.channel_selection == "svd":
             for projection in plan.site.predicted:
                 if projection.name not in checked.facts.factors:
                     yield f"{plan.site.name} is to be sparse, and {projection.name} has no factors"
 
 
 def _choices(checked: Checked) -> Iterator[str]:
-    for plan in checked.facts.plan.sparse_sites:
+    for plan in checked.facts.plan.predicted_sites:
         for name in checked.facts.selections.get(plan.site.identity, ()):
             node = checked.nodes.get(name)
             if node is None or node.target is not _OPS.top_channels.default:
@@ -259,8 +261,10 @@ RULES: Final = (
     Rule("ffn", "A feed-forward site holds projections, whose widths meet in the intermediate.", _ffn_sites),
     Rule("attention", "An attention site holds projections, whose widths are those of the heads.", _attention_sites),
     Rule("roles", "Labels and padding are tensors of the graph, and no floating-point ones.", _role_sources),
-    Rule("plan", "A sparse site is a matched site, keeps 1 channel or more, has roles and factors.", _decisions),
-    Rule("predictors", "Each sparse site has its choices, `top_channels` of a detached score.", _choices),
+    Rule(
+        "plan", "A sparse site is a matched site, has roles, and factors and a channel or more, or a map.", _decisions
+    ),
+    Rule("predictors", "Each site without a map has its choices, `top_channels` of a detached score.", _choices),
     Rule("sparse", "`take_rows` and `put_rows` use the rows of the one split.", _rows),
     Rule("sparse", "Gathered products use channels that come from a `top_channels`.", _gathers),
     Rule("lowered", "Each op that has providers names one of them.", _providers),

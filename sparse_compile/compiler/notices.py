@@ -27,8 +27,8 @@ their configuration ties together until an optimizer steps."""
 
 def asks_for_sparsity(config: SparseLoRAConfig) -> bool:
     """Tell whether any site may become sparse."""
-    if config.layer_sparsity is not None:
-        return any(config.layer_sparsity.values())
+    if config.site_sparsity is not None:
+        return any(config.site_sparsity.values())
     return config.preset in ("o1", "o2")
 
 
@@ -38,8 +38,8 @@ def tell_about_sites(
     """Warn, once each, about what was asked for and is not there."""
     config = ctx.env.config
     session.add_site_names(site.name for site in ctx.facts.sites)
-    if config.layer_sparsity is not None:
-        session.expect_sites(config.layer_sparsity)
+    if config.site_sparsity is not None:
+        session.expect_sites(config.site_sparsity)
         if is_whole_step(gm, ctx):
             session.check_sites_now()
     if any(site.kept < site.total for site in report.sites):
@@ -87,7 +87,7 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     matched = any(site.kept < site.total for graph in graphs for site in graph.sites)
     if matched or not asks_for_sparsity(config) or not session.once("nothing matched"):
         return
-    wanted = "layer_sparsity" if config.layer_sparsity is not None else f"preset {config.preset!r}"
+    wanted = config.site_option or f"preset {config.preset!r}"
     kinds = Counter(site.kind for graph in graphs for site in graph.sites)
     roles = sorted({graph.roles for graph in graphs if graph.roles})
     # What an exact pass leaves alone is no reason for a site to stay dense.
@@ -120,10 +120,10 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
 
 
 def _names_no_site(config: SparseLoRAConfig, graphs: Iterable[GraphReport]) -> bool:
-    """Tell whether `layer_sparsity` is given, and none of the names that it wants sparse matches a site."""
-    if config.layer_sparsity is None:
+    """Tell whether an option names sites, and none of those that it wants sparse is there."""
+    if config.site_sparsity is None:
         return False
-    wanted = [pattern for pattern, sparsity in config.layer_sparsity.items() if sparsity]
+    wanted = [pattern for pattern, sparsity in config.site_sparsity.items() if sparsity]
     names = [site.name for graph in graphs for site in graph.sites]
     return not any(match_site(pattern, name) for pattern in wanted for name in names)
 

@@ -33,8 +33,9 @@ class SiteReport:
         sparsity: fraction of channels not computed for context tokens; 0 where dense.
         kept: channels kept.
         total: channels to choose from.
-        provider: what runs its products, `"dense"` where nothing was rewritten, `"loss_rows"` where only rows of the
-            loss are left of a block that was to be sparse.
+        provider: what runs its products: `"map of rank 32"` where a map stands in its place for context tokens,
+            `"dense"` where nothing was rewritten, `"loss_rows"` where only rows of the loss are left of a block that
+            was to be sparse.
         reason: why it stays dense although it was asked for, or a note.
         adapters: number of LoRA branches at the site.
     """
@@ -159,6 +160,8 @@ def _rewrites(kind: str) -> str:
 def _provider(plan: SitePlan, ctx: PassContext) -> str:
     if plan.reason == ON_LOSS_ROWS:
         return "loss_rows"
+    if plan.mapped:
+        return f"map of rank {ctx.facts.surrogates[plan.site.identity].rank}"
     return "+".join(ctx.results.providers.get(plan.site.name, ())) or "dense"
 
 

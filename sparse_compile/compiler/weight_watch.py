@@ -86,7 +86,7 @@ def with_fresh_factors(compiled: CompiledGraph, ctx: PassContext, session: Sessi
         session: of its model.
         moves: whether weights change their address from step to step, as FSDP2's do.
     """
-    projections = {each.name: each for plan in ctx.facts.plan.sparse_sites for each in plan.site.predicted}
+    projections = {each.name: each for plan in ctx.facts.plan.predicted_sites for each in plan.site.predicted}
     layers = {
         name: _Predicted(each, StoredWeight.of(each, ctx), ctx.facts.factors[name])
         for name, each in projections.items()

@@ -72,6 +72,7 @@ class SitePlan:
         kept: channels kept.
         total: channels to choose from.
         reason: why the site stays dense, or a note; empty otherwise.
+        mapped: whether an affine map stands in the place of the whole block for context tokens; it keeps no channel.
         without_context: base nodes of projections that no context token runs through any more: they stay as they are.
     """
 
@@ -80,6 +81,7 @@ class SitePlan:
     kept: int
     total: int
     reason: str = ""
+    mapped: bool = False
     without_context: tuple[NodeName, ...] = ()
 
     @property
@@ -103,6 +105,11 @@ class SparsityPlan:
     def sparse_sites(self) -> tuple[SitePlan, ...]:
         """The sites to rewrite."""
         return tuple(plan for plan in self.sites if plan.sparse)
+
+    @property
+    def predicted_sites(self) -> tuple[SitePlan, ...]:
+        """Those of them whose channels are chosen for each batch."""
+        return tuple(plan for plan in self.sparse_sites if not plan.mapped)
 
 
 @dataclass(frozen=True)

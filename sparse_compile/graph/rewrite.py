@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count, takewhile
@@ -120,6 +121,11 @@ class Rewriter:
     def _sign(self, node: fx.Node, switches: list[fx.Node]) -> None:
         node.meta[TAG] = {"pass": self.pass_name, "site": self._site}
         node.meta["example_value"] = self._stand_ins.evaluate(node, switches)
+
+
+def buffer_name(owner: str, part: str) -> str:
+    """Return the name of a constant that belongs to a layer or a site: `sparselora_layers_0_mlp_q`."""
+    return "_".join(("sparselora", re.sub(r"\W", "_", owner), part))
 
 
 def forward_to(old: fx.Node, existing: fx.Node) -> None:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
 from sparse_compile.options.pass_names import pass_names
+from sparse_compile.options.recipe import Recipe
 
 _V = TypeVar("_V")
 
@@ -147,6 +148,15 @@ def layer_sparsity(value: object) -> FrozenMapping[float] | None:
             raise ValueError(f"layer_sparsity[{site!r}] must lie in [0, 1), got {given!r}")
         checked[site] = sparsity
     return FrozenMapping(checked)
+
+
+def recipe(value: object) -> Recipe | None:
+    """Accept a recipe, the folder of one, which is read, or None."""
+    if value is None or isinstance(value, Recipe):
+        return value
+    folder = path("recipe", value)
+    assert folder is not None, "only None is no path"
+    return Recipe.load(folder)
 
 
 def disable(value: object) -> frozenset[str]:

@@ -14,6 +14,7 @@ from sparse_compile.options import checks as check
 from sparse_compile.options import release as upstream
 from sparse_compile.options.checks import FrozenMapping
 from sparse_compile.options.presets import DEFAULT_START_FRACTION, PRESETS
+from sparse_compile.options.recipe import Recipe
 from sparse_compile.options.schedule_handle import ScheduleHandle
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TOKEN_SELECTIONS = ("roles", "all_sparse", "random_dense")
 CHANNEL_SELECTIONS = ("svd", "random")
 KERNELS = ("measured", "triton")
+SURROGATE_GRADIENTS = ("exact", "detached")
 MASKINGS = ("off", "auto")
 MASK_GRADIENTS = ("straight-through", "exact")
 """Gradients of a masked adapter: the mask left out and the products re-associated (LoRS, section 3), or as they are."""
@@ -41,6 +43,11 @@ class SparseLoRAConfig:
         layer_sparsity: Site name (or a suffix of whole dotted parts, see :func:`match_site`) to the fraction of its
             channels that context tokens skip, in [0, 1). Where given it replaces the preset's schedule: a site that it
             does not name is dense. Default ``None``: the preset decides.
+        recipe: What context tokens compute at each site in place of its frozen block: a :class:`Recipe`, or the folder
+            that holds one. Where given it replaces the preset's schedule: a site that it does not name
+            is dense. Default ``None``: channels are left out, as the preset or ``layer_sparsity`` says.
+        surrogate_gradient: Gradient of a recipe's maps: ``"exact"`` (default) or ``"detached"`` (none passes through
+            them: cheaper, and another training).
         predictor_rank: Rank of the SVD factors computed here, in singular values, at least 1. Default 8 (the paper's
             SVD sparsity estimator). Factors read from ``predictor_path`` have the rank they were stored with.
         predictor_path: Upstream ``model.safetensors`` (or the folder that holds it) with ready factors. Default
@@ -93,6 +100,8 @@ class SparseLoRAConfig:
 
     preset: str = "o1"
     layer_sparsity: Mapping[str, float] | None = None
+    recipe: Recipe | None = None
+    surrogate_gradient: str = "exact"
     predictor_rank: int = 8
     predictor_path: str | None = None
     predictor_tokens: str | int = 16
@@ -127,6 +136,8 @@ class SparseLoRAConfig:
         normalised = {
             "preset": check.choice("preset", self.preset, PRESETS),
             "layer_sparsity": check.layer_sparsity(self.layer_sparsity),
+            "recipe": check.recipe(self.recipe),
+            "surrogate_gradient": check.choice("surrogate_gradient", self.surrogate_gradient, SURROGATE_GRADIENTS),
             "predictor_rank": check.integer("predictor_rank", self.predictor_rank, minimum=1),
             "predictor_path": check.path("predictor_path", self.predictor_path),
             "predictor_tokens": check.predictor_tokens(self.predictor_tokens),
@@ -154,6 +165,8 @@ class SparseLoRAConfig:
         if self.schedule is not None and not hasattr(self.schedule, "total_steps"):
             raise ValueError(f"schedule must be a Schedule (it has total_steps), got {self.schedule!r}")
         self._check_order()
+        if self.recipe is not None and self.layer_sparsity is not None:
+            raise ValueError("recipe and layer_sparsity exclude each other: both say what each site becomes")
         if self.token_bucket is not None and self.token_capacity is not None:
             raise ValueError("token_bucket and token_capacity exclude each other: both say how many slots a graph has")
         if self.requested & self.disable:
@@ -177,6 +190,18 @@ class SparseLoRAConfig:
     def requested(self) -> frozenset[str]:
         """Names of the passes that an option asks for because they change the function."""
         return frozenset() if self.preserve_weight_mask == "off" else frozenset({"preserve_weight_mask"})
+
+    @property
+    def site_option(self) -> str:
+        """Name of the option that says what each site becomes; empty where the preset decides."""
+        return "recipe" if self.recipe is not None else "layer_sparsity" if self.layer_sparsity is not None else ""
+
+    @property
+    def site_sparsity(self) -> Mapping[str, float] | None:
+        """By site name, the fraction of its channels that context tokens skip, 1 for a map; None by preset."""
+        if self.recipe is None:
+            return self.layer_sparsity
+        return {name: 1.0 if site.surrogate else site.sparsity for name, site in self.recipe.sites.items()}
 
     def to_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain values for ``torch.compile(options=...)``."""
@@ -241,4 +266,6 @@ class SparseLoRAConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, FrozenMapping):
         return dict(value)
+    if isinstance(value, Recipe):
+        return value.folder or value
     return sorted(value) if isinstance(value, frozenset) else value

@@ -7,6 +7,7 @@ it leaves all of these alone.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from sparse_compile.torch_private.autograd import write_count
 
-__all__ = ["WeightWatch", "identity_of", "sample_of"]
+__all__ = ["WeightWatch", "fingerprint", "identity_of", "sample_of"]
 
 _SAMPLES: Final = 8
 """Elements that are compared along each dimension of a weight, of up to two."""
+
+_FINGERPRINT_SAMPLES: Final = 64
+"""The same of a fingerprint, which is taken once."""
 
 Identity = tuple[object, ...]
 
@@ -44,6 +48,21 @@ def sample_of(weight: Tensor) -> Tensor:
         steps[0] += weight.stride(1)
     with torch.no_grad():
         return weight.as_strided(sizes, steps, weight.storage_offset())
+
+
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """Return what tells the weights of one block from those of another, as 32 hexadecimal digits.
+
+    Up to 64 x 64 evenly spaced elements of each are read, rounded to bf16: a model that is loaded in another
+    floating-point type stays the same model, and no weight is read whole.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for weight in weights:
+        steps = [max(1, size // _FINGERPRINT_SAMPLES) for size in weight.shape]
+        taken = weight.detach()[tuple(slice(0, _FINGERPRINT_SAMPLES * step, step) for step in steps)]
+        digest.update(repr(tuple(weight.shape)).encode())
+        digest.update(taken.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class WeightWatch:

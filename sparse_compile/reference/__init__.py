@@ -23,9 +23,10 @@ from sparse_compile.reference.criteria import (
     top_channels,
     value_scores,
 )
-from sparse_compile.reference.masked_dense import MaskedAttention, MaskedFFN, masked_dense
+from sparse_compile.reference.masked_dense import MappedFFN, MaskedAttention, MaskedFFN, masked_dense
 
 __all__ = [
+    "MappedFFN",
     "MaskedAttention",
     "MaskedFFN",
     "PredictorTokens",

@@ -29,6 +29,29 @@ class MaskedFFN:
 
 
 @dataclass(frozen=True, eq=False)
+class MappedFFN:
+    """Put an affine map in the place of one FFN block, for context tokens: y = U (Q x) + b.
+
+    Adapters on gate, up and down are part of the block, so context tokens see nothing of them.
+
+    Attributes:
+        in_projection: A module that reads the block's input x as its first argument (gate, say).
+        out_projection: The module that returns the block's output (down).
+        q: (r, in).
+        u: (out, r).
+        bias: (out,).
+        detached: Whether no gradient passes through the map.
+    """
+
+    in_projection: nn.Module
+    out_projection: nn.Module
+    q: Tensor
+    u: Tensor
+    bias: Tensor
+    detached: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class MaskedAttention:
     """Sparsify one attention block by masking the base outputs of q, k, v and the base input of o.
 
@@ -60,7 +83,7 @@ class MaskedAttention:
 
 
 @contextmanager
-def masked_dense(sites: Sequence[MaskedFFN | MaskedAttention], output_mask: Tensor) -> Iterator[None]:
+def masked_dense(sites: Sequence[MaskedFFN | MappedFFN | MaskedAttention], output_mask: Tensor) -> Iterator[None]:
     """Run an eager model with its sites sparsified by masks at full dense cost.
 
         with masked_dense(sites, output_mask):
@@ -81,6 +104,9 @@ def masked_dense(sites: Sequence[MaskedFFN | MaskedAttention], output_mask: Tens
         for site in sites:
             if isinstance(site, MaskedFFN):
                 _mask_input(stack, site.out_projection, output_mask, site.kept)
+                continue
+            if isinstance(site, MappedFFN):
+                _map_block(stack, site, output_mask)
                 continue
             kept_q = expand_kv_channels(site.kept_qk, site.head_dim, site.groups)
             masked = [(site.q, kept_q), (site.k, site.kept_qk), (site.v, site.kept_vo)]
@@ -112,6 +138,23 @@ def _mask_output(stack: ExitStack, module: nn.Module, output_mask: Tensor, kept:
     """Hook a module so that it returns its output masked."""
     handle = module.register_forward_hook(lambda _, args, output: _masked(output, output_mask, kept))
     stack.callback(handle.remove)
+
+
+def _map_block(stack: ExitStack, site: MappedFFN, output_mask: Tensor) -> None:
+    """Hook a block so that it returns the map of its input at context tokens."""
+    inputs: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[:] = args[:1]
+
+    def put(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        (x,) = inputs
+        x = x.detach() if site.detached else x
+        mapped = (x @ site.q.T) @ site.u.T + site.bias
+        return torch.where(output_mask.reshape(*output.shape[:-1], 1), output, mapped)
+
+    stack.callback(site.in_projection.register_forward_pre_hook(remember).remove)
+    stack.callback(site.out_projection.register_forward_hook(put).remove)
 
 
 def _mask_dora(stack: ExitStack, module: nn.Module, output_mask: Tensor, kept: Tensor | None) -> None:

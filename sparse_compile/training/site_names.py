@@ -81,7 +81,8 @@ def check_site_names(parts: Sequence[SiteNames]) -> None:
     if not unmatched:
         return
     there = ", ".join(names) if names else "none"
-    message = f"layer_sparsity: no site of this model matches {', '.join(unmatched)}. Sites there are: {there}"
+    wanted = ", ".join(unmatched)
+    message = f"layer_sparsity or recipe: no site of this model matches {wanted}. Sites there are: {there}"
     if any(part.strict for part in pending):
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)

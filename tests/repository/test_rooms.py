@@ -14,9 +14,11 @@ ROOMS = (
     "graph",
     "kernels",
     "predictor",
+    "surrogates",
     "training",
     "passes",
     "compiler",
+    "calibration",
     "ecosystem",
 )
 """From the lowest to the highest. `sparse_compile/__init__.py` and `backend.py` stand above all of them."""

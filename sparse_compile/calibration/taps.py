@@ -1,0 +1,173 @@
+"""Run a model with a tap at each feed-forward site: it hands on what the block reads and returns, or puts a map there.
+
+The graphs that Dynamo captures are analysed as in training and run eagerly: sites are found by structure here too, and
+no module of the model is named or hooked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
+from sparse_compile.compiler.capture import capture_context
+from sparse_compile.compiler.model_part import part_of
+from sparse_compile.compiler.peft_support import make_dora_traceable
+from sparse_compile.compiler.pipeline import in_order
+from sparse_compile.compiler.runner import run_pipeline
+from sparse_compile.graph.cost import projection_flops
+from sparse_compile.graph.read import nodes_by_name
+from sparse_compile.graph.rewrite import Rewriter, copy_graph_module
+from sparse_compile.graph.sites import FFNSite
+from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.options.recipe import AffineMap
+from sparse_compile.passes.canonical.canonicalize_linears import CanonicalizeLinears
+from sparse_compile.passes.canonical.expose_4bit_weights import Expose4BitWeights
+from sparse_compile.passes.canonical.inline_checkpoint_bodies import InlineCheckpointBodies
+from sparse_compile.passes.context import PassContext
+from sparse_compile.passes.read.token_space import token_space
+from sparse_compile.passes.roles.plan_sparsity import site_fingerprint
+from sparse_compile.passes.roles.trace_roles import TraceRoles
+from sparse_compile.passes.sites.find_attention import FindAttention
+from sparse_compile.passes.sites.find_ffn import FindFFN
+from sparse_compile.passes.sites.find_projections import FindProjections
+from sparse_compile.passes.write.output_mask import insert_output_mask
+from sparse_compile.torch_private.dynamo import without_recompile_limit
+from sparse_compile.torch_private.modules import uncompiled
+
+__all__ = ["Collector", "Tap", "TappedModel"]
+
+Collector = Callable[[Tensor, Tensor], None]
+"""Takes what a block reads, (n, in), and what it returns, (n, out), of n context tokens that are no padding."""
+
+_ANALYSES = in_order((
+    InlineCheckpointBodies(),
+    Expose4BitWeights(),
+    CanonicalizeLinears(),
+    FindProjections(),
+    FindFFN(),
+    FindAttention(),
+    TraceRoles(),
+))  # fmt: skip
+
+
+class Tap(nn.Module):
+    """Stands behind a feed-forward site.
+
+    Attributes:
+        in_features, out_features: widths of what the block reads and returns.
+        flops: of the block's frozen products for one token in a training step.
+        weights: fingerprint of its frozen weights.
+        collect: where rows of context tokens go; None for nowhere.
+        surrogate: what context tokens get in place of the block's result; None for the result.
+    """
+
+    def __init__(self, site: FFNSite, ctx: PassContext) -> None:
+        super().__init__()
+        self.in_features = site.inputs[0].in_features
+        self.out_features = site.output.out_features
+        self.flops = sum(projection_flops(each) for each in site.projections)
+        self.weights = site_fingerprint(site, ctx)
+        self.collect: Collector | None = None
+        self.surrogate: AffineMap | None = None
+
+    def forward(self, x: Tensor, y: Tensor, output_mask: Tensor, attended: Tensor | None) -> Tensor:
+        """Return y, (..., out), or the map of x at context tokens.
+
+        Args:
+            x: (..., in), over the tokens.
+            y: (..., out).
+            output_mask: bool (B, S), true at output tokens.
+            attended: bool (B, S), false at padding; None where nothing is.
+        """
+        context = ~output_mask
+        if self.collect is not None:
+            scored = (context if attended is None else context & attended).reshape(-1)
+            self.collect(x.reshape(-1, x.shape[-1])[scored], y.reshape(-1, y.shape[-1])[scored])
+        if self.surrogate is None:
+            return y
+        mapped = self.surrogate(x.to(y.dtype))
+        return torch.where(context.reshape(*y.shape[:-1], 1), mapped, y)
+
+
+class TappedModel:
+    """A model whose forward runs with taps, without gradients and without its own dropout.
+
+    Args:
+        model: the model, compiled or not; it is left as it is.
+        config: the options that matter to roles.
+
+    Attributes:
+        taps: by site name, in the order of the model; known once it has run.
+        declined: by site name, why a site has no tap.
+    """
+
+    def __init__(self, model: nn.Module, config: SparseLoRAConfig) -> None:
+        self.model = model
+        self.config = config
+        self.taps: dict[str, Tap] = {}
+        self.declined: dict[str, str] = {}
+        make_dora_traceable()
+        self._compiled = torch.compile(model, backend=self._backend)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """Run a forward; return what the model returns."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            with uncompiled(self.model), torch.no_grad(), without_recompile_limit():
+                return self._compiled(**batch)
+        finally:
+            for module in training:
+                module.training = True
+
+    def put(self, surrogates: Mapping[str, AffineMap]) -> None:
+        """Have context tokens get these maps in place of the sites named, and of no others."""
+        for name, tap in self.taps.items():
+            tap.surrogate = surrogates.get(name)
+
+    def collect(self, collectors: Mapping[str, Collector]) -> None:
+        """Hand on rows of the sites named, and of no others."""
+        for name, tap in self.taps.items():
+            tap.collect = collectors.get(name)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        ctx = capture_context(gm, example_inputs, self.config, part_of(gm))
+        canonical = run_pipeline(gm, ctx, order=_ANALYSES).canonical
+        if ctx.facts.roles is None:
+            reason = "nothing tells output tokens from context"
+            self.declined |= {site.name: reason for site in ctx.facts.ffn_sites}
+            return gm.forward
+        tapped = copy_graph_module(canonical)
+        space = token_space(tapped.graph, ctx.facts.roles)
+        sites = [site for site in ctx.facts.ffn_sites if site.source in space]
+        self.declined |= {
+            site.name: "the loss is computed for other tokens than this site's"
+            for site in ctx.facts.ffn_sites
+            if site.source not in space
+        }
+        if not sites:
+            return gm.forward
+        self._tap(tapped, sites, ctx)
+        return tapped.forward
+
+    def _tap(self, gm: fx.GraphModule, sites: Sequence[FFNSite], ctx: PassContext) -> None:
+        """Put taps behind sites."""
+        rewriter = Rewriter(gm, "calibration")
+        nodes = nodes_by_name(gm.graph)
+        top = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        with rewriter.before(top):
+            mask, attended = insert_output_mask(rewriter, ctx, nodes[sites[0].source])
+        for number, site in enumerate(sites):
+            tap = self.taps.setdefault(site.name, Tap(site, ctx))
+            gm.add_submodule(f"sparselora_tap_{number}", tap)
+            x, y = nodes[site.source], nodes[site.output.output]
+            readers = list(y.users)
+            with gm.graph.inserting_after(y):
+                tapped = gm.graph.call_module(f"sparselora_tap_{number}", (x, y, mask, attended))
+            for reader in readers:
+                reader.replace_input_with(y, tapped)
+        gm.recompile()

@@ -1,0 +1,240 @@
+"""A recipe: what context tokens compute at each site in place of its frozen block, as data that is saved and shared.
+
+A recipe is a folder with two files. `recipe.safetensors` holds the maps, and in its metadata all else that a recipe is;
+`recipe.json` is a copy of that metadata for people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+__all__ = ["AffineMap", "Recipe", "SiteRecipe"]
+
+FORMAT: Final = 1
+"""Version of the files: raised whenever older ones can no longer be read as they were meant."""
+
+DATA_FILE: Final = "recipe.json"
+TENSORS_FILE: Final = "recipe.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """Hold an affine map of low rank, `y = U (Q x) + b`, over the last dimension.
+
+    Attributes:
+        q: (r, in); r may be 0: then the map is the constant b.
+        u: (out, r).
+        bias: (out,).
+
+    Raises:
+        ValueError: The shapes do not fit each other, or a number is NaN or infinite.
+    """
+
+    q: Tensor
+    u: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(each.shape) for each in (self.q, self.u, self.bias)]
+        if [len(shape) for shape in shapes] != [2, 2, 1] or shapes[1] != (*shapes[2], shapes[0][0]):
+            raise ValueError(f"an affine map has q (r, in), u (out, r) and a bias (out,), got {shapes}")
+        if not all(bool(each.isfinite().all()) for each in (self.q, self.u, self.bias)):
+            raise ValueError("an affine map holds NaN or infinity")
+
+    @property
+    def rank(self) -> int:
+        """Width between the two factors."""
+        return self.q.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the map of x, (..., in) to (..., out)."""
+        return x @ self.q.mT @ self.u.mT + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRecipe:
+    """What context tokens compute at one site.
+
+    Attributes:
+        surrogate: The map in place of the whole feed-forward block; None where channels are left out instead.
+        sparsity: Without a map, the fraction of channels that are left out, chosen for each batch; in [0, 1).
+        weights: Fingerprint of the frozen weights that the map was fitted for; empty where any will do.
+        error: Held-out error of the map, relative to the best constant's; None where it is not known.
+    """
+
+    surrogate: AffineMap | None = None
+    sparsity: float = 0.0
+    weights: str = ""
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"the sparsity of a site lies in [0, 1), got {self.sparsity!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Hold what each site computes for context tokens; a site that is not named stays dense.
+
+    Attributes:
+        sites: By site name, as `explain` shows it.
+        origin: What the recipe was made from and what was expected of it, for people: plain data.
+        folder: Where it was read from; None for one that was made here.
+    """
+
+    sites: Mapping[str, SiteRecipe]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this recipe from another: of all it says of sites, maps included."""
+        digest = hashlib.blake2b(json.dumps(self._data()["sites"]).encode(), digest_size=16)
+        for name, tensor in self._tensors().items():
+            digest.update(name.encode())
+            digest.update(tensor.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        maps = sum(site.surrogate is not None for site in self.sites.values())
+        return f"Recipe({len(self.sites)} sites, {maps} maps, {self.folder or self.digest})"
+
+    @classmethod
+    def of_sparsities(cls, layer_sparsity: Mapping[str, float]) -> Recipe:
+        """Make a recipe of a published schedule: channels chosen for each batch, no map.
+
+        Args:
+            layer_sparsity: Site name to the fraction of channels left out, as in `SparseLoRAConfig.layer_sparsity`.
+        """
+        return cls({name: SiteRecipe(sparsity=value) for name, value in layer_sparsity.items()})
+
+    def without(self, *names: str) -> Recipe:
+        """Return the recipe with some sites left dense.
+
+        Raises:
+            ValueError: A name that it does not have.
+        """
+        if unknown := [name for name in names if name not in self.sites]:
+            raise ValueError(f"the recipe has no site {unknown[0]!r}; it has {', '.join(self.sites) or 'none'}")
+        return Recipe({name: site for name, site in self.sites.items() if name not in names}, self.origin)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `recipe.safetensors` and `recipe.json` into a folder, which is made where it is absent.
+
+        Each file is replaced at once: a process that is killed leaves the old recipe or the new one.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._data(), indent=2) + "\n"
+        _replace(target / TENSORS_FILE, safetensors_bytes(self._tensors(), metadata={_METADATA: text}))
+        _replace(target / DATA_FILE, text.encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe that `save` wrote; its tensors are on the CPU.
+
+        Raises:
+            ValueError: No such folder or file, one that is damaged, or one of another format.
+        """
+        file = Path(folder) / TENSORS_FILE
+        try:
+            with safe_open(file, framework="pt") as opened:
+                text = (opened.metadata() or {}).get(_METADATA)
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+        except FileNotFoundError:
+            raise ValueError(f"{folder} holds no {TENSORS_FILE}: it is no recipe") from None
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if text is None:
+            raise ValueError(f"{file} says nothing of a recipe: it is some other file of tensors")
+        _compare(Path(folder) / DATA_FILE, text)
+        return _read(file, json.loads(text), tensors)
+
+    def _data(self) -> dict[str, Any]:
+        sites = {}
+        for name, site in self.sites.items():
+            sites[name] = {
+                "rank": None if site.surrogate is None else site.surrogate.rank,
+                "sparsity": site.sparsity,
+                "error": site.error,
+                "weights": site.weights,
+            }
+        return {"format": FORMAT, "origin": dict(self.origin), "sites": sites}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{part}": getattr(site.surrogate, part).detach().cpu().contiguous()
+            for name, site in self.sites.items()
+            if site.surrogate is not None
+            for part in _PARTS
+        }
+
+
+_METADATA: Final = "recipe"
+_PARTS: Final = ("q", "u", "bias")
+
+
+def _read(file: Path, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {data.get('format')!r}, and this version reads {FORMAT}: calibrate again")
+    sites = {}
+    for name, site in data["sites"].items():
+        surrogate = None
+        if site["rank"] is not None:
+            try:
+                surrogate = AffineMap(*(tensors[f"{name}.{part}"] for part in _PARTS))
+            except KeyError as error:
+                raise ValueError(f"{file} lacks {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{file}: {name}: {error}") from None
+        sites[name] = SiteRecipe(surrogate, site["sparsity"], site["weights"], site["error"])
+    return Recipe(sites, data["origin"], str(file.parent))
+
+
+def _compare(copy: Path, text: str) -> None:
+    """Warn where the copy for people says something else than what is used."""
+    try:
+        same = json.loads(copy.read_text(encoding="utf-8")) == json.loads(text)
+    except (OSError, ValueError):
+        return  # a copy that is not there misleads nobody
+    if not same:
+        warnings.warn(
+            f"sparselora: {copy} differs from what {TENSORS_FILE} beside it holds, and the latter is used. To leave a "
+            "site out, save Recipe.load(folder).without(name).",
+            stacklevel=4,
+        )
+
+
+def _replace(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
