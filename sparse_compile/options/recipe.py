@@ -100,11 +100,16 @@ class Recipe:
     origin: Mapping[str, Any] = field(default_factory=dict)
     folder: str | None = None
 
+    def __post_init__(self) -> None:
+        # Copies: what the caller does to its own afterwards changes no recipe.
+        object.__setattr__(self, "sites", dict(self.sites))
+        object.__setattr__(self, "origin", dict(self.origin))
+
     @cached_property
     def digest(self) -> str:
         """What tells this recipe from another: of all it says of sites, maps included."""
-        digest = hashlib.blake2b(json.dumps(self._data()["sites"]).encode(), digest_size=16)
-        for name, tensor in self._tensors().items():
+        digest = hashlib.blake2b(json.dumps(self._data()["sites"], sort_keys=True).encode(), digest_size=16)
+        for name, tensor in sorted(self._tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -146,7 +151,9 @@ class Recipe:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._data(), indent=2) + "\n"
-        _replace(target / TENSORS_FILE, safetensors_bytes(self._tensors(), metadata={_METADATA: text}))
+        # Clones: two sites may have one map, and no two tensors of a file may share memory.
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        _replace(target / TENSORS_FILE, safetensors_bytes(tensors, metadata={_METADATA: text}))
         _replace(target / DATA_FILE, text.encode())
 
     @classmethod
@@ -168,7 +175,10 @@ class Recipe:
         if text is None:
             raise ValueError(f"{file} says nothing of a recipe: it is some other file of tensors")
         _compare(Path(folder) / DATA_FILE, text)
-        return _read(file, json.loads(text), tensors)
+        try:
+            return _read(file, json.loads(text), tensors)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
     def _data(self) -> dict[str, Any]:
         sites = {}
@@ -199,15 +209,14 @@ def _read(file: Path, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         raise ValueError(f"{file} has format {data.get('format')!r}, and this version reads {FORMAT}: calibrate again")
     sites = {}
     for name, site in data["sites"].items():
-        surrogate = None
-        if site["rank"] is not None:
-            try:
-                surrogate = AffineMap(*(tensors[f"{name}.{part}"] for part in _PARTS))
-            except KeyError as error:
-                raise ValueError(f"{file} lacks {error}") from None
-            except ValueError as error:
-                raise ValueError(f"{file}: {name}: {error}") from None
-        sites[name] = SiteRecipe(surrogate, site["sparsity"], site["weights"], site["error"])
+        try:
+            mapped = site["rank"] is not None
+            surrogate = AffineMap(*(tensors[f"{name}.{part}"] for part in _PARTS)) if mapped else None
+            sites[name] = SiteRecipe(surrogate, site["sparsity"], site["weights"], site["error"])
+        except KeyError as error:
+            raise ValueError(f"{file} lacks {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{file}: {name}: {error}") from None
     return Recipe(sites, data["origin"], str(file.parent))
 
 

@@ -34,16 +34,16 @@ def identity_of(weight: Tensor) -> Identity:
     return weight.data_ptr(), write_count(weight), weight.dtype, weight.shape, weight.stride()
 
 
-def sample_of(weight: Tensor) -> Tensor:
-    """Return a view of evenly spaced elements of a number, a vector or a matrix, at most 8 along each dimension.
+def sample_of(weight: Tensor, most: int = _SAMPLES) -> Tensor:
+    """Return a view of evenly spaced elements of a number, a vector or a matrix, so many along each dimension at most.
 
     Each row of a wide matrix is sampled one column further on: a pruned weight has zeros in regular places.
     """
-    sizes = [min(_SAMPLES, size) for size in weight.shape]
-    spans, shifted = list(weight.shape), weight.dim() == 2 and weight.shape[1] >= 2 * _SAMPLES
+    sizes = [min(most, size) for size in weight.shape]
+    spans, shifted = list(weight.shape), weight.dim() == 2 and weight.shape[1] >= 2 * most
     if shifted:
         spans[1] -= sizes[0] - 1
-    steps = [max(1, span // _SAMPLES) * stride for span, stride in zip(spans, weight.stride(), strict=True)]
+    steps = [max(1, span // most) * stride for span, stride in zip(spans, weight.stride(), strict=True)]
     if shifted:
         steps[0] += weight.stride(1)
     with torch.no_grad():
@@ -53,13 +53,13 @@ def sample_of(weight: Tensor) -> Tensor:
 def fingerprint(weights: Iterable[Tensor]) -> str:
     """Return what tells the weights of one block from those of another, as 32 hexadecimal digits.
 
-    Up to 64 x 64 evenly spaced elements of each are read, rounded to bf16: a model that is loaded in another
-    floating-point type stays the same model, and no weight is read whole.
+    Up to 64 x 64 evenly spaced elements of each are read, rounded to bf16: a model that is loaded in bf16 or fp32 stays
+    the same model, and no weight is read whole. In fp16 it is another one: what was rounded to fp16 is not what was
+    rounded to bf16 alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     for weight in weights:
-        steps = [max(1, size // _FINGERPRINT_SAMPLES) for size in weight.shape]
-        taken = weight.detach()[tuple(slice(0, _FINGERPRINT_SAMPLES * step, step) for step in steps)]
+        taken = sample_of(weight.detach(), _FINGERPRINT_SAMPLES).reshape(-1)
         digest.update(repr(tuple(weight.shape)).encode())
         digest.update(taken.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

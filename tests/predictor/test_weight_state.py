@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_compile.predictor.weight_state import WeightWatch, sample_of
+from sparse_compile.predictor.weight_state import WeightWatch, fingerprint, sample_of
 
 
 def replace_data(weight: nn.Parameter) -> None:
@@ -89,3 +89,40 @@ def test_weights_are_not_kept_alive() -> None:
     del model
     gc.collect()
     assert gone() is None and watch.changed() == frozenset()
+
+
+# --- Fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def some_weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_fingerprint_outlives_another_dtype_a_copy_and_a_layout(dtype: torch.dtype) -> None:
+    some = some_weights((100, 300), (300, 100))
+    expected = fingerprint(some)
+    assert len(expected) == 32 and set(expected) <= set("0123456789abcdef")
+    assert fingerprint(each.to(dtype) for each in some) == expected
+    assert fingerprint(nn.Parameter(each.t().contiguous().t()) for each in some) == expected
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 64), (130, 40), (1000, 129)])
+def test_a_fingerprint_tells_weights_apart(shape: tuple[int, ...]) -> None:
+    first, second = some_weights(shape, shape)
+    others = [[second], [first * 1.01], [first, second], [second, first], [first[:-1]], [first.t()], [first.roll(1, 0)]]
+    found = [fingerprint([first]), *map(fingerprint, others)]
+    assert len(set(found)) == len(found)
+
+
+def test_a_pruned_weight_has_a_fingerprint_of_its_own() -> None:
+    """Every second column is zero, as 2:4 pruning leaves it, or every fourth: those that are read are not all zeros."""
+    first, second = some_weights((256, 256), (256, 256))
+    for each in (first, second):
+        each[:, ::2] = 0
+    assert fingerprint([first]) != fingerprint([second])
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0, 4), (2, 3, 4)])
+def test_a_fingerprint_takes_any_shape(shape: tuple[int, ...]) -> None:
+    assert len(fingerprint([torch.ones(shape)])) == 32
