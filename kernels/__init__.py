@@ -18,6 +18,7 @@ else:
         loss_rows,
         masked_linear,
         merged_linear,
+        observed_rows,
         roles,
         token_rows,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "loss_rows",
     "masked_linear",
     "merged_linear",
+    "observed_rows",
     "roles",
     "token_rows",
 ]

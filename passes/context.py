@@ -42,6 +42,8 @@ class Environment:
         dense_step: returns, on a device, what tells the phase of the schedule (`Session.dense_step`); None where every
             step is sparse.
         all_output: whether every token of the batches that the graph is for is an output token: a dense step.
+        online_maps: by site identity, the buffers of the maps that this model's run fits already, for another graph.
+        model_key: tells the model from others whose sites have the same names.
         output_count: the number of output tokens of the batch that is compiled for, where it is known and wanted.
     """
 
@@ -53,6 +55,8 @@ class Environment:
     stack: tuple[int, int] = (0, 1)
     dense_step: Callable[[torch.device], Tensor] | None = None
     all_output: bool = False
+    online_maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    model_key: str = ""
     output_count: OutputCount | None = None
 
 
@@ -75,6 +79,8 @@ class Facts:
         product_orders: the order of the products of each layer that could have another.
         selections: by site identity, the nodes that hold the chosen channels: `(channels,)` of an FFN site,
             `(query/key channels, value/output channels)` of an attention site.
+        scored: the node that is true at context tokens that are no padding, (B, S); None where no map is fitted in the
+            run.
         rows: the nodes that hold the output and the context rows, once they were inserted.
     """
 
@@ -91,6 +97,7 @@ class Facts:
     masked_layers: tuple[MaskedLayer, ...] = ()
     product_orders: tuple[ProductOrder, ...] = ()
     selections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scored: str | None = None
     rows: tuple[str, str] | None = None
 
     @property
@@ -139,6 +146,10 @@ class PassContext:
         if quantized is None:
             return (projection.weight,)
         return tuple(name for name in quantized.operands if name is not None)
+
+    def observed_as(self, site: Site) -> str:
+        """Return the key by which the rows of a site are handed on."""
+        return f"{self.env.model_key}:{site.identity}"
 
     def add_sources(self, sources: Mapping[str, str]) -> None:
         """Add the sources of generated kernels, by file name."""

@@ -27,7 +27,7 @@ from sparse_compile.graph.read import hinted_shape, nodes_by_name
 from sparse_compile.graph.sites import FFNSite, Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.config import SparseLoRAConfig
-from sparse_compile.options.presets import kept_count, match_site, preset_sparsity
+from sparse_compile.options.presets import AUTO_RANK, kept_count, match_site, preset_sparsity
 from sparse_compile.options.recipe import AffineMap, Recipe, SiteRecipe
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import InvalidOptionError, Pass, PassOutcome
@@ -117,6 +117,13 @@ def factors_of(projection: Projection, weight: Tensor, store: FactorStore) -> Lo
         return store.get(projection.name, rows)
 
 
+def _alike(one: AffineMap, other: AffineMap) -> bool:
+    """Tell whether two maps have factors of one shape, dtype and device."""
+    return all(
+        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in ((one.q, other.q), (one.u, other.u))
+    )
+
+
 def _entry(recipe: Recipe | None, site: Site) -> SiteRecipe | None:
     """Return what a recipe says of a site, under the longest name that matches; None where it says nothing."""
     names = [] if recipe is None else [name for name in recipe.sites if match_site(name, site.name)]
@@ -146,6 +153,8 @@ class _Planner:
             InvalidOptionError: a recipe has a map for it that does not fit.
         """
         total = site.channels
+        if self._fits_in_the_run(site):
+            return self._online(site, source_shape)
         wanted = _entry(self.recipe, site)
         if wanted is not None and wanted.surrogate is not None:
             return self._mapped(site, wanted, wanted.surrogate, source_shape)
@@ -170,7 +179,6 @@ class _Planner:
         Raises:
             InvalidOptionError: the map was not fitted for this block.
         """
-        total = site.channels
         if not isinstance(site, FFNSite):
             raise InvalidOptionError(
                 f"recipe: a map stands in the place of a feed-forward block, and {site.name} is none"
@@ -184,14 +192,39 @@ class _Planner:
                 f"recipe: the map of {site.name} was fitted for other weights than this model has. Calibrate it anew, "
                 "or leave the site out (Recipe.without)"
             )
+        return self._with_map(site, surrogate, source_shape, online=self.ctx.env.config.dense_period is not None)
+
+    def _fits_in_the_run(self, site: Site) -> bool:
+        """Tell whether a map is to be fitted to a site in the run, by preset `auto`."""
+        config = self.ctx.env.config
+        if config.preset != "auto" or config.site_option or not isinstance(site, FFNSite):
+            return False
+        position, _ = self.ctx.env.stack
+        return position + site.index > 0
+
+    def _online(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
+        """Plan a map that the run fits: one of zeros until then."""
+        assert isinstance(site, FFNSite)
+        width, out = site.inputs[0].in_features, site.output.out_features
+        rank = max(1, min(AUTO_RANK, width // 4, out // 4))
+        empty = AffineMap(torch.zeros(rank, width), torch.zeros(out, rank), torch.zeros(out))
+        return self._with_map(site, empty, source_shape, online=True)
+
+    def _with_map(
+        self, site: FFNSite, surrogate: AffineMap, source_shape: tuple[int, ...], *, online: bool
+    ) -> SitePlan:
+        """Plan a map; one that the run fits is shared by all graphs of the model."""
         try:
             self._check_tokens(site, source_shape)
         except Declined as declined:
-            return SitePlan(site, 0.0, total, total, declined.reason)
+            return SitePlan(site, 0.0, site.channels, site.channels, declined.reason)
         dtype, device = self.ctx.weight_kind(site.output)
-        parts = (each.to(device, dtype) for each in (surrogate.q, surrogate.u, surrogate.bias))
-        self.surrogates[site.identity] = AffineMap(*parts)
-        return SitePlan(site, 1.0, 0, total, mapped=True)
+        parts = (each.to(device, dtype, copy=True) for each in (surrogate.q, surrogate.u, surrogate.bias))
+        buffers = AffineMap(*parts)
+        # Another graph of the model (for batches of another kind) may have buffers that the run fits.
+        known = self.ctx.env.online_maps.get(site.identity) if online else None
+        self.surrogates[site.identity] = buffers if known is None or not _alike(known, buffers) else known
+        return SitePlan(site, 1.0, 0, site.channels, mapped=True, online=online)
 
     def _cost_note(self, site: Site, kept: int, tokens: int, *, named: bool) -> str:
         """Return a note for a named site that does not pay; empty if it pays.

@@ -82,6 +82,10 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     top = loss_rows or top
     with rewriter.before(top):
         mask, attended = insert_output_mask(rewriter, ctx, source)
+        scored = None
+        if any(plan.online for plan in ctx.facts.plan.sparse_sites):
+            # By what tokens are, not by what this step makes of them: in a dense step all of them are computed densely.
+            scored = _context(rewriter, mask, attended)
         if ctx.env.config.token_selection == "all_sparse":
             mask = rewriter.call(torch.zeros_like, mask)
         elif ctx.env.config.token_selection == "random_dense":
@@ -96,13 +100,17 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
             counts = (rewriter.call(_OPS.row_counts.default, mask, *loss_rows.args),)
             loss_rows.args = (*loss_rows.args, *counts)
         rows = rewriter.items(_split(rewriter, mask, math.prod(tokens.shape[:-1]), ctx, counts), 2)
-        weights = rewriter.call(torch.logical_not, mask)
-        if attended is not None:
-            weights = rewriter.call(torch.logical_and, weights, attended)
+        weights = _context(rewriter, mask, attended)
     # The first node may be a checkpoint's, whose marks these have taken over.
     save_what_precedes(top)
-    ctx.facts = replace(ctx.facts, rows=(rows[0].name, rows[1].name))
+    ctx.facts = replace(ctx.facts, rows=(rows[0].name, rows[1].name), scored=scored.name if scored else None)
     return weights, dense_step
+
+
+def _context(rewriter: Rewriter, mask: fx.Node, attended: fx.Node | None) -> fx.Node:
+    """Insert what is true at context tokens that are no padding."""
+    context = rewriter.call(torch.logical_not, mask)
+    return context if attended is None else rewriter.call(torch.logical_and, context, attended)
 
 
 def _split(

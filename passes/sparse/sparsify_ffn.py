@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import SitePlan
-from sparse_compile.graph.read import argument, hinted_shape, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, buffer_name, take_over
 from sparse_compile.graph.sites import FFNSite, Projection
 from sparse_compile.graph.vocabulary import LINEAR
@@ -38,6 +38,8 @@ from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
 from sparse_compile.passes.write.sparse_rows import SparseRows
+
+_OPS = torch.ops.sparselora
 
 
 class SparsifyFFN(Pass):
@@ -84,8 +86,28 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> int:
             for node in whole:
                 if node not in output.values:
                     output.values[node], context.values[node] = rows.split(node)
-        merged = rows.merge(output.run(), context.run(), source, site.output.out_features)
+        dense = output.run()
+        if plan.online:
+            _observe(plan, rows, output.values[source], dense, ctx)
+        merged = rows.merge(dense, _cast_like(dense, context.run(), rewriter), source, site.output.out_features)
     return take_over(end, merged)
+
+
+def _cast_like(dense: fx.Node, context: fx.Node, rewriter: Rewriter) -> fx.Node:
+    """Give a map the dtype of the block: an adapter in fp32 widens the block's, autocast narrows it."""
+    dtype = tensor_of(dense).dtype
+    return context if tensor_of(context).dtype == dtype else rewriter.method("to", context, dtype)
+
+
+def _observe(plan: SitePlan, rows: SparseRows, x: fx.Node, y: fx.Node, ctx: PassContext) -> None:
+    """Have what the block reads and returns of densely computed tokens handed on, for the fit of its map."""
+    assert ctx.facts.scored is not None
+    rewriter = rows.rewriter
+    scored = rewriter.method("reshape", rows.nodes[ctx.facts.scored], -1)
+    device = ctx.facts.surrogates[plan.site.identity].q.device
+    seen = rewriter.buffer(buffer_name(plan.site.name, "seen"), torch.zeros((), dtype=torch.int64, device=device))
+    x, y = (rewriter.method("detach", each) for each in (x, y))
+    rewriter.call(_OPS.observe_rows.default, x, y, rows.rows[0], scored, seen, ctx.observed_as(plan.site))
 
 
 class _Map:

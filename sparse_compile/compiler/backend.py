@@ -15,6 +15,7 @@ from sparse_compile.compiler.capture import capture_context, count_tokens, is_wh
 from sparse_compile.compiler.dump import GraphDump, dump_root
 from sparse_compile.compiler.executable import compile_as_it_is, compile_first, watched
 from sparse_compile.compiler.guards import install_guards
+from sparse_compile.compiler.map_watch import with_fitted_maps
 from sparse_compile.compiler.mask_watch import guard_masks, tell_unmasked, watching_masks
 from sparse_compile.compiler.model_part import ModelPart, part_of
 from sparse_compile.compiler.notices import (
@@ -143,7 +144,13 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
     gm, ctx = graph.gm, graph.ctx
     model = graph.part.model if graph.part is not None and is_sharded(graph.part.model) else None
     session = session_for(trained, graph.config, sharded=model)
-    ctx.env = replace(ctx.env, dense_step=session.dense_step, all_output=session.phase == DENSE)
+    ctx.env = replace(
+        ctx.env,
+        dense_step=session.dense_step,
+        all_output=session.phase == DENSE,
+        online_maps={identity: each.surrogate for identity, each in session.online_maps.items()},
+        model_key=str(session.id),
+    )
     root = dump_root(graph.config.dump_dir)
     dump = GraphDump(root, compile_id(gm)) if root else None
     result = run_pipeline(gm, ctx, dump)
@@ -160,6 +167,7 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
     whole_step = is_whole_step(gm, ctx)
     if kind == "sparse":
         compiled = with_fresh_factors(compiled, ctx, session, moves=model is not None)
+        compiled = with_fitted_maps(compiled, ctx, session, moves=model is not None)
         compiled = announced(compiled, session, report, graph.config, whole_step=whole_step)
     if graph.masks:
         compiled = watching_masks(compiled, ctx, session, whole_step=whole_step)

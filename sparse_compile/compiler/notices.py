@@ -29,7 +29,7 @@ def asks_for_sparsity(config: SparseLoRAConfig) -> bool:
     """Tell whether any site may become sparse."""
     if config.site_sparsity is not None:
         return any(config.site_sparsity.values())
-    return config.preset in ("o1", "o2")
+    return config.preset in ("o1", "o2", "auto")
 
 
 def tell_about_sites(

@@ -73,6 +73,7 @@ class SitePlan:
         total: channels to choose from.
         reason: why the site stays dense, or a note; empty otherwise.
         mapped: whether an affine map stands in the place of the whole block for context tokens; it keeps no channel.
+        online: whether that map is fitted in the run, so that what the block reads and returns is to be handed on.
         without_context: base nodes of projections that no context token runs through any more: they stay as they are.
     """
 
@@ -82,6 +83,7 @@ class SitePlan:
     total: int
     reason: str = ""
     mapped: bool = False
+    online: bool = False
     without_context: tuple[NodeName, ...] = ()
 
     @property

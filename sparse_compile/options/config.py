@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_compile.options import checks as check
 from sparse_compile.options import release as upstream
 from sparse_compile.options.checks import FrozenMapping
-from sparse_compile.options.presets import DEFAULT_START_FRACTION, PRESETS
+from sparse_compile.options.presets import AUTO_DENSE_EVERY, DEFAULT_START_FRACTION, PRESETS
 from sparse_compile.options.recipe import Recipe
 from sparse_compile.options.schedule_handle import ScheduleHandle
 
@@ -38,7 +38,8 @@ class SparseLoRAConfig:
 
     Attributes:
         preset: ``"none"`` (analyses and canonicalisation only), ``"exact"`` (nothing approximate), ``"o1"`` (default,
-            conservative) or ``"o2"`` (aggressive). The sparsities behind a preset are those of
+            conservative), ``"o2"`` (aggressive), or ``"auto"``: a map that is fitted in the run's own dense steps
+            stands for each feed-forward block but the first. The sparsities behind ``o1`` and ``o2`` are those of
             :func:`preset_sparsity`; source: the ``o1`` and ``o2`` modes of the SparseLoRA release, by depth.
         layer_sparsity: Site name (or a suffix of whole dotted parts, see :func:`match_site`) to the fraction of its
             channels that context tokens skip, in [0, 1). Where given it replaces the preset's schedule: a site that it
@@ -59,6 +60,9 @@ class SparseLoRAConfig:
             steps. Default ``None``: 0.05 where the length of the run is known (the paper keeps the first 5-10% dense),
             else 20 steps.
         end_step: First dense step after the sparse phase, in the same units. Default ``None``: never.
+        dense_every: Of how many steps of the sparse phase one is dense, at least 2. Maps are fitted anew to its tokens,
+            with adapters as they are by then. Default ``None``: 8 with preset ``"auto"``, else no step; a recipe's maps
+            stay as they are without it.
         schedule: Handle that knows the length of the run (``total_steps``, in optimizer steps), which fractions need.
             Default ``None``: :class:`SparseLoRACallback` may still supply it.
         keep_logits: Compute every row of the logits a training forward returns, those that the loss ignores too.
@@ -107,6 +111,7 @@ class SparseLoRAConfig:
     predictor_tokens: str | int = 16
     start_step: float | int | None = None
     end_step: float | int | None = None
+    dense_every: int | None = None
     # Two equal configurations have equal hashes whatever the handle hashes to, so it need not be hashable.
     schedule: ScheduleHandle | None = field(default=None, hash=False)
     keep_logits: bool = False
@@ -143,6 +148,7 @@ class SparseLoRAConfig:
             "predictor_tokens": check.predictor_tokens(self.predictor_tokens),
             "start_step": check.step("start_step", self.start_step),
             "end_step": check.step("end_step", self.end_step),
+            "dense_every": check.optional_integer("dense_every", self.dense_every, minimum=2),
             "keep_logits": check.boolean("keep_logits", self.keep_logits),
             "merge_low_precision": check.boolean("merge_low_precision", self.merge_low_precision),
             "token_bucket": check.optional_integer("token_bucket", self.token_bucket, minimum=1),
@@ -190,6 +196,12 @@ class SparseLoRAConfig:
     def requested(self) -> frozenset[str]:
         """Names of the passes that an option asks for because they change the function."""
         return frozenset() if self.preserve_weight_mask == "off" else frozenset({"preserve_weight_mask"})
+
+    @property
+    def dense_period(self) -> int | None:
+        """Of how many steps of the sparse phase one is dense; None where none is."""
+        is_auto = self.preset == "auto" and not self.site_option
+        return AUTO_DENSE_EVERY if self.dense_every is None and is_auto else self.dense_every
 
     @property
     def site_option(self) -> str:

@@ -6,7 +6,13 @@ import math
 from fractions import Fraction
 from typing import Literal
 
-PRESETS = ("none", "exact", "o1", "o2")
+PRESETS = ("none", "exact", "o1", "o2", "auto")
+
+AUTO_RANK = 64
+"""Rank of the maps that preset `auto` fits, at most a quarter of the width of a block's input."""
+
+AUTO_DENSE_EVERY = 8
+"""Which step of the sparse phase is dense under preset `auto`: this one of so many."""
 
 
 DEFAULT_START_FRACTION = 0.05
@@ -21,7 +27,7 @@ def preset_sparsity(preset: str, kind: Literal["ffn", "attention"], index: int, 
 
     Blocks are chosen by depth, [lo, hi) on ``index / count``; the first and the last block are always dense. ``o1``:
     FFN 0.97 and attention 0.2 on [0.53, 0.97). ``o2``: FFN 0.99 on [0.09, 0.97), attention 0.75 on [0.43, 0.97).
-    Source: the published schedules of LLaMA3-8B (32 blocks) for CSR170K and Math10K.
+    Source: the published schedules of LLaMA3-8B (32 blocks) for CSR170K and Math10K. ``auto`` chooses no channels.
 
     Args:
         preset: One of :data:`PRESETS`.
@@ -31,7 +37,7 @@ def preset_sparsity(preset: str, kind: Literal["ffn", "attention"], index: int, 
     """
     assert preset in PRESETS, preset
     assert 0 <= index < count, (index, count)
-    if preset in ("none", "exact") or index in (0, count - 1):
+    if preset in ("none", "exact", "auto") or index in (0, count - 1):
         return 0.0
     low, high, sparsity = _PRESET_DEPTHS[preset, kind]
     # Fractions, because a border such as 0.97 is no binary number and 97/100 must lie outside of it.

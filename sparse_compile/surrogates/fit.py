@@ -24,10 +24,13 @@ from sparse_compile.options.recipe import AffineMap
 from sparse_compile.predictor.svd import factorize
 from sparse_compile.surrogates.moments import Moments
 
-__all__ = ["RIDGES", "FittedMap", "fit_maps", "held_out_error"]
+__all__ = ["RIDGES", "FittedMap", "fit_maps", "held_out_error", "refit_map"]
 
 RIDGES: Final = tuple(10.0**power for power in range(-6, 2))
 """Ridges that are tried, in units of the mean variance of an input."""
+
+_ROUNDING_STEPS: Final = 16
+"""Last digits of a mean by which an input must vary to count as varying."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,12 @@ def fit_maps(train: Moments, held_out: Moments, ranks: Sequence[int]) -> Mapping
     variances, directions = torch.linalg.eigh(xx)
     variances = variances.clamp(min=0)
     unit = float(variances.mean())
+    # An input that varies by its rounding alone tells nothing: a map of it would be noise, greatly magnified.
+    rounding = float(mean_x.square().mean()) * (_ROUNDING_STEPS * torch.finfo(train.xx.dtype).eps) ** 2
     constant = FittedMap(_map(mean_x, mean_y, None, None, train), math.nan, 0.0)
     found = {0: _scored(constant, held_out)}
     most = min(max(ranks, default=0), *xy.shape)
-    if unit > 0 and most > 0:
+    if unit > rounding and most > 0:
         rotated = directions.mT @ xy
         for ridge in RIDGES:
             root = (variances + ridge * unit).rsqrt()
@@ -83,6 +88,36 @@ def fit_maps(train: Moments, held_out: Moments, ranks: Sequence[int]) -> Mapping
                 if rank not in found or candidate.error < found[rank].error:
                     found[rank] = candidate
     return {rank: found.get(min(rank, most), found[0]) for rank in ranks}
+
+
+def refit_map(fitted: FittedMap, moments: Moments) -> AffineMap:
+    """Fit a map again to other moments, with its ridge, starting from its outputs.
+
+    One step of subspace iteration turns the span of U towards the leading right singular vectors; within that span
+    the map is the best one. From step to step of a training the span hardly turns.
+
+    Args:
+        fitted: The map so far.
+        moments: Moments of the tokens to fit on.
+
+    Returns:
+        A map of the same rank.
+    """
+    u = fitted.map.u.double().cpu()
+    if fitted.map.rank == 0:
+        return AffineMap(fitted.map.q, fitted.map.u, moments.mean_y.to(fitted.map.bias))
+    mean_x, mean_y = moments.mean_x.double().cpu(), moments.mean_y.double().cpu()
+    xx, xy = (each.double().cpu() / moments.count for each in (moments.xx, moments.xy))
+    xx.diagonal().add_(fitted.ridge * float(xx.diagonal().mean()))
+    root = torch.linalg.cholesky(xx)
+    basis = torch.linalg.qr(u).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(xy.mT @ torch.cholesky_solve(xy @ basis, root)).Q
+    q = torch.cholesky_solve(xy @ basis, root).mT
+    # Balanced as the first fit is, so that both factors round alike in 16 bits.
+    left, singular, right = torch.linalg.svd(q, full_matrices=False)
+    scale = singular.sqrt()
+    return _map(mean_x, mean_y, scale[:, None] * right, basis @ left * scale, moments)
 
 
 def held_out_error(affine: AffineMap, moments: Moments) -> float:

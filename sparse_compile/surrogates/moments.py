@@ -26,15 +26,15 @@ class Moments:
     """Moments of pairs of rows (x, y) over tokens; made by `Moments.of` or `Moments.empty`, added to in place.
 
     Attributes:
-        count: Number of tokens.
-        mean_x: (in,).
-        mean_y: (out,).
+        count: Number of tokens; a fraction of it where older tokens count for less (`fade`).
+        mean_x: (in,), fp64: a mean that moves by less than its own last digit must still move.
+        mean_y: (out,), fp64.
         xx: (in, in), sum over tokens of (x - mean_x)' (x - mean_x).
         xy: (in, out), sum of (x - mean_x)' (y - mean_y).
         yy: Sum of the squares of y - mean_y, over tokens and outputs.
     """
 
-    count: int
+    count: float
     mean_x: Tensor
     mean_y: Tensor
     xx: Tensor
@@ -46,7 +46,7 @@ class Moments:
         """Return moments of no token, in the dtype of `like` widened to fp32 at least, and on its device."""
         zeros = like.new_zeros
         dtype = at_least_fp32(like)
-        x, y = (zeros(width, dtype=dtype) for width in (in_features, out_features))
+        x, y = (zeros(width, dtype=torch.float64) for width in (in_features, out_features))
         return cls(
             0, x, y, zeros(in_features, in_features, dtype=dtype), zeros(in_features, out_features, dtype=dtype), 0.0
         )
@@ -78,11 +78,20 @@ class Moments:
             x, y = x.detach().to(self.xx.dtype), y.detach().to(self.xx.dtype)
             mean_x, mean_y = x.mean(0), y.mean(0)
             x, y = x - mean_x, y - mean_y
-            batch = Moments(len(x), mean_x, mean_y, x.mT @ x, x.mT @ y, float(y.square().sum(dtype=torch.float64)))
+            # What the rounding of a mean has left.
+            means = (mean_x.double() + x.mean(0), mean_y.double() + y.mean(0))
+            batch = Moments(len(x), *means, x.mT @ x, x.mT @ y, float(y.square().sum(dtype=torch.float64)))
             # A product with NaN or infinity is neither finite nor in range, and the diagonal holds a square of each x.
             if not (bool(batch.xx.diagonal().isfinite().all()) and batch.yy < float("inf")):
                 raise NonFiniteActivation("activations of context tokens hold NaN or infinity")
             self.merge(batch)
+
+    def fade(self, share: float) -> None:
+        """Have the tokens so far count for this share, so that those to come weigh more."""
+        self.count *= share
+        self.xx *= share
+        self.xy *= share
+        self.yy *= share
 
     def merge(self, other: Moments) -> None:
         """Add the tokens of other moments."""
@@ -93,10 +102,11 @@ class Moments:
         step_x, step_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
         weight = self.count * share
         self.xx += other.xx
-        self.xx.addr_(step_x, step_x, alpha=weight)
+        x, y = step_x.to(self.xx.dtype), step_y.to(self.xx.dtype)
+        self.xx.addr_(x, x, alpha=weight)
         self.xy += other.xy
-        self.xy.addr_(step_x, step_y, alpha=weight)
-        self.yy += other.yy + weight * float(step_y.square().sum(dtype=torch.float64))
+        self.xy.addr_(x, y, alpha=weight)
+        self.yy += other.yy + weight * float(step_y.square().sum())
         self.mean_x = self.mean_x + share * step_x
         self.mean_y = self.mean_y + share * step_y
         self.count = count

@@ -52,7 +52,9 @@ def sparse_window(total: int | None, start: float | None, end: float | None) -> 
     return first, None if end is None else _in_steps(end, total, ROUND_FLOOR)
 
 
-def phase_at(step: int, total: int | None, start: float | None, end: float | None) -> Phase:
+def phase_at(
+    step: int, total: int | None, start: float | None, end: float | None, dense_every: int | None = None
+) -> Phase:
     """Return the phase at a position of a run: sparse inside `sparse_window(total, start, end)`, else dense.
 
     Args:
@@ -60,6 +62,7 @@ def phase_at(step: int, total: int | None, start: float | None, end: float | Non
         total: optimizer steps of the whole run; None where nobody said.
         start: as in `sparse_window`.
         end: as in `sparse_window`.
+        dense_every: of how many positions of the window the last is dense; None where none is.
 
     Returns:
         `"sparse"` where `first <= step < last`; `"dense"` elsewhere, and where the window cannot be known.
@@ -68,7 +71,9 @@ def phase_at(step: int, total: int | None, start: float | None, end: float | Non
     if window is None:
         return DENSE
     first, last = window
-    return SPARSE if first <= step and (last is None or step < last) else DENSE
+    inside = first <= step and (last is None or step < last)
+    in_between = dense_every is not None and (step - first) % dense_every == dense_every - 1
+    return SPARSE if inside and not in_between else DENSE
 
 
 def _in_steps(position: float, total: int | None, rounding: str) -> int:

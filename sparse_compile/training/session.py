@@ -12,7 +12,8 @@ those.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.schedule_handle import ScheduleHandle
+from sparse_compile.surrogates.online import OnlineMap
 from sparse_compile.torch_private.autograd import running_backward
 from sparse_compile.training.forwards import ForwardCount
 from sparse_compile.training.phase import PHASES, PublishedPhase
@@ -95,6 +97,9 @@ class Session:
         self._sites = SiteNames(self._told)
         self._forwards = ForwardCount()
         self._together: list[Session] = []
+        self._held: dict[Hashable, None] = {}
+        self._online_maps: dict[str, OnlineMap] = {}
+        self._between_steps: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._published = PublishedPhase(self.id)
         self._schedule: ScheduleHandle = Schedule()
         self._schedule.subscribe(self._refresh)
@@ -127,6 +132,32 @@ class Session:
         """
         with STATE_LOCK:
             return self._root()._published.dense_step(device, self.phase)
+
+    @property
+    def online_maps(self) -> dict[str, OnlineMap]:
+        """The maps that are fitted in this model's run, by the identity of their sites; the backend adds to them."""
+        return self._root()._online_maps
+
+    @property
+    def due(self) -> bool:
+        """Whether the schedule, but for `hold_dense`, has the next step sparse."""
+        return self._root()._phase_by_schedule() != DENSE
+
+    def call_between_steps(self, method: Callable[[], None]) -> None:
+        """Call a bound method whenever the position or the configuration has changed, while its object lives."""
+        self._root()._between_steps.append(weakref.WeakMethod(method))
+
+    def hold_dense(self, key: Hashable) -> None:
+        """Have every step be dense, whatever the schedule says, until `release` of the same key."""
+        with STATE_LOCK:
+            self._root()._held[key] = None
+            self._root()._refresh()
+
+    def release(self, key: Hashable) -> None:
+        """Undo `hold_dense`."""
+        with STATE_LOCK:
+            self._root()._held.pop(key, None)
+            self._root()._refresh()
 
     @property
     def reports(self) -> list[Any]:
@@ -220,6 +251,9 @@ class Session:
         self._reports += other._reports
         self._told.absorb(other._told)
         self._sites.absorb(other._sites)
+        self._held |= other._held
+        self._online_maps |= other._online_maps
+        self._between_steps += other._between_steps
         if self._config is None and other._config is not None:
             self._take(other._config)
         other._schedule.unsubscribe(other._refresh)
@@ -254,13 +288,19 @@ class Session:
         with STATE_LOCK:
             self._forwards.stand_at(self._schedule.step)
             self._published.between_steps(self._publish)
+            for reference in self._between_steps:
+                if (method := reference()) is not None:
+                    method()
 
     def _publish(self) -> None:
         """Write the phase to where graphs read it, while the model lives under this session's name."""
         with STATE_LOCK:
             if _REGISTRY.count(self):
-                schedule = self._schedule
-                self._published.write(phase_at(schedule.step, schedule.total_steps, *self._start_and_end()))
+                self._published.write(DENSE if self._held else self._phase_by_schedule())
+
+    def _phase_by_schedule(self) -> Phase:
+        every = None if self._config is None else self._config.dense_period
+        return phase_at(self._schedule.step, self._schedule.total_steps, *self._start_and_end(), every)
 
     def _withdraw(self) -> None:
         """Take the phase back: the last parameter of the model is gone."""

@@ -1,0 +1,215 @@
+"""Maps that a run fits to its own dense steps: when steps are sparse, what maps are, and that nothing is compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mapped import mapped_sites, mapped_step
+from models import DecoderConfig, Fp64Decoder, batch, fp64_decoder
+from oracle import assert_same_step, told, train_step
+from sparse_compile import Recipe
+from sparse_compile.options.recipe import SiteRecipe
+from sparse_compile.reference import output_mask_from_labels
+from sparse_compile.training.schedule import DENSE, SPARSE
+from sparse_compile.training.session import Session, session_for
+from sweeps import slow
+
+pytestmark = pytest.mark.usefixtures("eager_inductor")
+
+VOCAB = DecoderConfig().vocab
+MAPPED = ("layers.1.mlp",)
+"""The sites of three blocks that preset `auto` maps: not the first, and of the last only rows of the loss are left."""
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+class Run:
+    """A model that trains under preset `auto`."""
+
+    def __init__(self, model: nn.Module | None = None, dynamic: bool | None = False, **options: Any) -> None:
+        self.model = fp64_decoder() if model is None else model
+        options = {"preset": "auto", "start_step": 4, "dense_every": 4, "strict": True, **options}
+        self.call = torch.compile(self.model, backend="sparselora", dynamic=dynamic, options=options)
+        self.optimizer = torch.optim.SGD(trained(self.model), lr=0.05)
+        self.step = 0
+
+    @property
+    def session(self) -> Session:
+        return session_for(trained(self.model))
+
+    def train(self, steps: int, **sizes: int) -> list[str]:
+        """Take some steps; return the phase of each."""
+        phases = []
+        for _ in range(steps):
+            self.call(**batch(VOCAB, rows=8, seed=self.step, **sizes))[0].backward()
+            phases.append(self.session.phase)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+        return phases
+
+    def recipe(self) -> Recipe:
+        """Return the maps as they are now."""
+        maps = {name.partition("@")[0]: each.surrogate for name, each in self.session.online_maps.items()}
+        return Recipe({name: SiteRecipe(each) for name, each in maps.items()})
+
+
+def test_steps_are_dense_until_the_schedule_and_the_maps_are_ready_and_then_each_fourth(eager_inductor: Any) -> None:
+    run = Run()
+    assert run.train(13) == [DENSE] * 4 + [SPARSE, SPARSE, SPARSE, DENSE] * 2 + [SPARSE]
+    assert tuple(run.recipe().sites) == MAPPED
+    assert len(eager_inductor.graphs) == 1, "fitting and refitting compile nothing"
+
+
+def test_without_a_dense_start_steps_are_dense_until_there_are_tokens_enough() -> None:
+    run = Run(start_step=0)
+    phases = run.train(12)
+    first = phases.index(SPARSE)
+    assert first >= 4 and phases[:first] == [DENSE] * first, "one batch of four is held out"
+
+
+def test_a_sparse_step_is_that_of_the_oracle_with_the_maps_as_they_are() -> None:
+    run = Run()
+    run.train(5)
+    inputs = batch(VOCAB, rows=8, seed=99)
+    expected = mapped_step(run.model, run.recipe(), inputs)
+    assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+
+
+def test_a_dense_step_in_between_is_dense() -> None:
+    run = Run()
+    run.train(7)
+    assert run.session.phase == DENSE
+    inputs = batch(VOCAB, rows=8, seed=99)
+    expected = train_step(run.model, run.model, inputs)
+    assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+
+
+def test_maps_are_fitted_to_what_the_block_reads_and_returns_of_context_tokens() -> None:
+    """Each dense step hands on what hooks see, adapters as they are in that step, padding left out."""
+    run = Run()
+    seen: list[tuple[Tensor, Tensor]] = []
+    (online,) = _online_of(run)
+    collect = online.collect
+    online.collect = lambda x, y: (seen.append((x.clone(), y.clone())), collect(x, y))  # type: ignore[method-assign]
+    for seed in range(3):
+        inputs = batch(VOCAB, rows=4, seed=seed, padding="right")
+        context = ~output_mask_from_labels(inputs["labels"]) & inputs["attention_mask"].bool()
+        expected = _read_and_returned(run.model.layers[1].mlp, run.model, inputs)
+        run.call(**inputs)[0].backward()
+        for actual, dense in zip(seen[-1], expected, strict=True):
+            torch.testing.assert_close(actual, dense[context])
+        run.optimizer.step()
+
+
+def _read_and_returned(block: nn.Module, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Return what a block reads and returns in an eager forward."""
+    found: list[Tensor] = []
+    handles = [
+        block.gate_proj.register_forward_pre_hook(lambda _, args: found.append(args[0])),
+        block.down_proj.register_forward_hook(lambda *given: found.append(given[2])),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _online_of(run: Run) -> list[Any]:
+    """Compile for batches with padding, and return the maps that there are then."""
+    run.call(**batch(VOCAB, rows=4, padding="right"))[0].backward()
+    run.optimizer.zero_grad()
+    return list(run.session.online_maps.values())
+
+
+def test_a_graph_for_other_sizes_reads_the_same_maps(eager_inductor: Any) -> None:
+    run = Run(dynamic=None)
+    run.train(6)
+    before = {name: each.surrogate.q.data_ptr() for name, each in run.session.online_maps.items()}
+    phases = run.train(2, length=23)
+    assert len(eager_inductor.graphs) == 2 and phases == [SPARSE, DENSE]
+    assert {name: each.surrogate.q.data_ptr() for name, each in run.session.online_maps.items()} == before
+    inputs = batch(VOCAB, rows=8, seed=99, length=23)
+    actual = train_step(run.model, run.call, inputs)
+    assert_same_step(actual, mapped_step(run.model, run.recipe(), inputs), torch.float64)
+
+
+def test_frozen_weights_that_change_keep_steps_dense_until_maps_are_fitted_to_the_new_ones() -> None:
+    run = Run()
+    assert run.train(6)[-1] == SPARSE
+    with torch.no_grad():
+        run.model.layers[1].mlp.down_proj.base_layer.weight.mul_(1.5)
+    inputs = batch(VOCAB, rows=8, seed=99)
+    expected = train_step(run.model, run.model, inputs)
+    assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+    phases = run.train(8)
+    assert phases[0] == DENSE and SPARSE in phases
+
+
+def recipe_of(model: Fp64Decoder) -> Recipe:
+    from mapped import random_recipe
+
+    return random_recipe(model.config.hidden, {"layers.1.mlp": 4})
+
+
+def test_weights_that_change_under_a_fixed_recipe_leave_training_dense_with_one_warning() -> None:
+    model = fp64_decoder()
+    run = Run(model, preset="none", recipe=recipe_of(model), start_step=0, dense_every=None)
+    assert run.train(2) == [SPARSE, SPARSE]
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.base_layer.weight.mul_(1.5)
+    inputs = batch(VOCAB, rows=8, seed=99)
+    expected = train_step(model, model, inputs)
+    with told() as messages:
+        assert_same_step(train_step(model, run.call, inputs), expected, torch.float64)
+        assert run.train(3) == [DENSE] * 3
+    assert len(messages) == 1 and "the recipe's maps are of the old ones" in messages[0]
+
+
+def test_a_recipes_maps_are_fitted_anew_where_dense_steps_are_asked_for() -> None:
+    model = fp64_decoder()
+    recipe = recipe_of(model)
+    run = Run(model, preset="none", recipe=recipe, start_step=0)
+    assert run.train(1) == [SPARSE], "it begins with the recipe's maps"
+    run.train(24)
+    ((_, now),) = run.recipe().sites.items()
+    given = recipe.sites["layers.1.mlp"].surrogate
+    assert now.surrogate is not None and given is not None
+    assert not torch.equal(now.surrogate.q, given.q), "in the run they were fitted"
+    assert mapped_sites(model, recipe)[0].q is not now.surrogate.q
+
+
+@pytest.mark.parametrize("option", [slow({"token_bucket": 16}), {"token_capacity": 96}], ids=str)
+def test_graphs_of_fixed_sizes(option: dict[str, int]) -> None:
+    run = Run(**option)
+    assert run.train(9) == [DENSE] * 4 + [SPARSE, SPARSE, SPARSE, DENSE, SPARSE]
+    inputs = batch(VOCAB, rows=8, seed=99)
+    expected = mapped_step(run.model, run.recipe(), inputs)
+    assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+
+
+def test_activations_that_are_not_finite_fit_nothing_and_are_told_of_once() -> None:
+    model = fp64_decoder()
+    run = Run(model, strict=False)
+    with torch.no_grad():
+        trained(model)[0].fill_(float("nan"))
+    with told() as messages:
+        assert run.train(7) == [DENSE] * 7
+    assert len([text for text in messages if "NaN or infinity" in text]) == 1
+
+
+def test_batches_without_context_leave_the_run_dense() -> None:
+    run = Run()
+    inputs = batch(VOCAB, rows=8)
+    inputs["labels"] = inputs["input_ids"]
+    for _ in range(6):
+        run.call(**inputs)[0].backward()
+        run.optimizer.step()
+    assert run.session.phase == DENSE
