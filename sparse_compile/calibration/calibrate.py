@@ -193,9 +193,9 @@ class _Run:
         for group in self.groups():
             moments = [self.moments(group, batches) for batches in (self.train, self.held_out)]
             for name in group:
-                train, held_out = (each[name] for each in moments)
                 if name in self.tapped.declined:
                     continue
+                train, held_out = (each[name] for each in moments)
                 if not train.count or not held_out.count:
                     raise ValueError("the batches have no context token: every token carries a label or predicts one")
                 self.tokens = train.count
@@ -251,7 +251,7 @@ class _Run:
         """Return the held-out loss with these maps in place."""
         self.tapped.put(maps)
         try:
-            return held_out_loss(self.tapped, self.held_out, self.bar.update)
+            return held_out_loss(self.tapped, self.held_out, self.bar.update, self.tapped.config.ignore_index)
         finally:
             self.tapped.put({})
 

@@ -20,8 +20,8 @@ def held_out_loss(
     """Return the mean loss over the tokens of some batches, nats a token.
 
     Args:
-        call: runs a forward of a batch, and returns what the model returns: something with a `loss`, a mapping with
-            one, or a tuple that begins with it.
+        call: runs a forward of a batch, and returns what the model returns: the loss, something with a `loss`, a
+            mapping with one, or a tuple that begins with it.
         batches: the batches; each counts as many times as it has labels that are not ignored.
         done: called after each forward.
         ignore_index: the label that the loss ignores.
@@ -47,7 +47,7 @@ def held_out_loss(
 
 
 def _loss_of(returned: Any) -> float:
-    loss = getattr(returned, "loss", None)
+    loss = returned if isinstance(returned, Tensor) else getattr(returned, "loss", None)
     if loss is None and isinstance(returned, Mapping):
         loss = returned.get("loss")
     elif loss is None and isinstance(returned, tuple) and returned:

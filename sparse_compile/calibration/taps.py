@@ -36,7 +36,7 @@ from sparse_compile.passes.sites.find_ffn import FindFFN
 from sparse_compile.passes.sites.find_projections import FindProjections
 from sparse_compile.passes.write.output_mask import insert_output_mask
 from sparse_compile.torch_private.dynamo import without_recompile_limit
-from sparse_compile.torch_private.modules import uncompiled
+from sparse_compile.torch_private.modules import original_module, uncompiled
 
 __all__ = ["Collector", "Tap", "TappedModel"]
 
@@ -89,7 +89,9 @@ class Tap(nn.Module):
             self.collect(x.reshape(-1, x.shape[-1])[scored], y.reshape(-1, y.shape[-1])[scored])
         if self.surrogate is None:
             return y
-        mapped = self.surrogate(x.to(y.dtype))
+        # As in training, a map is rounded to the dtype of the block it stands for.
+        q, u, bias = (each.to(y) for each in (self.surrogate.q, self.surrogate.u, self.surrogate.bias))
+        mapped = x.to(y.dtype) @ q.mT @ u.mT + bias
         return torch.where(context.reshape(*y.shape[:-1], 1), mapped, y)
 
 
@@ -106,12 +108,12 @@ class TappedModel:
     """
 
     def __init__(self, model: nn.Module, config: SparseLoRAConfig) -> None:
-        self.model = model
+        self.model = original_module(model)
         self.config = config
         self.taps: dict[str, Tap] = {}
         self.declined: dict[str, str] = {}
         make_dora_traceable()
-        self._compiled = torch.compile(model, backend=self._backend)
+        self._compiled = torch.compile(self.model, backend=self._backend)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """Run a forward; return what the model returns."""
