@@ -198,7 +198,7 @@ class _Run:
                 train, held_out = (each[name] for each in moments)
                 if not train.count or not held_out.count:
                     raise ValueError("the batches have no context token: every token carries a label or predicts one")
-                self.tokens = train.count
+                self.tokens = round(train.count)
                 found[name] = _cheapest(fit_maps(train, held_out, self.ranks))
                 self.check_count(name, train)
         return found

@@ -123,7 +123,7 @@ class _Maps:
             errors = sorted(each.error for each in self.online.values())
             say(
                 f"{len(self.online)} maps were fitted to {tokens:.0f} context tokens of the dense steps, in "
-                f"{time.perf_counter() - start:.1f} s; they miss {errors[0]:.2f} to {errors[-1]:.2f} of what constants miss"
+                f"{time.perf_counter() - start:.1f} s; errors {errors[0]:.2f} to {errors[-1]:.2f} of a constant's"
             )
         if all(each.fitted for each in self.session.online_maps.values()):
             self.session.release(_UNFITTED)  # other graphs of the model may have maps of their own
