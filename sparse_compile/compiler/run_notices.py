@@ -69,6 +69,8 @@ def _when(session: Session, config: SparseLoRAConfig) -> str:
     if last is not None and last <= first:
         return "but no step of the run is sparse"
     steps = f"sparse from step {first}" + ("" if last is None else f" to step {last - 1}")
+    if config.dense_period is not None:
+        steps += f", one of {config.dense_period} steps dense"
     if config.start_step is None and session.schedule.total_steps is None:
         steps += f" (the length of the run is not known; to choose: {_WAYS})"
     return steps

@@ -2,7 +2,7 @@
 
 For moments C_xx = E[x'x], C_xy = E[x'y] (centred) the best map of rank r in mean square is, with a ridge t,
 
-    M = (C_xx + t I)^-1 C_xy          V = the leading r right singular vectors of (C_xx + t I)^-1/2 C_xy
+    M = (C_xx + t I)^-1 C_xy          V = the leading r right singular vectors of L^-1 C_xy, L L' = C_xx + t I
     y ~ U (Q x) + b                   U Q = V V' M', b = mean(y) - U Q mean(x)
 
 (Izenman 1975, "Reduced-rank regression for the multivariate linear model"; with a ridge: Mukherjee and Zhu 2011). How
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from sparse_compile.options.recipe import AffineMap
-from sparse_compile.predictor.svd import factorize
 from sparse_compile.surrogates.moments import Moments
 
 __all__ = ["RIDGES", "FittedMap", "fit_maps", "held_out_error", "refit_map"]
@@ -31,6 +30,10 @@ RIDGES: Final = tuple(10.0**power for power in range(-6, 2))
 
 _ROUNDING_STEPS: Final = 16
 """Last digits of a mean by which an input must vary to count as varying."""
+
+_OVERSAMPLING: Final = 16
+_ITERATIONS: Final = 3
+"""As for the SVD of a weight (`predictor/svd.py`): spectra fall slowly behind the first few values."""
 
 
 @dataclass(frozen=True)
@@ -65,36 +68,30 @@ def fit_maps(train: Moments, held_out: Moments, ranks: Sequence[int]) -> Mapping
     """
     if not train.count or not held_out.count:
         raise ValueError("a fit needs context tokens to fit on and others to check it with, and there are none")
-    mean_x, mean_y = train.mean_x.double().cpu(), train.mean_y.double().cpu()
-    xx, xy = (each.double().cpu() / train.count for each in (train.xx, train.xy))
-    variances, directions = torch.linalg.eigh(xx)
-    variances = variances.clamp(min=0)
-    unit = float(variances.mean())
-    # An input that varies by its rounding alone tells nothing: a map of it would be noise, greatly magnified.
-    rounding = float(mean_x.square().mean()) * (_ROUNDING_STEPS * torch.finfo(train.xx.dtype).eps) ** 2
-    constant = FittedMap(_map(mean_x, mean_y, None, None, train), math.nan, 0.0)
-    found = {0: _scored(constant, held_out)}
-    most = min(max(ranks, default=0), *xy.shape)
-    if unit > rounding and most > 0:
-        rotated = directions.mT @ xy
-        for ridge in RIDGES:
-            root = (variances + ridge * unit).rsqrt()
-            factors = factorize((root[:, None] * rotated).mT, most, seed=0)
-            q, u = (directions * root @ factors.a).mT, factors.b.mT
-            for rank in {min(each, most) for each in ranks} - {0}:
-                candidate = _scored(
-                    FittedMap(_map(mean_x, mean_y, q[:rank], u[:, :rank], train), math.nan, ridge), held_out
-                )
-                if rank not in found or candidate.error < found[rank].error:
-                    found[rank] = candidate
+    found = {0: _scored(_through_means(train, None, None), held_out, 0.0)}
+    most = min(max(ranks, default=0), *train.xy.shape)
+    wanted = {min(each, most) for each in ranks} - {0}
+    width = min(most + _OVERSAMPLING, train.xy.shape[1])
+    # On the CPU, so that numbers differ less between devices.
+    basis = torch.randn(train.xy.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = basis.to(train.xy.device)
+    for ridge in RIDGES if wanted and _varies(train) else ():
+        solved = _solve(train, ridge, basis, _ITERATIONS)
+        if solved is None:
+            continue
+        q, u, basis = solved
+        for rank in wanted:
+            candidate = _scored(_through_means(train, q[:rank], u[:, :rank]), held_out, ridge)
+            if rank not in found or candidate.error < found[rank].error:
+                found[rank] = candidate
     return {rank: found.get(min(rank, most), found[0]) for rank in ranks}
 
 
 def refit_map(fitted: FittedMap, moments: Moments) -> AffineMap:
     """Fit a map again to other moments, with its ridge, starting from its outputs.
 
-    One step of subspace iteration turns the span of U towards the leading right singular vectors; within that span
-    the map is the best one. From step to step of a training the span hardly turns.
+    Two steps of subspace iteration turn the span of U towards the leading right singular vectors; within that span the
+    map is the best one. From step to step of a training the span hardly turns.
 
     Args:
         fitted: The map so far.
@@ -103,21 +100,12 @@ def refit_map(fitted: FittedMap, moments: Moments) -> AffineMap:
     Returns:
         A map of the same rank.
     """
-    u = fitted.map.u.double().cpu()
-    if fitted.map.rank == 0:
-        return AffineMap(fitted.map.q, fitted.map.u, moments.mean_y.to(fitted.map.bias))
-    mean_x, mean_y = moments.mean_x.double().cpu(), moments.mean_y.double().cpu()
-    xx, xy = (each.double().cpu() / moments.count for each in (moments.xx, moments.xy))
-    xx.diagonal().add_(fitted.ridge * float(xx.diagonal().mean()))
-    root = torch.linalg.cholesky(xx)
-    basis = torch.linalg.qr(u).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(xy.mT @ torch.cholesky_solve(xy @ basis, root)).Q
-    q = torch.cholesky_solve(xy @ basis, root).mT
-    # Balanced as the first fit is, so that both factors round alike in 16 bits.
-    left, singular, right = torch.linalg.svd(q, full_matrices=False)
-    scale = singular.sqrt()
-    return _map(mean_x, mean_y, scale[:, None] * right, basis @ left * scale, moments)
+    rank = fitted.map.rank
+    solved = _solve(moments, fitted.ridge, fitted.map.u.double(), 2) if rank else None
+    if solved is None:
+        return _through_means(moments, fitted.map.q.double(), fitted.map.u.double())
+    q, u, _ = solved
+    return _through_means(moments, q[:rank], u[:, :rank])
 
 
 def held_out_error(affine: AffineMap, moments: Moments) -> float:
@@ -126,7 +114,7 @@ def held_out_error(affine: AffineMap, moments: Moments) -> float:
     It is 0 where nothing is missed, also of outputs that do not vary, and infinite where those are missed.
     """
     q, u, bias, xx, xy, mean_x, mean_y = (
-        each.double().cpu()
+        each.double()
         for each in (affine.q, affine.u, affine.bias, moments.xx, moments.xy, moments.mean_x, moments.mean_y)
     )
     offset = mean_y - u @ (q @ mean_x) - bias
@@ -138,13 +126,54 @@ def held_out_error(affine: AffineMap, moments: Moments) -> float:
     return math.sqrt(missed / moments.yy)
 
 
-def _scored(fitted: FittedMap, held_out: Moments) -> FittedMap:
-    return FittedMap(fitted.map, held_out_error(fitted.map, held_out), fitted.ridge)
+def _varies(moments: Moments) -> bool:
+    """Tell whether inputs vary by more than their rounding: a map of that would be noise, greatly magnified."""
+    variance = float(moments.xx.diagonal().double().mean()) / moments.count
+    rounding = _ROUNDING_STEPS * torch.finfo(moments.xx.dtype).eps
+    return variance > float(moments.mean_x.double().square().mean()) * rounding**2
 
 
-def _map(mean_x: Tensor, mean_y: Tensor, q: Tensor | None, u: Tensor | None, like: Moments) -> AffineMap:
+def _solve(moments: Moments, ridge: float, basis: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the leading factors Q, U of the best map with a ridge, and an orthonormal basis of the span of U.
+
+    By subspace iteration with A' A, A = L^-1 C_xy, where L L' = C_xx + t I. The components are ordered and scaled by
+    the singular values of A, so that the first r of them are the map of rank r.
+
+    Args:
+        moments: of the tokens to fit on.
+        ridge: in units of the mean variance of an input.
+        basis: (out, k), where to start.
+        iterations: number of iterations.
+
+    Returns:
+        Q (k, in), U (out, k), the basis; None where C_xx + t I is not positive definite in the moments' precision.
+    """
+    xx, xy = (each.double() / moments.count for each in (moments.xx, moments.xy))
+    xx.diagonal().add_(ridge * float(xx.diagonal().mean()))
+    root, failed = torch.linalg.cholesky_ex(xx)
+    if bool(failed):
+        return None
+    basis = torch.linalg.qr(basis).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(xy.mT @ torch.cholesky_solve(xy @ basis, root)).Q
+    left, singular, right = torch.linalg.svd(
+        torch.linalg.solve_triangular(root, xy @ basis, upper=False), full_matrices=False
+    )
+    basis = basis @ right.mT
+    # The singular value is shared out, so that both factors round alike in 16 bits.
+    scale = singular.sqrt()
+    q = torch.linalg.solve_triangular(root.mT, left * scale, upper=True).mT
+    return q, basis * scale, basis
+
+
+def _scored(found: AffineMap, held_out: Moments, ridge: float) -> FittedMap:
+    return FittedMap(found, held_out_error(found, held_out), ridge)
+
+
+def _through_means(moments: Moments, q: Tensor | None, u: Tensor | None) -> AffineMap:
     """Return the map through the means with these factors, none for a constant, in the dtype of the moments."""
+    mean_x, mean_y = moments.mean_x.double(), moments.mean_y.double()
     q = mean_x.new_zeros(0, len(mean_x)) if q is None else q
     u = mean_y.new_zeros(len(mean_y), 0) if u is None else u
     bias = mean_y - u @ (q @ mean_x)
-    return AffineMap(*(each.to(like.xx).contiguous() for each in (q, u, bias)))
+    return AffineMap(*(each.to(moments.xx.dtype).contiguous() for each in (q, u, bias)))

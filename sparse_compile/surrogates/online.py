@@ -59,12 +59,13 @@ class OnlineMap:
     def ready(self) -> bool:
         """Whether there are tokens enough for a fit, and others to choose its ridge by."""
         enough = self._train.count >= 4 * max(self.surrogate.rank, 1)
-        return enough and (self._last is not None or self._held_out.count > 0)
+        return enough and (self._held_out is None or self._held_out.count > 0)
 
     def forget(self) -> None:
         """Drop all tokens: the weights are others than they were."""
         widths = self.surrogate.q.shape[1], self.surrogate.u.shape[0]
-        self._train, self._held_out = (Moments.empty(*widths, self.surrogate.q) for _ in range(2))
+        self._train = Moments.empty(*widths, self.surrogate.q)
+        self._held_out: Moments | None = Moments.empty(*widths, self.surrogate.q)  # until the first fit
         self._batches = 0
         self._last = None
 
@@ -87,16 +88,18 @@ class OnlineMap:
             # The tokens of this step are none that the map has seen: its error on them is that of the steps since.
             self.error = held_out_error(self.surrogate, batch)
             self._train.fade(FADE)
-        held_out = self._last is None and self._batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        (self._held_out if held_out else self._train).merge(batch)
+        is_fourth = self._batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        (self._held_out if is_fourth and self._held_out is not None else self._train).merge(batch)
         self._batches += 1
 
     def fit(self) -> None:
         """Fit the map to the tokens so far, and write it into the buffers."""
         if self._last is None:
+            assert self._held_out is not None, "the ridge is chosen once"
             self._last = fit_maps(self._train, self._held_out, [self.surrogate.rank])[self.surrogate.rank]
             self.error = self._last.error
             self._train.merge(self._held_out)
+            self._held_out = None
         else:
             self._last = FittedMap(refit_map(self._last, self._train), self.error, self._last.ridge)
         self._write(self._last.map)
