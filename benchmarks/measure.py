@@ -24,7 +24,7 @@ from liger import LIGER, with_liger
 from torch import Tensor, nn
 from workloads import Workload, adapted_model, base_model, make_batch
 
-PRESETS = ("none", "exact", "o1", "o2")
+PRESETS = ("none", "exact", "auto", "o1", "o2")
 PEERS = ("eager", "inductor")
 DORA = "dora/"
 """What an arm begins with whose adapters are DoRA's: `dora/exact` beside `inductor`, which has LoRA's."""

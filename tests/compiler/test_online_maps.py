@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import decoder
 from mapped import mapped_sites, mapped_step
 from models import DecoderConfig, Fp64Decoder, batch, fp64_decoder
 from oracle import assert_same_step, told, train_step
@@ -213,3 +215,24 @@ def test_batches_without_context_leave_the_run_dense() -> None:
         run.call(**inputs)[0].backward()
         run.optimizer.step()
     assert run.session.phase == DENSE
+
+
+class CheckpointedLayer(decoder.DecoderLayer):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
+
+
+def test_a_block_that_is_computed_again_hands_its_rows_on_once(
+    monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
+) -> None:
+    plain = Run()
+    plain.train(3)
+    monkeypatch.setattr(decoder, "DecoderLayer", CheckpointedLayer)
+    run = Run()
+    run.train(3)
+    tokens = [each.tokens for each in (*plain.session.online_maps.values(), *run.session.online_maps.values())]
+    assert len(tokens) == 2 and tokens[0] == tokens[1] > 0
+    assert run.train(3)[-1] == SPARSE
+    inputs = batch(VOCAB, rows=8, seed=99)
+    actual = train_step(run.model, run.call, inputs)
+    assert_same_step(actual, mapped_step(run.model, run.recipe(), inputs), torch.float64)
