@@ -128,7 +128,7 @@ def read_examples(data: Path, encode: Encode, config: Any, count: int, longest: 
     """Read the first questions and answers that are no longer together than `longest` tokens.
 
     Args:
-        data: Records with the keys `question` and `answer`.
+        data: JSON lines with the keys `question` and `answer`; or lines `question||answer`, in a file named `.txt`.
         encode: From `load_encoder`.
         config: The model's configuration.
         count: How many.
@@ -139,14 +139,23 @@ def read_examples(data: Path, encode: Encode, config: Any, count: int, longest: 
     """
     examples: list[Example] = []
     with data.open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            question = [config.bos_token_id, *encode(record["question"])]
-            answer = [*encode(record["answer"]), config.eos_token_id]
+        for line in lines:
+            asked, answered = _parts_of(line, data.suffix)
+            question = [config.bos_token_id, *encode(asked)]
+            answer = [*encode(answered), config.eos_token_id]
             if len(question) + len(answer) <= longest:
                 examples.append((question, answer))
             if len(examples) == count:
                 return examples
     raise ValueError(f"{data} holds only {len(examples)} records that fit, not {count}")
+
+
+def _parts_of(line: str, suffix: str) -> tuple[str, str]:
+    if suffix == ".txt":
+        asked, _, answered = line.strip().partition("||")
+        return asked, answered
+    record = json.loads(line)
+    return record["question"], record["answer"]
 
 
 def pad(examples: Sequence[Example], length: int | None = None) -> Batch:
