@@ -1,0 +1,84 @@
+"""What the benchmark of surrogates trains, judges, keeps and prints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from models import tiny_llama
+
+pytest.importorskip("peft")
+
+MODULES = ("workloads", "measure", "rows", "markdown", "predictor_text", "surrogate_quality")
+pytestmark = pytest.mark.usefixtures("eager_inductor")
+
+
+@pytest.fixture(scope="module")
+def quality(repo_root: Path) -> Iterator[ModuleType]:
+    """Import the program as it runs: from its own folder."""
+    sys.path.insert(0, str(repo_root / "benchmarks"))
+    try:
+        yield importlib.import_module("surrogate_quality")
+    finally:
+        sys.path.remove(str(repo_root / "benchmarks"))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def arguments(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A tiny model, made-up sums and what to call the program with."""
+    tiny_llama(layers=3, hidden=32, ffn=48).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(quality, "load_encoder", lambda _: lambda text: [3 + ord(each) % 90 for each in text])
+    for name, count in (("train.jsonl", 4000), ("test.jsonl", 120)):
+        sums = [{"question": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(count)]
+        (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in sums), encoding="utf-8")
+    files = [f"--data={tmp_path / 'train.jsonl'}", f"--eval-data={tmp_path / 'test.jsonl'}"]
+    return [f"--model={tmp_path / 'tiny'}", *files, "--steps=12", f"--out={tmp_path / 'rows.jsonl'}"]
+
+
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_arms_start_alike_and_a_run_that_was_made_is_not_made_again(
+    quality: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = "exact,auto:start_step=4;dense_every=4,exact:seed=1"
+    assert quality.main([*arguments, f"--arms={arms}", "--seeds=0"]) == 0
+    (exact, auto, again) = rows(tmp_path)
+    assert exact["loss"] == again["loss"], "the seed of the predictor says nothing under preset exact"
+    assert auto["loss"] != exact["loss"], "maps train another function"
+    assert str(tmp_path) not in json.dumps([exact, auto]), "rows are kept, and name no folder of a machine"
+    quality.main([*arguments, f"--arms={arms}", "--seeds=0"])
+    assert len(rows(tmp_path)) == 3
+    assert f"| `exact:seed=1` | {exact['loss']:.4f} | +0.0000 | +0.0000 |" in capsys.readouterr().out
+
+
+def test_differences_are_paired_by_seed(quality: ModuleType) -> None:
+    settings = {"data": "e2e/train.txt", "targets": "all"}
+    losses = {("exact", 0): 2.0, ("exact", 1): 3.0, ("o2", 0): 2.5, ("o2", 1): 3.1}
+    found = [{"arm": arm, "seed": seed, "loss": loss, "settings": settings} for (arm, seed), loss in losses.items()]
+    _, line = quality.cells(found)
+    assert line == ["e2e/train.txt", "all", "`o2`", "2.5000, 3.1000", "+0.5000, +0.1000", "+0.3000"]
+
+
+@pytest.mark.parametrize("arm", ["o9", "o2:no_option=1", "o2:end_step=2.5", "o2:end_step=abc"])
+def test_a_wrong_arm_is_an_error_of_the_command(quality: ModuleType, arguments: list[str], arm: str) -> None:
+    with pytest.raises(SystemExit):
+        quality.main([*arguments, f"--arms={arm}"])
+
+
+def test_lines_of_a_text_file_are_questions_and_answers(quality: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "train.txt"
+    file.write_text("name : x||X is here .\n", encoding="utf-8")
+    config = tiny_llama(layers=1).config
+    ((question, answer),) = quality.read_examples(file, lambda text: [len(text)], config, 1, 99)
+    assert question == [config.bos_token_id, len("name : x")] and answer == [len("X is here ."), config.eos_token_id]
