@@ -53,6 +53,8 @@ class TestPhaseAt:
 
     def test_unknown_and_empty_windows_are_dense(self) -> None:
         assert phase_at(50, None, 0.1, None) == DENSE
+        phases = [phase_at(step, None, 2, 9, 3) for step in range(11)]
+        assert phases == [DENSE] * 2 + [SPARSE, SPARSE, DENSE] * 2 + [SPARSE] + [DENSE] * 2, "the last of each three"
         assert {phase_at(step, 7, 0.5, 0.5) for step in range(8)} == {DENSE}
 
     def test_a_whole_run(self) -> None:

@@ -107,6 +107,60 @@ class TestWhoseParametersTheyAre:
         assert session.config == SparseLoRAConfig(start_step=0)
 
 
+class TestHolding:
+    def test_steps_are_dense_until_every_hold_is_released(self) -> None:
+        model = NotingModel(start_step=0)
+        session = model.session
+        assert session.phase == SPARSE
+        session.hold_dense("one")
+        session.hold_dense("two")
+        assert session.phase == DENSE and session.due
+        session.release("one")
+        session.release("one")
+        assert session.phase == DENSE
+        session.release("two")
+        assert session.phase == SPARSE
+
+    def test_a_schedule_that_is_dense_stays_so(self) -> None:
+        model = NotingModel(start_step=5)
+        session = model.session
+        session.hold_dense("one")
+        session.release("one")
+        assert session.phase == DENSE and not session.due
+
+    def test_a_hold_outlives_a_merger(self) -> None:
+        model = NotingModel(start_step=0)
+        one, two = (session_for(list(part.parameters())) for part in (model.first, model.second))
+        two.hold_dense("maps")
+        merged = session_for(list(model.parameters()))
+        assert {each.phase for each in (one, two, merged)} == {DENSE}
+        merged.release("maps")
+        assert {each.phase for each in (one, two, merged)} == {SPARSE}
+
+    def test_methods_are_called_between_steps_while_their_objects_live(self) -> None:
+        class Listener:
+            def __init__(self) -> None:
+                self.steps: list[int] = []
+
+            def note(self) -> None:
+                self.steps.append(session.schedule.step)
+
+        model = NotingModel(start_step=0)
+        session, listener = model.session, Listener()
+        steps = listener.steps
+        session.call_between_steps(listener.note)
+        optimizer = torch.optim.SGD(model.parameters())
+        for _ in range(2):
+            backward(model)
+            optimizer.step()
+        assert steps == [1, 2]
+        del listener
+        gc.collect()
+        backward(model)
+        optimizer.step()
+        assert steps == [1, 2]
+
+
 class TestMerging:
     def test_bridged_sessions_become_one_and_both_handles_work(self) -> None:
         model = NotingModel()
