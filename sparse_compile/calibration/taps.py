@@ -36,7 +36,7 @@ from sparse_compile.passes.sites.find_ffn import FindFFN
 from sparse_compile.passes.sites.find_projections import FindProjections
 from sparse_compile.passes.write.output_mask import insert_output_mask
 from sparse_compile.torch_private.dynamo import without_recompile_limit
-from sparse_compile.torch_private.modules import original_module, uncompiled
+from sparse_compile.torch_private.modules import calling, compiled_call, original_module
 
 __all__ = ["Collector", "Tap", "TappedModel"]
 
@@ -113,15 +113,15 @@ class TappedModel:
         self.taps: dict[str, Tap] = {}
         self.declined: dict[str, str] = {}
         make_dora_traceable()
-        self._compiled = torch.compile(self.model, backend=self._backend)
+        self._call = compiled_call(self.model, self._backend)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """Run a forward; return what the model returns."""
         training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
-            with uncompiled(self.model), torch.no_grad(), without_recompile_limit():
-                return self._compiled(**batch)
+            with calling(self.model, self._call), torch.no_grad(), without_recompile_limit():
+                return self.model(**batch)
         finally:
             for module in training:
                 module.training = True

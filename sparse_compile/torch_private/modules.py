@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 WRAPPER_NAMES: Final = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -85,6 +86,25 @@ def around_compiled_calls(
             module.__dict__["forward"] = forward
     else:
         yield
+
+
+def compiled_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a module would call, had it been compiled in place for a backend: see `calling`."""
+    return torch.compile(module._call_impl, backend=backend)
+
+
+@contextmanager
+def calling(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Have a module call this, as one that was compiled in place calls its compiled code.
+
+    No wrapper stands around the module, which it would be known by from then on.
+    """
+    before = module._compiled_call_impl
+    module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = before
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def put(run: TappedModel, recipe: Recipe) -> None:
 # --- What it returns --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sweep(MODELS, "decoder", "llama"))
+@pytest.mark.parametrize("kind", sweep(MODELS, "decoder"))
 def test_without_maps_it_returns_what_the_model_returns(kind: str) -> None:
     model, vocab = MODELS[kind][0](), MODELS[kind][1]
     run = tapped(model)
@@ -72,7 +72,7 @@ def test_without_maps_it_returns_what_the_model_returns(kind: str) -> None:
     assert [name.split("layers.")[1] for name in run.taps] == ["0.mlp", "1.mlp"] and run.declined == {}
 
 
-@pytest.mark.parametrize("kind", sweep(MODELS, "decoder", "llama in bf16"))
+@pytest.mark.parametrize("kind", sweep(MODELS, "decoder"))
 def test_with_maps_it_returns_what_the_oracle_returns(kind: str) -> None:
     make, vocab, width = MODELS[kind]
     model, recipe = make(), random_recipe(width, RANKS)
@@ -129,10 +129,10 @@ def test_a_model_that_checkpoints_its_layers(kind: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
-        *(("decoder", shape) for shape in ("ragged", "left", "right")),
+        ("decoder", "left"),
         ("llama", "packed"),
+        *(slow("decoder", shape) for shape in ("ragged", "right", "other lengths")),
         *(slow("llama", shape) for shape in ("ragged", "left", "right", "other lengths")),
-        ("decoder", "other lengths"),
     ],
 )
 def test_rows_are_those_of_context_tokens_without_padding(kind: str, shape: str) -> None:
@@ -228,13 +228,14 @@ def test_a_compiled_model_stays_compiled(in_place: bool, eager_inductor: Any) ->
         model.compile(backend="sparselora", options=options)
     else:
         call = torch.compile(model, backend="sparselora", options=options)
-    before = call(**inputs)[0].detach()
-    graphs = len(eager_inductor.graphs)
+    before = call(**inputs)[0].detach() if in_place else None
     run = tapped(call)
     assert torch.equal(run(inputs)[0], expected)
     assert list(run.taps) == ["layers.0.mlp", "layers.1.mlp"]
-    assert torch.equal(call(**inputs)[0], before) and not torch.equal(before, expected)
-    assert len(eager_inductor.graphs) == graphs == 1, "nothing is compiled again"
+    after = call(**inputs)[0]
+    assert before is None or torch.equal(after, before)
+    assert not torch.equal(after, expected)
+    assert len(eager_inductor.graphs) == 1, "nothing is compiled again"
 
 
 # --- What has no tap --------------------------------------------------------------------------------------------------
