@@ -13,8 +13,8 @@ from torch import nn
 from graphs import targets
 from mapped import mapped_step, random_map, random_recipe
 from models import batch, fp64_decoder
-from oracle import SPARSITY, Step, assert_same_step, sparse_step, told, train_step
-from sparse_compile import Recipe, SparseLoRAConfig, explain
+from oracle import Step, assert_same_step, sparse_step, told, train_step
+from sparse_compile import Recipe, explain
 from sparse_compile.options.recipe import SiteRecipe
 from sparse_compile.predictor.weight_state import fingerprint
 from sweeps import slow
@@ -52,10 +52,11 @@ def with_weights(model: nn.Module, **changed: SiteRecipe) -> Recipe:
 @pytest.mark.parametrize("preset", ["none", slow("o2")])
 def test_sparsities_of_a_recipe_are_those_of_layer_sparsity(preset: str) -> None:
     model, inputs = fp64_decoder(layers=2), batch(61)
-    by_recipe = compiled(model, Recipe.of_sparsities(SPARSITY), preset=preset)
-    by_option = compiled(model, None, layer_sparsity=SPARSITY, preset=preset)
+    sparsity = {"layers.0.mlp": 0.6, "layers.0.self_attn": 0.7}
+    by_recipe = compiled(model, Recipe.of_sparsities(sparsity), preset=preset)
+    by_option = compiled(model, None, layer_sparsity=sparsity, preset=preset)
     (step, kept), (expected, expected_kept) = (sparse_step(model, call, inputs) for call in (by_recipe, by_option))
-    assert kept.keys() == expected_kept.keys() and len(kept) >= 3
+    assert kept.keys() == expected_kept.keys() == sparsity.keys()
     assert_bit_equal(step, expected)
 
 
@@ -70,7 +71,7 @@ def test_maps_and_chosen_channels_side_by_side() -> None:
 
 @pytest.mark.parametrize("preset", [slow("none"), "exact", slow("o1"), slow("o2")])
 def test_a_site_that_is_not_named_is_dense(preset: str) -> None:
-    model = fp64_decoder(layers=3)
+    model = fp64_decoder(layers=2)
     recipe = RECIPE.without("layers.1.mlp")
     report = explain(model, **batch(61), config={"recipe": recipe, "preset": preset})
     sparse = {site.name: site.provider for site in report.sites if site.sparsity}
@@ -212,24 +213,16 @@ def test_the_report_shows_maps_and_fewer_flops() -> None:
         name: explain(model, **inputs, config={"preset": "none", **options})
         for name, options in {
             "dense": {},
-            "half": {"layer_sparsity": dict.fromkeys(RANKS, 0.5)},
             "wide": {"recipe": random_recipe(WIDTH, dict.fromkeys(RANKS, 8))},
             "maps": {"recipe": RECIPE},
         }.items()
     }
     flops = [report.flops_after for report in reports.values()]
-    assert flops == sorted(flops, reverse=True) and len(set(flops)) == 4
+    assert flops == sorted(flops, reverse=True) and len(set(flops)) == 3
     by_name = {site.name: site for site in reports["maps"].sites}
     assert [by_name[name].provider for name in RANKS] == ["map of rank 3", "map of rank 0"]
     assert [(by_name[name].sparsity, by_name[name].kept) for name in RANKS] == [(1.0, 0)] * 2
     assert "map of rank 3" in str(reports["maps"])
-
-
-def test_the_report_of_a_config_with_a_recipe_in_a_folder(tmp_path: Path) -> None:
-    RECIPE.save(tmp_path)
-    config = SparseLoRAConfig(recipe=tmp_path, preset="none")  # type: ignore[arg-type]
-    report = explain(fp64_decoder(layers=2), **batch(61), config=config)
-    assert sum("map of rank" in site.provider for site in report.sites) == 2
 
 
 @pytest.mark.parametrize("gradient", ["exact", slow("detached")])
