@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from sparse_compile.graph.cost import gain
+from sparse_compile.graph.cost import gain, map_gain
 from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
@@ -207,6 +207,10 @@ class _Planner:
         assert isinstance(site, FFNSite)
         width, out = site.inputs[0].in_features, site.output.out_features
         rank = max(1, min(AUTO_RANK, width // 4, out // 4))
+        dtype, device = self.ctx.weight_kind(site.output)
+        estimate = map_gain(site, rank, dtype.itemsize, device)
+        if not estimate.pays:
+            return SitePlan(site, 0.0, site.channels, site.channels, cost_note(estimate.saved, estimate.spent))
         empty = AffineMap(torch.zeros(rank, width), torch.zeros(out, rank), torch.zeros(out))
         return self._with_map(site, empty, source_shape, online=True)
 

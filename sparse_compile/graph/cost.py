@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 
 from sparse_compile.graph.facts import SitePlan, SparsityPlan
-from sparse_compile.graph.sites import AttentionSite, Projection, Site
+from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection, Site
 
 CONTEXT, OUTPUT, LOSS = sympy.symbols("context output loss", nonnegative=True)
 """Numbers of context tokens, of output tokens, and of rows of the loss in a batch."""
@@ -104,6 +104,24 @@ def gain(site: Site, kept: int, rank: int, itemsize: int, device: str, tokens: i
     gathered = share * sum(each.in_features * each.out_features for each in site.projections) / max(tokens, 1)
     moved = 2 * 2 * (elements + gathered) * itemsize
     return Gain(saved, moved * FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"]) + predictor)
+
+
+def map_gain(site: FFNSite, rank: int, itemsize: int, device: str) -> Gain:
+    """Estimate what a map in the place of a feed-forward block saves and costs, per token; as for `gain`.
+
+    Nothing is gathered of a weight and nothing predicted: beside the rows that are split and merged there are the two
+    thin products, forward and gradient.
+
+    Args:
+        site: the site.
+        rank: of the map.
+        itemsize: bytes of an activation's element.
+        device: `"cpu"` or `"cuda"`.
+    """
+    saved = ASSUMED_CONTEXT_SHARE * sum(projection_flops(projection) for projection in site.projections)
+    elements = site.inputs[0].in_features + site.output.out_features
+    moved = 2 * 2 * elements * itemsize * FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"])
+    return Gain(saved, moved + ASSUMED_CONTEXT_SHARE * 4.0 * rank * elements)
 
 
 def saved_flops(plan: SparsityPlan, kind: str) -> sympy.Expr:

@@ -35,7 +35,7 @@ def quality(repo_root: Path) -> Iterator[ModuleType]:
 @pytest.fixture
 def arguments(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A tiny model, made-up sums and what to call the program with."""
-    tiny_llama(layers=3, hidden=32, ffn=48).save_pretrained(tmp_path / "tiny")
+    tiny_llama(layers=3, hidden=256, ffn=512).save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(quality, "load_encoder", lambda _: lambda text: [3 + ord(each) % 90 for each in text])
     for name, count in (("train.jsonl", 4000), ("test.jsonl", 120)):
         sums = [{"question": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(count)]

@@ -13,7 +13,8 @@ import decoder
 from mapped import mapped_sites, mapped_step
 from models import DecoderConfig, Fp64Decoder, batch, fp64_decoder
 from oracle import assert_same_step, told, train_step
-from sparse_compile import Recipe
+from sparse_compile import Recipe, explain
+from sparse_compile.graph.cost import Gain
 from sparse_compile.options.recipe import SiteRecipe
 from sparse_compile.reference import output_mask_from_labels
 from sparse_compile.training.schedule import DENSE, SPARSE
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.usefixtures("eager_inductor")
 VOCAB = DecoderConfig().vocab
 MAPPED = ("layers.1.mlp",)
 """The sites of three blocks that preset `auto` maps: not the first, and of the last only rows of the loss are left."""
+
+
+@pytest.fixture(autouse=True)
+def maps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks this narrow do not pay for the split of their tokens."""
+    monkeypatch.setattr("sparse_compile.passes.roles.plan_sparsity.map_gain", lambda *_: Gain(1.0, 0.0))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -236,3 +243,18 @@ def test_a_block_that_is_computed_again_hands_its_rows_on_once(
     inputs = batch(VOCAB, rows=8, seed=99)
     actual = train_step(run.model, run.call, inputs)
     assert_same_step(actual, mapped_step(run.model, run.recipe(), inputs), torch.float64)
+
+
+def test_a_block_whose_map_does_not_pay_stays_dense_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    report = explain(fp64_decoder(), config={"preset": "auto"}, **batch(VOCAB))
+    assert not any(site.sparsity for site in report.sites)
+    (site,) = (site for site in report.sites if site.name == "layers.1.mlp")
+    assert "saves" in site.reason
+
+
+def test_explain_shows_the_maps_that_a_run_would_fit() -> None:
+    report = explain(fp64_decoder(), config={"preset": "auto"}, **batch(VOCAB))
+    found = {site.name: (site.sparsity, site.kept, site.provider) for site in report.sites if site.sparsity}
+    assert found == {"layers.1.mlp": (1.0, 0, "map of rank 8")}
+    assert report.flops_after < report.flops_before
