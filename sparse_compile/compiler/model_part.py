@@ -81,7 +81,9 @@ def _model_of(part: nn.Module) -> nn.Module:
     model = next((module for module in reversed(called) if any(each is part for each in module.modules())), None)
     if model is None or model is part:
         known = _MODELS.get(part)
-        return (known() if known is not None and called in ([], [part]) else None) or part
+        # By identity: a module that holds others may have a length, and be false.
+        other = known() if known is not None and called in ([], [part]) else None
+        return part if other is None else other
     _MODELS[part] = weakref.ref(model)
     return model
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from sparse_compile.graph.facts import LossRows
 from sparse_compile.graph.read import tensor_value, value_of
 from sparse_compile.kernels.token_rows.reference import past_the_end, without_spare_slots
-from sparse_compile.torch_private.fake import size_expression
+from sparse_compile.torch_private.fake import size_expression, up_to_date
 
 CompiledGraph = Callable[..., Any]
 Sizes = Callable[[Sequence[Any]], tuple[int, ...]]
@@ -51,15 +51,20 @@ def restored(compiled: CompiledGraph, gm: fx.GraphModule, loss_rows: LossRows) -
 
 def _size_reader(gm: fx.GraphModule, sizes: tuple[sympy.Expr, ...]) -> Sizes:
     """Return a function of the graph's inputs that gives sizes which are expressions over its symbols."""
-    wanted = set().union(*(size.free_symbols for size in sizes))
     places: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    symbolic: torch.SymInt | None = None
     for index, node in enumerate(node for node in gm.graph.nodes if node.op == "placeholder"):
         value, tensor = value_of(node), tensor_value(node)
-        if tensor is not None:
-            for dim, size in enumerate(tensor.shape):
+        found = {None: value} if tensor is None else dict(enumerate(tensor.shape))
+        for dim, size in found.items():
+            if isinstance(size, torch.SymInt):
+                symbolic = size
+            if isinstance(size, int | torch.SymInt):
                 places.setdefault(size_expression(size), (index, dim))
-        elif isinstance(value, torch.SymInt):
-            places.setdefault(size_expression(value), (index, None))
+    if symbolic is not None:
+        # Sizes were noted when the graph was rewritten, and some may have been found to be equal since.
+        sizes = tuple(up_to_date(size, symbolic) for size in sizes)
+    wanted = set().union(*(size.free_symbols for size in sizes))
     symbols = [symbol for symbol in places if symbol in wanted]
     assert set(symbols) == wanted, f"no input has the sizes {wanted - set(symbols)}"
     evaluate = sympy.lambdify(symbols, sizes, modules="math")

@@ -47,6 +47,14 @@ def size_expression(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
+def up_to_date(expression: sympy.Expr, size: torch.SymInt) -> sympy.Expr:
+    """Return an expression with the symbols that the graph of `size` has for it by now.
+
+    While a graph is compiled, sizes are found to be equal, and one symbol then stands for both.
+    """
+    return size.node.shape_env.replace(expression)  # type: ignore[no-any-return]
+
+
 def is_fake(value: object) -> bool:
     """Tell whether `value` is a FakeTensor: a tensor with a shape but no data."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -181,7 +181,7 @@ def test_a_llama_is_calibrated_and_trains_as_the_oracle_says(kind: str, tmp_path
     found = run(model, [batch(97, padding="left", seed=seed) for seed in range(4)], ranks=(2, 8))
     assert len(found.recipe.sites) == 2 and found.declined == {}
     found.recipe.save(tmp_path)
-    options = {"recipe": str(tmp_path), "strict": True, "preset": "none"}
+    options = {"recipe": str(tmp_path), "strict": True}
     call = torch.compile(model, backend="sparselora", options=options)
     inputs = batch(97, padding="left")
     with told() as messages:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import batch, fp64_decoder
+from models import batch, fp64_decoder, tiny_llama, with_lora
 from oracle import assert_same_step, oracle_step, sparse_step, told, train_step
 from sparse_compile import token_roles
 from sparse_compile.kernels.channel_selection import record_channels
@@ -134,3 +134,15 @@ def test_one_graph_for_each_of_many_models_is_far_from_the_limit(eager_inductor:
             call = torch.compile(model, backend="sparselora", options={"layer_sparsity": {"layers.0.mlp": 0.5}})
             assert told_at(call, [batch(61)]) == [[]]
     assert len(eager_inductor.graphs) == 3
+
+
+def test_padded_batches_of_other_sizes_return_logits_of_theirs(eager_inductor: Any) -> None:
+    """While the graph for any size is compiled, sizes that stood apart at capture are found to be equal."""
+    model = with_lora(tiny_llama(layers=2))
+    call = torch.compile(model, backend="sparselora", options={"layer_sparsity": {"layers.0.mlp": 0.5}, "strict": True})
+    for rows, length in ((4, 24), (3, 16), (2, 20)):
+        inputs = batch(97, rows=rows, length=length, padding="left")
+        outputs = call(**inputs)
+        outputs.loss.backward()
+        assert outputs.logits.shape == (rows, length, 97)
+    assert len(eager_inductor.graphs) == 2
