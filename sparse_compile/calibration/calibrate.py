@@ -18,6 +18,7 @@ from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.recipe import AffineMap, Recipe, SiteRecipe
 from sparse_compile.surrogates.fit import FittedMap, fit_maps
 from sparse_compile.surrogates.moments import Moments, NonFiniteActivation
+from sparse_compile.training.news import say
 
 __all__ = ["DEFAULT_LOSS_BUDGET", "RANKS", "Calibration", "SiteCalibration", "calibrate"]
 
@@ -122,7 +123,8 @@ def calibrate(
         The recipe, with what it was chosen from.
 
     Raises:
-        ValueError: A wrong argument, fewer than 2 batches, a model that returns no finite loss, or no context token.
+        ValueError: A wrong argument, fewer than 2 batches, a model that returns no finite loss or has no feed-forward
+            block of frozen layers, or no context token.
     """
     if not loss_budget >= 0:  # NaN fails this comparison too
         raise ValueError(f"loss_budget is a rise of the loss of at least 0, got {loss_budget!r}")
@@ -153,6 +155,8 @@ class _Run:
         """Return the calibration."""
         with self.bar:
             loss = self.loss({})  # the first forward finds the sites
+            if not self.tapped.taps and not self.tapped.declined:
+                raise ValueError("this model has no feed-forward block of frozen layers: there is nothing to fit")
             fitted = self.fit()
             maps = {name: each.map for name, each in fitted.items()}
             rises = {name: self.loss({name: maps[name]}) - loss for name in maps}
@@ -242,8 +246,8 @@ class _Run:
         """Say that there were few tokens."""
         wanted = _TOKENS_PER_DIMENSION * len(train.mean_x)
         if train.count < wanted and name == next(iter(self.tapped.taps)):
-            tqdm.write(
-                f"sparselora: maps are fitted on {train.count} context tokens, {train.count / len(train.mean_x):.1f} "
+            say(
+                f"maps are fitted on {train.count} context tokens, {train.count / len(train.mean_x):.1f} "
                 f"for each of {len(train.mean_x)} input features. They would be better with {wanted} or more."
             )
 

@@ -156,13 +156,15 @@ def test_where_it_was_made_is_kept() -> None:
     assert text.startswith("2 of 2 feed-forward blocks") and all(name in text for name in SITES[:2])
 
 
-def test_context_tokens_that_are_few_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_context_tokens_that_are_few_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sparse_compile.calibration.calibrate.say", said.append)
     model = fp64_decoder(layers=1)
     run(model, batches_of(model, count=2, rows=2, length=9))
-    output = "".join(capsys.readouterr())
-    assert output.count("context tokens") == 1 and "32 input features" in output
+    (line,) = said
+    assert "context tokens" in line and "32 input features" in line
     run(model, batches_of(model, count=2, rows=20, length=32))
-    assert "context tokens" not in "".join(capsys.readouterr())
+    assert said == [line]
 
 
 # --- The recipe in training -------------------------------------------------------------------------------------------
@@ -271,11 +273,10 @@ def test_a_site_whose_activations_overflow_is_declined_and_the_others_are_not() 
     assert [site.name for site in found.sites] == ["layers.1.mlp"] and "layers.0.mlp: act" in str(found)
 
 
-def test_a_model_without_sites_gives_a_recipe_without_sites() -> None:
+def test_a_model_without_frozen_blocks_is_refused() -> None:
     model = fp64_decoder(layers=2).requires_grad_(True)
-    found = run(model, batches_of(model))
-    assert (found.recipe, found.sites, found.rise, found.tokens) == (Recipe({}), (), 0.0, 0)
-    assert "0 of 0 feed-forward blocks" in str(found)
+    with pytest.raises(ValueError, match="no feed-forward block of frozen layers"):
+        run(model, batches_of(model))
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
