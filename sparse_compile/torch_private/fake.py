@@ -52,7 +52,7 @@ def up_to_date(expression: sympy.Expr, size: torch.SymInt) -> sympy.Expr:
 
     While a graph is compiled, sizes are found to be equal, and one symbol then stands for both.
     """
-    return size.node.shape_env.replace(expression)  # type: ignore[no-any-return]
+    return size.node.shape_env.replace(expression)
 
 
 def is_fake(value: object) -> bool:
