@@ -112,9 +112,13 @@ class _Maps:
     def _fit(self) -> None:
         """Fit what tokens have come for, where the next step would be sparse: until then more tokens may come."""
         waiting = [each for each in self.online.values() if each.pending]
-        if not waiting or not self.session.due or not all(each.ready for each in waiting):
-            return
         first = not self.usable
+        if not self.session.due:
+            return
+        if not waiting or not all(each.ready for each in waiting):
+            if first and self.session.once("maps wait"):
+                say("steps stay dense until there are context tokens enough of dense steps to fit maps to")
+            return
         start = time.perf_counter()
         for each in waiting:
             each.fit()

@@ -76,10 +76,15 @@ def test_steps_are_dense_until_the_schedule_and_the_maps_are_ready_and_then_each
     assert len(eager_inductor.graphs) == 1, "fitting and refitting compile nothing"
 
 
-def test_without_a_dense_start_steps_are_dense_until_there_are_tokens_enough() -> None:
+def test_without_a_dense_start_steps_are_dense_until_there_are_tokens_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sparse_compile.compiler.map_watch.say", said.append)
     run = Run(start_step=0)
     phases = run.train(12)
     first = phases.index(SPARSE)
+    assert [line.split()[0] for line in said] == ["steps", "1"], (
+        "once that they stay dense, and then that maps were fitted"
+    )
     assert first >= 4 and phases[:first] == [DENSE] * first, "one batch of four is held out"
 
 
