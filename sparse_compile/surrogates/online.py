@@ -22,7 +22,7 @@ HELD_OUT_EVERY: Final = 4
 """Of the batches before the first fit, each fourth chooses the ridge."""
 
 FADE: Final = 0.9
-"""What the tokens so far count for when those of another dense step come after the first fit."""
+"""What the tokens that maps were fitted to count for when those of another dense step come."""
 
 _LEAST_ROWS: Final = 512
 _SHARE_OF_ROWS: Final = 0.5
@@ -68,6 +68,7 @@ class OnlineMap:
         self._held_out: Moments | None = Moments.empty(*widths, self.surrogate.q)  # until the first fit
         self._batches = 0
         self._last = None
+        self.pending = False
 
     def collect(self, x: Tensor, y: Tensor) -> None:
         """Take the rows of some context tokens: all of few, evenly spaced ones of many.
@@ -83,11 +84,12 @@ class OnlineMap:
             picked = torch.arange(wanted, device=x.device) * len(x) // wanted
             x, y = x[picked], y[picked]
         batch = Moments.of(x, y)
-        self.pending = True
         if self._last is not None:
             # The tokens of this step are none that the map has seen: its error on them is that of the steps since.
             self.error = held_out_error(self.surrogate, batch)
-            self._train.fade(FADE)
+            if not self.pending:
+                self._train.fade(FADE)  # once a step, of however many batches it is
+        self.pending = True
         is_fourth = self._batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         (self._held_out if is_fourth and self._held_out is not None else self._train).merge(batch)
         self._batches += 1

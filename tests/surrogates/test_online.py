@@ -89,6 +89,8 @@ def test_older_tokens_fade_only_once_there_is_a_map() -> None:
     assert online.tokens == 800
     online.collect(*rows(100, 8, block()))
     assert online.tokens == pytest.approx(800 * FADE + 100)
+    online.collect(*rows(100, 9, block()))
+    assert online.tokens == pytest.approx(800 * FADE + 200), "once a step, of however many batches it is"
 
 
 def test_of_many_rows_evenly_spaced_ones_are_taken() -> None:
