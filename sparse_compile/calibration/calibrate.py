@@ -236,10 +236,12 @@ class _Run:
 
         self.tapped.put({})
         self.tapped.collect({name: collector(name) for name in names if name not in self.tapped.declined})
-        for batch in batches:
-            self.tapped(batch)
-            self.bar.update()
-        self.tapped.collect({})
+        try:
+            for batch in batches:
+                self.tapped(batch)
+                self.bar.update()
+        finally:
+            self.tapped.collect({})  # compiled code keeps the taps, and they would keep the statistics
         return gathered
 
     def check_count(self, name: str, train: Moments) -> None:
