@@ -43,6 +43,7 @@ class Environment:
             step is sparse.
         all_output: whether every token of the batches that the graph is for is an output token: a dense step.
         online_maps: by site identity, the buffers of the maps that this model's run fits already, for another graph.
+        maps_are_stale: whether weights are known to have changed in the run, under a recipe's maps.
         model_key: tells the model from others whose sites have the same names.
         output_count: the number of output tokens of the batch that is compiled for, where it is known and wanted.
     """
@@ -56,6 +57,7 @@ class Environment:
     dense_step: Callable[[torch.device], Tensor] | None = None
     all_output: bool = False
     online_maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    maps_are_stale: bool = False
     model_key: str = ""
     output_count: OutputCount | None = None
 
@@ -168,6 +170,11 @@ class PassContext:
             value = self.frozen_weight(projection)
             return value.dtype, value.device.type
         return quantized.dtype, quantized.device.type
+
+    def weight_device(self, projection: Projection) -> torch.device:
+        """Return the device of the weight of a layer, its number included."""
+        quantized = self.facts.quantized_weights.get(projection.weight)
+        return self.frozen_weight(projection).device if quantized is None else quantized.device
 
 
 def declined_providers(rule: str, op: str, choice: Choice) -> dict[Rejection, None]:

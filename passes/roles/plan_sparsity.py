@@ -187,12 +187,18 @@ class _Planner:
         if (surrogate.q.shape[1], surrogate.u.shape[0]) != shape:
             sizes = f"{surrogate.q.shape[1]} to {surrogate.u.shape[0]} features, and the block {shape[0]} to {shape[1]}"
             raise InvalidOptionError(f"recipe: the map of {site.name} goes from {sizes}: it is of another model")
-        if wanted.weights and wanted.weights != site_fingerprint(site, self.ctx):
+        online = self.ctx.env.config.dense_period is not None
+        # A map that the run fits follows its weights: those that it had at the start count no more.
+        follows = online and site.identity in self.ctx.env.online_maps
+        if wanted.weights and not follows and wanted.weights != site_fingerprint(site, self.ctx):
+            if self.ctx.env.maps_are_stale:
+                reason = "its frozen weights changed in the run, and the recipe's map is of the old ones"
+                return SitePlan(site, 0.0, site.channels, site.channels, reason)
             raise InvalidOptionError(
                 f"recipe: the map of {site.name} was fitted for other weights than this model has. Calibrate it anew, "
                 "or leave the site out (Recipe.without)"
             )
-        return self._with_map(site, surrogate, source_shape, online=self.ctx.env.config.dense_period is not None)
+        return self._with_map(site, surrogate, source_shape, online=online)
 
     def _fits_in_the_run(self, site: Site) -> bool:
         """Tell whether a map is to be fitted to a site in the run, by preset `auto`."""
@@ -222,7 +228,7 @@ class _Planner:
             self._check_tokens(site, source_shape)
         except Declined as declined:
             return SitePlan(site, 0.0, site.channels, site.channels, declined.reason)
-        dtype, device = self.ctx.weight_kind(site.output)
+        dtype, device = self.ctx.weight_kind(site.output)[0], self.ctx.weight_device(site.output)
         parts = (each.to(device, dtype, copy=True) for each in (surrogate.q, surrogate.u, surrogate.bias))
         buffers = AffineMap(*parts)
         # Another graph of the model (for batches of another kind) may have buffers that the run fits.

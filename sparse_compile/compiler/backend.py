@@ -15,7 +15,7 @@ from sparse_compile.compiler.capture import capture_context, count_tokens, is_wh
 from sparse_compile.compiler.dump import GraphDump, dump_root
 from sparse_compile.compiler.executable import compile_as_it_is, compile_first, watched
 from sparse_compile.compiler.guards import install_guards
-from sparse_compile.compiler.map_watch import with_fitted_maps
+from sparse_compile.compiler.map_watch import held_for_maps, maps_are_stale, with_fitted_maps
 from sparse_compile.compiler.mask_watch import guard_masks, tell_unmasked, watching_masks
 from sparse_compile.compiler.model_part import ModelPart, part_of
 from sparse_compile.compiler.notices import (
@@ -149,11 +149,16 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
         dense_step=session.dense_step,
         all_output=session.phase == DENSE,
         online_maps={identity: each.surrogate for identity, each in session.online_maps.items()},
+        maps_are_stale=maps_are_stale(session),
         model_key=str(session.id),
     )
     root = dump_root(graph.config.dump_dir)
     dump = GraphDump(root, compile_id(gm)) if root else None
     result = run_pipeline(gm, ctx, dump)
+    if ctx.facts.slots is not None and held_for_maps(ctx, session):
+        # The sizes that were planned are those of a sparse step.
+        fresh = capture_context(gm, graph.example_inputs, graph.config, graph.part)
+        return _training(replace(graph, ctx=fresh), trained)
     report = graph_report(result, ctx, compile_id(gm), count_tokens(result.canonical, graph.example_inputs, ctx))
     _tell(graph, session, result, report)
     if dump is not None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from sparse_compile.compiler.outputs import CompiledGraph
 from sparse_compile.compiler.weight_watch import StoredWeight
 from sparse_compile.kernels.observed_rows import observing
+from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
 from sparse_compile.predictor.weight_state import WeightWatch
 from sparse_compile.surrogates.moments import NonFiniteActivation
@@ -23,7 +24,7 @@ from sparse_compile.training.news import say
 from sparse_compile.training.schedule import DENSE
 from sparse_compile.training.session import Session
 
-__all__ = ["with_fitted_maps"]
+__all__ = ["held_for_maps", "maps_are_stale", "with_fitted_maps"]
 
 _UNFITTED: Final = "maps that are not fitted"
 _STALE: Final = "maps of other weights"
@@ -51,11 +52,42 @@ def with_fitted_maps(compiled: CompiledGraph, ctx: PassContext, session: Session
         if plan.online:
             buffers, known = ctx.facts.surrogates[plan.site.identity], session.online_maps.get(plan.site.identity)
             if known is None or known.surrogate is not buffers:
-                known = OnlineMap(buffers, fitted=bool(buffers.q.any()))
+                known = OnlineMap(buffers, fitted=known is None and _is_set(buffers))
                 session.online_maps[plan.site.identity] = known
             online[ctx.observed_as(plan.site)] = known
-    fixed = ctx.facts.slots is not None
-    return _Maps(compiled, session, WeightWatch(weights, moves=moves), online, fixed=fixed)
+    watch = WeightWatch(weights, moves=moves)
+    if online:
+        # One for all graphs: what one of them has seen is news to no other, and none starts with what nobody saw.
+        key = tuple((plan.site.identity, len(weights[plan.site.name])) for plan in mapped)
+        watch = session.map_watches.setdefault(key, watch)
+        watch.follow(weights)
+    return _Maps(compiled, session, watch, online, fixed=ctx.facts.slots is not None)
+
+
+def held_for_maps(ctx: PassContext, session: Session) -> bool:
+    """Have a step be dense that was to be sparse, if a map of a graph that is not compiled yet has no fit.
+
+    Returns:
+        Whether the step is another one now.
+    """
+    before = session.phase
+    for plan in ctx.facts.plan.sparse_sites:
+        if plan.online:
+            buffers, known = ctx.facts.surrogates[plan.site.identity], session.online_maps.get(plan.site.identity)
+            is_fitted = _is_set(buffers) if known is None else known.surrogate is buffers and known.fitted
+            if not is_fitted:
+                session.hold_dense(_UNFITTED)
+    return session.phase != before  # within a backward it stays what it was
+
+
+def maps_are_stale(session: Session) -> bool:
+    """Tell whether the weights of a model are known to have changed under a recipe's maps."""
+    return session.holds(_STALE)
+
+
+def _is_set(surrogate: AffineMap) -> bool:
+    """Tell a map from the zeros that stand for one until the run has fitted it."""
+    return any(bool(part.any()) for part in (surrogate.q, surrogate.u, surrogate.bias))
 
 
 class _Maps:
@@ -96,14 +128,17 @@ class _Maps:
         """Run the graph."""
         if running_backward() is not None:
             return self.compiled(*args)  # a recomputation reads what its forward did
+        was_sparse = self.session.phase != DENSE
         if changed := self.watch.changed():
-            was_sparse = self.session.phase != DENSE
             self._start_anew(sorted(changed))
-            if self.fixed and was_sparse:
-                raise RuntimeError(
-                    f"sparselora: the frozen weights of {min(changed)} changed between the optimizer's step and this "
-                    "forward, whose graph has room for a sparse step alone. Take the step again: it will be dense."
-                )
+        if was_sparse and not self.usable:
+            self.session.hold_dense(_UNFITTED)  # other graphs of the model may have been content
+        if self.fixed and was_sparse and self.session.phase == DENSE:
+            why = f"the frozen weights of {min(changed)} changed" if changed else "maps are not fitted yet"
+            raise RuntimeError(
+                f"sparselora: {why}, which was found out in a forward whose graph has room for a sparse step alone. "
+                "Take the step again: it will be dense."
+            )
         if self.session.phase != DENSE:
             return self.compiled(*args)
         with observing({key: self._collector(each) for key, each in self.online.items()}):

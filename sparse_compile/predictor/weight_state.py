@@ -87,6 +87,12 @@ class WeightWatch:
         self._pending: list[tuple[list[int], Tensor]] = []
         self._look()
 
+    def follow(self, weights: Mapping[str, Iterable[Tensor]]) -> None:
+        """Watch these from now on, which stand where the same names stood: `changed` names those that are others."""
+        pairs = [(name, tensor) for name, tensors in weights.items() for tensor in tensors]
+        assert [name for name, _ in pairs] == self._names, "other weights than these were watched"
+        self._refs = [weakref.ref(tensor) for _, tensor in pairs]
+
     def changed(self) -> frozenset[str]:
         """Return the names of the weights that changed since the last call, or since the watch was made."""
         identities, samples = self._identities, self._samples

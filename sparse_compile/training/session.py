@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.schedule_handle import ScheduleHandle
+from sparse_compile.predictor.weight_state import WeightWatch
 from sparse_compile.surrogates.online import OnlineMap
 from sparse_compile.torch_private.autograd import running_backward
 from sparse_compile.training.forwards import ForwardCount
@@ -99,7 +100,9 @@ class Session:
         self._together: list[Session] = []
         self._held: dict[Hashable, None] = {}
         self._online_maps: dict[str, OnlineMap] = {}
+        self._map_watches: dict[Hashable, WeightWatch] = {}
         self._between_steps: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._called_at: int | None = None
         self._published = PublishedPhase(self.id)
         self._schedule: ScheduleHandle = Schedule()
         self._schedule.subscribe(self._refresh)
@@ -139,16 +142,27 @@ class Session:
         return self._root()._online_maps
 
     @property
+    def map_watches(self) -> dict[Hashable, WeightWatch]:
+        """What watches the weights that such maps are fitted for, by sites: one for all graphs that have these."""
+        return self._root()._map_watches
+
+    @property
     def due(self) -> bool:
         """Whether the schedule, but for `hold_dense`, has the next step sparse."""
         return self._root()._phase_by_schedule() != DENSE
 
     def call_between_steps(self, method: Callable[[], None]) -> None:
-        """Call a bound method whenever the position or the configuration has changed, while its object lives."""
-        self._root()._between_steps.append(weakref.WeakMethod(method))
+        """Call a bound method after each change of the position, outside of any backward, while its object lives."""
+        with STATE_LOCK:
+            root = self._root()
+            living = [reference for reference in root._between_steps if reference() is not None]
+            root._between_steps = [*living, weakref.WeakMethod(method)]
 
     def hold_dense(self, key: Hashable) -> None:
-        """Have every step be dense, whatever the schedule says, until `release` of the same key."""
+        """Have every step be dense, whatever the schedule says, until `release` of the same key.
+
+        Another configuration releases all keys: who held them has gone with the one before.
+        """
         with STATE_LOCK:
             self._root()._held[key] = None
             self._root()._refresh()
@@ -158,6 +172,10 @@ class Session:
         with STATE_LOCK:
             self._root()._held.pop(key, None)
             self._root()._refresh()
+
+    def holds(self, key: Hashable) -> bool:
+        """Tell whether `hold_dense` of a key is in force."""
+        return key in self._root()._held
 
     @property
     def reports(self) -> list[Any]:
@@ -253,6 +271,7 @@ class Session:
         self._sites.absorb(other._sites)
         self._held |= other._held
         self._online_maps |= other._online_maps
+        self._map_watches |= other._map_watches
         self._between_steps += other._between_steps
         if self._config is None and other._config is not None:
             self._take(other._config)
@@ -268,6 +287,9 @@ class Session:
 
     def _configure(self, config: SparseLoRAConfig) -> None:
         """Take a configuration, and its schedule if it has one."""
+        if self._config is not None and config != self._config:
+            # What was fitted, or waited for, by the options before: nobody would release it.
+            self._held, self._online_maps, self._map_watches = {}, {}, {}
         self._take(config)
         if config.schedule is not None and config.schedule is not self._schedule:
             known = self._schedule
@@ -287,10 +309,17 @@ class Session:
         """Bring the phase up to date after a change of position or configuration, between backward and forward."""
         with STATE_LOCK:
             self._forwards.stand_at(self._schedule.step)
-            self._published.between_steps(self._publish)
-            for reference in self._between_steps:
-                if (method := reference()) is not None:
-                    method()
+            self._published.between_steps(self._move_on)
+
+    def _move_on(self) -> None:
+        """Call what is to be called after a step, and publish the phase of the next."""
+        with STATE_LOCK:
+            if self._called_at != self._schedule.step:
+                self._called_at = self._schedule.step
+                for reference in list(self._between_steps):
+                    if (method := reference()) is not None:
+                        method()
+            self._publish()
 
     def _publish(self) -> None:
         """Write the phase to where graphs read it, while the model lives under this session's name."""

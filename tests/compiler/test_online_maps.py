@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import decoder
-from mapped import mapped_sites, mapped_step
+from mapped import mapped_sites, mapped_step, random_recipe
 from models import DecoderConfig, Fp64Decoder, batch, fp64_decoder
 from oracle import assert_same_step, told, train_step
-from sparse_compile import Recipe, explain
+from sparse_compile import Recipe, calibrate, explain
 from sparse_compile.graph.cost import Gain
-from sparse_compile.options.recipe import SiteRecipe
+from sparse_compile.options.recipe import AffineMap, SiteRecipe
 from sparse_compile.reference import output_mask_from_labels
 from sparse_compile.training.schedule import DENSE, SPARSE
 from sparse_compile.training.session import Session, session_for
@@ -167,9 +167,84 @@ def test_frozen_weights_that_change_keep_steps_dense_until_maps_are_fitted_to_th
     assert phases[0] == DENSE and SPARSE in phases
 
 
-def recipe_of(model: Fp64Decoder) -> Recipe:
-    from mapped import random_recipe
+def change(weight: Tensor) -> None:
+    """Write other values to a frozen weight, unseen by any graph so far."""
+    with torch.no_grad():
+        weight.mul_(1.5)
 
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["written", "replaced"])
+def test_a_graph_that_is_compiled_after_weights_changed_does_not_take_the_maps_of_the_old_ones(replaced: bool) -> None:
+    run = Run(dynamic=False)
+    assert run.train(5)[-1] == SPARSE
+    layer = run.model.layers[1].mlp.down_proj.base_layer
+    if replaced:
+        layer.weight = nn.Parameter(1.5 * layer.weight.detach(), requires_grad=False)
+    else:
+        change(layer.weight)
+    inputs = batch(VOCAB, rows=8, seed=99, length=21)
+    expected = train_step(run.model, run.model, inputs)
+    assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+
+
+def test_a_change_that_one_graph_has_seen_is_no_news_to_another() -> None:
+    """Graphs of fixed sizes are for one phase each: the dense one sees it, and the sparse one runs steps later."""
+    run = Run(token_capacity=96)
+    assert run.train(7)[-1] == SPARSE and run.session.phase == DENSE
+    change(run.model.layers[1].mlp.down_proj.base_layer.weight)
+    phases = run.train(12)
+    assert phases[0] == DENSE and SPARSE in phases
+
+
+@pytest.mark.parametrize("dense_every", [4, None])
+def test_weights_that_changed_in_the_run_are_no_error_when_another_graph_is_compiled(dense_every: int | None) -> None:
+    model = fp64_decoder()
+    found = calibrate(model, [batch(VOCAB, rows=8, seed=i) for i in range(4)], loss_budget=100.0, progress=False)
+    recipe = found.recipe.without(*(name for name in found.recipe.sites if name not in MAPPED))
+    assert recipe.sites[MAPPED[0]].weights
+    run = Run(model, dynamic=False, preset="none", recipe=recipe, start_step=0, dense_every=dense_every, strict=False)
+    run.train(2)
+    change(model.layers[1].mlp.up_proj.base_layer.weight)
+    with told():
+        run.train(2)
+        inputs = batch(VOCAB, rows=8, seed=99, length=21)
+        expected = train_step(model, model, inputs)
+        assert_same_step(train_step(model, run.call, inputs), expected, torch.float64)
+
+
+def test_other_options_do_not_wait_for_what_those_before_waited_for() -> None:
+    model = fp64_decoder()
+    run = Run(model, preset="none", recipe=recipe_of(model), start_step=0, dense_every=None)
+    run.train(1)
+    change(model.layers[1].mlp.up_proj.base_layer.weight)
+    with told():
+        assert run.train(1) == [DENSE]
+    torch.compiler.reset()
+    other = random_recipe(model.config.hidden, {MAPPED[0]: 5})
+    again = Run(model, preset="none", recipe=other, start_step=0, dense_every=None)
+    assert again.train(2) == [SPARSE, SPARSE], "the remedy that the warning names"
+
+
+def test_maps_are_not_written_between_two_forwards_of_a_step() -> None:
+    run = Run(dynamic=False, start_step=0)
+    for seed in range(5):
+        loss = run.call(**batch(VOCAB, rows=8, seed=seed))[0]
+        # Another graph is compiled here.
+        (loss + run.call(**batch(VOCAB, rows=8, seed=seed, length=19 + seed))[0]).backward()
+        assert run.session.phase == DENSE
+    run.optimizer.step()
+    assert run.session.phase == SPARSE
+
+
+def test_a_recipe_of_constants_is_used_from_the_first_step_on() -> None:
+    model = fp64_decoder()
+    width = model.config.hidden
+    constant = AffineMap(torch.zeros(0, width), torch.zeros(width, 0), torch.ones(width))
+    run = Run(model, preset="none", recipe=Recipe({MAPPED[0]: SiteRecipe(constant)}), start_step=0)
+    assert run.train(9) == [SPARSE, SPARSE, SPARSE, DENSE] * 2 + [SPARSE]
+
+
+def recipe_of(model: Fp64Decoder) -> Recipe:
     return random_recipe(model.config.hidden, {"layers.1.mlp": 4})
 
 
@@ -207,6 +282,14 @@ def test_graphs_of_fixed_sizes(option: dict[str, int]) -> None:
     inputs = batch(VOCAB, rows=8, seed=99)
     expected = mapped_step(run.model, run.recipe(), inputs)
     assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+
+
+def test_a_graph_of_fixed_sizes_has_room_for_a_dense_step_where_maps_are_not_fitted_yet() -> None:
+    run = Run(start_step=0, token_capacity=96)
+    inputs = batch(VOCAB, rows=8, seed=99)
+    expected = train_step(run.model, run.model, inputs)
+    assert_same_step(train_step(run.model, run.call, inputs), expected, torch.float64)
+    assert run.train(5)[-1] == SPARSE
 
 
 def test_activations_that_are_not_finite_fit_nothing_and_are_told_of_once() -> None:

@@ -82,6 +82,17 @@ def test_a_sample_lies_within_the_weight(shape: tuple[int, ...]) -> None:
     assert set(turned.flatten().tolist()) <= set(weight.flatten().tolist())
 
 
+def test_weights_that_others_replace_are_followed() -> None:
+    weight, same = torch.randn(16, 16), torch.zeros(())
+    other = weight + 1
+    watch = WeightWatch({"a": [weight], "b": [same]})
+    watch.follow({"a": [other], "b": [same]})
+    assert watch.changed() == {"a"}
+    watch.follow({"a": [weight], "b": [same]})
+    watch.follow({"a": [weight], "b": [same]})
+    assert watch.changed() == {"a"} and not watch.changed()
+
+
 def test_weights_are_not_kept_alive() -> None:
     model = weights("a")
     watch = WeightWatch({name: [weight] for name, weight in model.items()})

@@ -137,6 +137,39 @@ class TestHolding:
         merged.release("maps")
         assert {each.phase for each in (one, two, merged)} == {SPARSE}
 
+    def test_another_configuration_holds_nothing(self) -> None:
+        model = NotingModel(start_step=0)
+        session = model.session
+        session.hold_dense("maps")
+        session_for(list(model.parameters()), session.config)
+        assert session.phase == DENSE and session.holds("maps"), "another graph of the same options"
+        session_for(list(model.parameters()), SparseLoRAConfig(preset="o2", start_step=0))
+        assert session.phase == SPARSE and not session.holds("maps")
+
+    def test_methods_are_not_called_within_a_backward_nor_where_no_step_was_taken(self) -> None:
+        class Listener:
+            def __init__(self) -> None:
+                self.calls: list[int | None] = []
+
+            def note(self) -> None:
+                self.calls.append(session.schedule.step)
+
+        model = NotingModel(start_step=0)
+        session, listener = model.session, Listener()
+        session.call_between_steps(listener.note)
+        within: list[list[int | None]] = []
+        optimizer = torch.optim.SGD(model.parameters())
+
+        def step(_: torch.Tensor) -> None:
+            optimizer.step()
+            within.append(list(listener.calls))
+
+        session_for(list(model.parameters()))
+        assert not listener.calls
+        model.second.weight.register_post_accumulate_grad_hook(step)
+        backward(model)
+        assert within == [[]] and listener.calls == [1]
+
     def test_methods_are_called_between_steps_while_their_objects_live(self) -> None:
         class Listener:
             def __init__(self) -> None:
