@@ -139,7 +139,7 @@ class _Maps:
                 f"sparselora: {why}, which was found out in a forward whose graph has room for a sparse step alone. "
                 "Take the step again: it will be dense."
             )
-        if self.session.phase != DENSE:
+        if self.session.phase != DENSE or self._over:
             return self.compiled(*args)
         with observing({key: self._collector(each) for key, each in self.online.items()}):
             return self.compiled(*args)
@@ -156,7 +156,7 @@ class _Maps:
             return
         start = time.perf_counter()
         for each in waiting:
-            each.fit()
+            self._fit_one(each)
         if first and self.usable:
             tokens = min(each.tokens for each in self.online.values())
             errors = sorted(each.error for each in self.online.values())
@@ -166,6 +166,22 @@ class _Maps:
             )
         if all(each.fitted for each in self.session.online_maps.values()):
             self.session.release(_UNFITTED)  # other graphs of the model may have maps of their own
+
+    def _fit_one(self, online: OnlineMap) -> None:
+        """Fit a map; where its tokens give none, say so once and keep what there is."""
+        try:
+            online.fit()
+        except (ValueError, RuntimeError) as error:  # a decomposition that does not converge is a RuntimeError
+            online.pending = False
+            if self.session.once("tokens that give no map"):
+                kept = "The one before stays in use" if online.fitted else "Steps stay dense"
+                warnings.warn(f"sparselora: no map could be fitted to the last tokens: {error}. {kept}.", stacklevel=2)
+
+    @property
+    def _over(self) -> bool:
+        """Whether no step will be sparse any more: then no tokens are wanted."""
+        window = self.session.window
+        return window is not None and window[1] is not None and self.session.schedule.step >= window[1]
 
     def _collector(self, online: OnlineMap) -> Any:
         def collect(x: Any, y: Any) -> None:

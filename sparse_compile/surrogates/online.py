@@ -24,6 +24,7 @@ HELD_OUT_EVERY: Final = 4
 FADE: Final = 0.9
 """What the tokens that maps were fitted to count for when those of another dense step come."""
 
+_TOKENS_FOR_EACH: Final = 4
 _LEAST_ROWS: Final = 512
 _SHARE_OF_ROWS: Final = 0.5
 
@@ -57,8 +58,13 @@ class OnlineMap:
 
     @property
     def ready(self) -> bool:
-        """Whether there are tokens enough for a fit, and others to choose its ridge by."""
-        enough = self._train.count >= 4 * max(self.surrogate.rank, 1)
+        """Whether there are tokens enough for a fit, and others to choose its ridge by.
+
+        A map that was given has been fitted to many tokens: it is not replaced by one of few.
+        """
+        given = self.fitted and self._last is None
+        wanted = self.surrogate.q.shape[1] if given else max(self.surrogate.rank, 1)
+        enough = self._train.count >= _TOKENS_FOR_EACH * wanted
         return enough and (self._held_out is None or self._held_out.count > 0)
 
     def forget(self) -> None:

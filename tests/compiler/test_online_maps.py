@@ -17,6 +17,7 @@ from sparse_compile import Recipe, calibrate, explain
 from sparse_compile.graph.cost import Gain
 from sparse_compile.options.recipe import AffineMap, SiteRecipe
 from sparse_compile.reference import output_mask_from_labels
+from sparse_compile.surrogates.online import OnlineMap
 from sparse_compile.training.schedule import DENSE, SPARSE
 from sparse_compile.training.session import Session, session_for
 from sweeps import slow
@@ -346,3 +347,26 @@ def test_explain_shows_the_maps_that_a_run_would_fit() -> None:
     found = {site.name: (site.sparsity, site.kept, site.provider) for site in report.sites if site.sparsity}
     assert found == {"layers.1.mlp": (1.0, 0, "map of rank 8")}
     assert report.flops_after < report.flops_before
+
+
+def test_tokens_that_give_no_map_leave_the_one_before_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    run.train(5)
+    before = run.recipe().digest
+
+    def failing(self: OnlineMap) -> None:
+        raise torch.linalg.LinAlgError("the iteration did not converge")
+
+    monkeypatch.setattr(OnlineMap, "fit", failing)
+    with told() as messages:
+        phases = run.train(8)
+    assert phases.count(SPARSE) == 6 and run.recipe().digest == before
+    assert len(messages) == 1 and "did not converge" in messages[0] and "stays in use" in messages[0]
+
+
+def test_no_tokens_are_taken_once_no_step_will_be_sparse() -> None:
+    run = Run(end_step=6)
+    assert run.train(6) == [DENSE] * 4 + [SPARSE] * 2
+    ((_, online),) = run.session.online_maps.items()
+    tokens = online.tokens
+    assert run.train(3) == [DENSE] * 3 and online.tokens == tokens

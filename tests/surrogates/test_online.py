@@ -155,3 +155,12 @@ def test_forgetting_begins_anew() -> None:
     online.fit()
     online.forget()
     assert online.tokens == 0 and not online.ready
+
+
+def test_a_map_that_was_given_is_not_replaced_by_one_of_few_tokens() -> None:
+    given = OnlineMap(buffers(), fitted=True)
+    for seed in range(4):
+        given.collect(*rows(4 * RANK, seed, block()))
+    assert not given.ready, "enough for a first map, not for a better one"
+    given.collect(*rows(4 * WIDTH, 9, block()))
+    assert given.ready
