@@ -150,7 +150,10 @@ class PassContext:
         return tuple(name for name in quantized.operands if name is not None)
 
     def observed_as(self, site: Site) -> str:
-        """Return the key by which the rows of a site are handed on."""
+        """Return the key by which the rows of a site are handed on.
+
+        It stands in the graph. The session may become part of another later: what fits the maps keeps this key.
+        """
         return f"{self.env.model_key}:{site.identity}"
 
     def add_sources(self, sources: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -159,7 +160,7 @@ class _Run:
                 raise ValueError("this model has no feed-forward block of frozen layers: there is nothing to fit")
             fitted = self.fit()
             maps = {name: each.map for name, each in fitted.items()}
-            rises = {name: self.loss({name: maps[name]}) - loss for name in maps}
+            rises = {name: self.rise({name: maps[name]}, loss) for name in maps}
             order = sorted(maps, key=lambda name: rises[name] / self.tapped.taps[name].flops)
             curve = self.search(order, maps, loss, budget)
         count = max(curve, key=lambda each: each if curve[each] <= budget else -1)
@@ -187,7 +188,7 @@ class _Run:
         while low < high:
             # The whole first: where all fits, nothing else need be measured.
             middle = high if high == len(order) and high not in curve else (low + high + 1) // 2
-            curve[middle] = self.loss({name: maps[name] for name in order[:middle]}) - loss
+            curve[middle] = self.rise({name: maps[name] for name in order[:middle]}, loss)
             low, high = (middle, high) if curve[middle] <= budget else (low, middle - 1)
         return curve
 
@@ -198,6 +199,10 @@ class _Run:
             moments = [self.moments(group, batches) for batches in (self.train, self.held_out)]
             for name in group:
                 if name in self.tapped.declined:
+                    continue
+                if any(name not in each for each in moments):
+                    part = "to fit on" if name not in moments[0] else "held out"
+                    self.tapped.declined[name] = f"no batch {part} runs through it, or none of them has labels"
                     continue
                 train, held_out = (each[name] for each in moments)
                 if not train.count or not held_out.count:
@@ -252,6 +257,13 @@ class _Run:
                 f"maps are fitted on {train.count} context tokens, {train.count / len(train.mean_x):.1f} "
                 f"for each of {len(train.mean_x)} input features. They would be better with {wanted} or more."
             )
+
+    def rise(self, maps: Mapping[str, AffineMap], loss: float) -> float:
+        """Return how much higher the held-out loss is with these maps in place; infinite where it is not finite."""
+        try:
+            return self.loss(maps) - loss
+        except ValueError:
+            return math.inf  # without maps it is finite
 
     def loss(self, maps: Mapping[str, AffineMap]) -> float:
         """Return the held-out loss with these maps in place."""

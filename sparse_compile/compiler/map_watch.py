@@ -115,7 +115,7 @@ class _Maps:
         self.watch = watch
         self.online = online
         self.fixed = fixed
-        session.call_between_steps(self._fit)
+        session.call_between_steps(self._fit_if_due)
         if not self.usable:
             session.hold_dense(_UNFITTED)
 
@@ -144,7 +144,7 @@ class _Maps:
         with observing({key: self._collector(each) for key, each in self.online.items()}):
             return self.compiled(*args)
 
-    def _fit(self) -> None:
+    def _fit_if_due(self) -> None:
         """Fit what tokens have come for, where the next step would be sparse: until then more tokens may come."""
         waiting = [each for each in self.online.values() if each.pending]
         first = not self.usable

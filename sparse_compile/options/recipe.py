@@ -74,6 +74,9 @@ class SiteRecipe:
         sparsity: Without a map, the fraction of channels that are left out, chosen for each batch; in [0, 1).
         weights: Fingerprint of the frozen weights that the map was fitted for; empty where any will do.
         error: Held-out error of the map, relative to the best constant's; None where it is not known.
+
+    Raises:
+        ValueError: A sparsity that is none, or one beside a map.
     """
 
     surrogate: AffineMap | None = None
@@ -82,8 +85,11 @@ class SiteRecipe:
     error: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+        is_number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
+        if not is_number or not 0 <= self.sparsity < 1:
             raise ValueError(f"the sparsity of a site lies in [0, 1), got {self.sparsity!r}")
+        if self.surrogate is not None and self.sparsity:
+            raise ValueError("a map stands for the whole block: a site has a map or a sparsity, not both")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,9 @@ class Recipe:
         sites: By site name, as `explain` shows it.
         origin: What the recipe was made from and what was expected of it, for people: plain data.
         folder: Where it was read from; None for one that was made here.
+
+    Raises:
+        ValueError: What stands at a name is no `SiteRecipe`.
     """
 
     sites: Mapping[str, SiteRecipe]
@@ -101,6 +110,9 @@ class Recipe:
     folder: str | None = None
 
     def __post_init__(self) -> None:
+        for name, site in self.sites.items():
+            if not isinstance(name, str) or not isinstance(site, SiteRecipe):
+                raise ValueError(f"a recipe has a SiteRecipe for each site name, got {name!r}: {type(site).__name__}")
         # Copies: what the caller does to its own afterwards changes no recipe.
         object.__setattr__(self, "sites", dict(self.sites))
         object.__setattr__(self, "origin", dict(self.origin))

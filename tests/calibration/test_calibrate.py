@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,20 @@ def test_options_are_taken_in_either_form() -> None:
     batches = batches_of(model, count=2)
     first, second = (run(model, batches, config=each) for each in (SparseLoRAConfig(preset="none"), {"preset": "none"}))
     assert first.recipe == second.recipe
+
+
+def test_a_map_that_breaks_the_loss_costs_infinitely_much_and_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fp64_decoder(layers=2)
+    whole = held_out_loss
+    taps: list[Any] = []
+
+    def broken(call: Any, *arguments: Any) -> float:
+        taps[:] = call.taps.values()
+        if taps and taps[0].surrogate is not None:
+            raise ValueError("the loss of a batch is nan: nothing can be measured with it")
+        return whole(call, *arguments)
+
+    monkeypatch.setattr("sparse_compile.calibration.calibrate.held_out_loss", broken)
+    found = run(model, batches_of(model), loss_budget=100)
+    assert [(site.name, site.chosen) for site in found.sites] == [("layers.1.mlp", True), ("layers.0.mlp", False)]
+    assert found.sites[1].rise == math.inf and math.isfinite(found.rise)

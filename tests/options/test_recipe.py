@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,20 @@ class TestOption:
             "layers.3.mlp": 0.0,
         }
         assert [SparseLoRAConfig(**each).site_option for each in ({"recipe": rich()}, {})] == ["recipe", ""]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Recipe({"layers.0.mlp": 3}),  # type: ignore[dict-item]
+        lambda: Recipe({3: SiteRecipe()}),  # type: ignore[dict-item]
+        lambda: SiteRecipe(sparsity="0.5"),  # type: ignore[arg-type]
+        lambda: SiteRecipe(sparsity=True),
+        lambda: SiteRecipe(sparsity=float("nan")),
+        lambda: SiteRecipe(AffineMap(torch.zeros(1, 2), torch.zeros(2, 1), torch.zeros(2)), sparsity=0.5),
+    ],
+    ids=["no site", "no name", "a text", "a bool", "NaN", "a map and a sparsity"],
+)
+def test_what_is_no_recipe_is_refused_at_once(wrong: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="site"):
+        wrong()
