@@ -27,6 +27,7 @@ from predictor_text import Example, load_encoder, pad, read_examples
 from torch import Tensor, nn
 
 from sparse_compile import gradient_guided_start, merge_masked
+from sparse_compile.calibration.losses import held_out_loss
 
 ARMS = ("lora", "sqft", "lors", "lors-start", "lors-exact")
 EVALUATION_BATCH = 16
@@ -98,13 +99,8 @@ class Task:
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
         """Return the mean loss of held-out answer tokens."""
-        total, count = 0.0, 0
         model.eval()
-        for batch in self.held_out:
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
-            total += tokens * float(model(**batch).loss)
-            count += tokens
-        return total / count
+        return held_out_loss(lambda batch: model(**batch), self.held_out)
 
 
 def _batches(examples: Sequence[Example], size: int, length: int | None = None) -> list[dict[str, Tensor]]:

@@ -33,6 +33,7 @@ from rows import append_rows, environment, read_rows
 from torch import nn
 
 from sparse_compile import Schedule, SparseLoRAConfig
+from sparse_compile.calibration.losses import held_out_loss
 
 RESULTS = Path(__file__).resolve().parent / "results" / "surrogate_quality.jsonl"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -156,13 +157,8 @@ class Task:
     @torch.no_grad()
     def _loss(self, model: nn.Module) -> float:
         """Return the mean loss of held-out answer tokens."""
-        total, count = 0.0, 0
         model.eval()
-        for batch in self.held_out:
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
-            total += tokens * float(model(**batch).loss)
-            count += tokens
-        return total / count
+        return held_out_loss(lambda batch: model(**batch), self.held_out)
 
 
 def _known(out: Path, settings: Settings, arm: str, seed: int) -> Mapping[str, Any] | None:

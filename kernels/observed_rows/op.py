@@ -1,4 +1,4 @@
-"""Semantic op that hands on what a block reads and returns (docs/semantics.md, "Maps that are fitted in the run").
+"""Semantic op that hands on what a block reads and returns (docs/recipes.md, "Preset `auto`").
 
 Nobody may want the rows: that is known to the process, not to the graph, so it costs a look-up and no work on a device.
 """

@@ -16,42 +16,23 @@ import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.peft_support import make_dora_traceable
-from sparse_compile.compiler.pipeline import in_order
+from sparse_compile.compiler.pipeline import ANALYSIS_PASSES
 from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.graph.cost import projection_flops
 from sparse_compile.graph.read import nodes_by_name
 from sparse_compile.graph.rewrite import Rewriter, copy_graph_module
 from sparse_compile.graph.sites import FFNSite
+from sparse_compile.kernels.observed_rows.registry import Observer
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.recipe import AffineMap
-from sparse_compile.passes.canonical.canonicalize_linears import CanonicalizeLinears
-from sparse_compile.passes.canonical.expose_4bit_weights import Expose4BitWeights
-from sparse_compile.passes.canonical.inline_checkpoint_bodies import InlineCheckpointBodies
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.token_space import token_space
 from sparse_compile.passes.roles.plan_sparsity import site_fingerprint
-from sparse_compile.passes.roles.trace_roles import TraceRoles
-from sparse_compile.passes.sites.find_attention import FindAttention
-from sparse_compile.passes.sites.find_ffn import FindFFN
-from sparse_compile.passes.sites.find_projections import FindProjections
 from sparse_compile.passes.write.output_mask import insert_output_mask
 from sparse_compile.torch_private.dynamo import without_recompile_limit
 from sparse_compile.torch_private.modules import calling, compiled_call, original_module
 
-__all__ = ["Collector", "Tap", "TappedModel"]
-
-Collector = Callable[[Tensor, Tensor], None]
-"""Takes what a block reads, (n, in), and what it returns, (n, out), of n context tokens that are no padding."""
-
-_ANALYSES = in_order((
-    InlineCheckpointBodies(),
-    Expose4BitWeights(),
-    CanonicalizeLinears(),
-    FindProjections(),
-    FindFFN(),
-    FindAttention(),
-    TraceRoles(),
-))  # fmt: skip
+__all__ = ["Tap", "TappedModel"]
 
 
 class Tap(nn.Module):
@@ -71,7 +52,7 @@ class Tap(nn.Module):
         self.out_features = site.output.out_features
         self.flops = sum(projection_flops(each) for each in site.projections)
         self.weights = site_fingerprint(site, ctx)
-        self.collect: Collector | None = None
+        self.collect: Observer | None = None
         self.surrogate: AffineMap | None = None
 
     def forward(self, x: Tensor, y: Tensor, output_mask: Tensor, attended: Tensor | None) -> Tensor:
@@ -131,14 +112,14 @@ class TappedModel:
         for name, tap in self.taps.items():
             tap.surrogate = surrogates.get(name)
 
-    def collect(self, collectors: Mapping[str, Collector]) -> None:
+    def collect(self, collectors: Mapping[str, Observer]) -> None:
         """Hand on rows of the sites named, and of no others."""
         for name, tap in self.taps.items():
             tap.collect = collectors.get(name)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ctx = capture_context(gm, example_inputs, self.config, part_of(gm))
-        canonical = run_pipeline(gm, ctx, order=_ANALYSES).canonical
+        canonical = run_pipeline(gm, ctx, order=ANALYSIS_PASSES).canonical
         if ctx.facts.roles is None:
             reason = "nothing tells output tokens from context"
             self.declined |= {site.name: reason for site in ctx.facts.ffn_sites}
@@ -164,7 +145,9 @@ class TappedModel:
         with rewriter.before(top):
             mask, attended = insert_output_mask(rewriter, ctx, nodes[sites[0].source])
         for number, site in enumerate(sites):
-            tap = self.taps.setdefault(site.name, Tap(site, ctx))
+            if site.name not in self.taps:  # a graph for other sizes has the taps that there are
+                self.taps[site.name] = Tap(site, ctx)
+            tap = self.taps[site.name]
             gm.add_submodule(f"sparselora_tap_{number}", tap)
             x, y = nodes[site.source], nodes[site.output.output]
             readers = list(y.users)

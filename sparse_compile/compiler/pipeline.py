@@ -37,7 +37,7 @@ from sparse_compile.passes.sparse.insert_predictors import InsertPredictors
 from sparse_compile.passes.sparse.sparsify_attention import SparsifyAttention
 from sparse_compile.passes.sparse.sparsify_ffn import SparsifyFFN
 
-__all__ = ["EVALUATION_PASSES", "PASSES", "in_order"]
+__all__ = ["ANALYSIS_PASSES", "EVALUATION_PASSES", "PASSES", "in_order"]
 
 
 def in_order(passes: Iterable[Pass]) -> tuple[Pass, ...]:
@@ -96,6 +96,9 @@ if forgotten := pass_names() ^ {each.name for each in PASSES}:
     raise ImportError(
         f"every module in a chapter of passes is one pass of this list, but {', '.join(sorted(forgotten))}"
     )
+
+ANALYSIS_PASSES: Final = in_order(PASSES[: 1 + next(at for at, each in enumerate(PASSES) if "roles" in each.ensures)])
+"""The passes that find sites and roles, and decide nothing."""
 
 EVALUATION_PASSES: Final = in_order(
     each
