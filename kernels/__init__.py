@@ -19,6 +19,7 @@ else:
         masked_linear,
         merged_linear,
         observed_rows,
+        queried_attention,
         roles,
         token_rows,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "masked_linear",
     "merged_linear",
     "observed_rows",
+    "queried_attention",
     "roles",
     "token_rows",
 ]

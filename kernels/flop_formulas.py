@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sparse_compile.kernels import causal_attention, frozen_linear, fused_linear, gathered_linear  # noqa: F401  (registers the ops)
+from sparse_compile.kernels import (  # noqa: F401  (registers the ops)
+    causal_attention,
+    frozen_linear,
+    fused_linear,
+    gathered_linear,
+    queried_attention,
+)
 
 _OPS = torch.ops.sparselora
 
@@ -50,3 +56,28 @@ def _attention(query: torch.Size, *_: Any, **__: Any) -> int:
 def _attention_backward(d_out: torch.Size, *_: Any, **__: Any) -> int:
     """Count the five products of the backward, the scores once more among them."""
     return 5 * math.prod(d_out) * d_out[-2]
+
+
+@register_flop_formula(_OPS.queried_attention)
+def _queried_attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, mask: Any, slots: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Count two products for the queries that have a slot."""
+    return 2 * math.prod(slots) * query[1] * key[2] * (query[3] + value[3])
+
+
+@register_flop_formula(_OPS.queried_attention_backward)
+def _queried_attention_backward(
+    d_out: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    out: Any,
+    logsumexp: Any,
+    mask: Any,
+    slots: torch.Size,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Count the five products of the backward, the scores once more among them."""
+    return math.prod(slots) * query[1] * key[2] * (6 * query[3] + 4 * value[3])

@@ -14,6 +14,7 @@ from sparse_compile.kernels.fused_linear.op import FUSED_LINEAR, GRADIENTS
 from sparse_compile.kernels.gathered_linear.op import GATHERED_INPUT_LINEAR, GATHERED_LINEAR
 from sparse_compile.kernels.masked_linear.op import EXACT_GRADIENTS, MASKED_INPUT_GRADIENT, MASKED_LINEAR
 from sparse_compile.kernels.providers import ProviderTable
+from sparse_compile.kernels.queried_attention.op import QUERIED_ATTENTION, QUERIED_ATTENTION_BACKWARD
 from sparse_compile.kernels.token_rows.op import PUT_ROWS, TAKE_ROWS
 
 _OPS = torch.ops.sparselora
@@ -31,6 +32,8 @@ PROVIDERS: Final[Mapping[Any, ProviderTable]] = {
     _OPS.frozen_linear.default: FROZEN_LINEAR,
     _OPS.causal_attention.default: CAUSAL_ATTENTION,
     _OPS.causal_attention_backward.default: CAUSAL_ATTENTION_BACKWARD,
+    _OPS.queried_attention.default: QUERIED_ATTENTION,
+    _OPS.queried_attention_backward.default: QUERIED_ATTENTION_BACKWARD,
     _OPS.masked_linear.default: MASKED_LINEAR,
     _OPS.masked_input_gradient.default: MASKED_INPUT_GRADIENT,
     _OPS.masked_factor_gradients.default: EXACT_GRADIENTS,

@@ -84,7 +84,8 @@ class _Matcher:
     def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
         self.ctx = ctx
         self.nodes = nodes_by_name(graph)
-        self.sparse = {projection.base for plan in ctx.facts.plan.sparse_sites for projection in plan.site.projections}
+        plans = ctx.facts.plan.split_sites
+        self.sparse = {projection.base for plan in plans for projection in plan.site.projections}
         self.autocast = {device: autocast_dtypes(graph, ctx.env.autocast, device) for device in ("cpu", "cuda")}
 
     def match(self, projection: Projection) -> AdaptedLayer | None:

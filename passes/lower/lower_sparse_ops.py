@@ -34,7 +34,7 @@ class LowerSparseOps(Pass):
         stats: dict[str, int] = {}
         rejections: dict[Rejection, None] = {}
         used: dict[str, dict[str, None]] = {}
-        calls = {plan.site.name: ctx.op_call(plan) for plan in ctx.facts.plan.sparse_sites}
+        calls = {plan.site.name: ctx.op_call(plan) for plan in ctx.facts.plan.split_sites}
         changed = False
         for node in gm.graph.nodes:
             table = PROVIDERS.get(node.target)

@@ -5,7 +5,8 @@
 A recipe says of each site that a map stands in its place for context tokens, or which fraction of its channels is left
 out. A site named in a recipe or in `layer_sparsity` is never declined for cost; a preset's site is, where the predictor
 and the movement of tokens cost more than the products they save. The predictor's factors are computed here, so that a
-weight that has none (NaN, infinite) leaves its site dense with its name in the reason.
+weight that has none (NaN, infinite) leaves its site dense with its name in the reason. Sites that context tokens have
+left before (`context_exit`) are planned as such, whatever else is asked of them.
 
 Declines a site when: nothing tells the roles of its tokens, its tokens are not those of the labels, one of its weights
 is trained or not finite, or (presets) it does not pay. A map that was fitted for other weights is an error.
@@ -27,10 +28,11 @@ from sparse_compile.graph.read import hinted_shape, nodes_by_name
 from sparse_compile.graph.sites import FFNSite, Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.config import SparseLoRAConfig
-from sparse_compile.options.presets import AUTO_RANK, kept_count, match_site, preset_sparsity
+from sparse_compile.options.presets import AUTO_RANK, exit_block, kept_count, match_site, preset_sparsity
 from sparse_compile.options.recipe import AffineMap, Recipe, SiteRecipe
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import InvalidOptionError, Pass, PassOutcome
+from sparse_compile.passes.read.exit_sites import sites_behind_exit
 from sparse_compile.passes.read.token_space import token_space
 from sparse_compile.predictor.published import load_upstream_factors
 from sparse_compile.predictor.store import FactorStore
@@ -51,6 +53,10 @@ class PlanSparsity(Pass):
         rejections: list[Rejection] = []
         space = token_space(gm.graph, ctx.facts.roles) if ctx.facts.roles else set()
         planner = _Planner(ctx, _token_shape(nodes, ctx), space, _factor_store(ctx.env.config))
+        try:
+            planner.let_context_leave(gm.graph)
+        except Declined as declined:
+            rejections.append(declined.by(f"{self.name}.exit"))
         plans = []
         for site in sorted(ctx.facts.sites, key=lambda site: _position(gm.graph, site)):
             plan = planner.plan(site, hinted_shape(nodes[site.source]))
@@ -124,6 +130,12 @@ def _alike(one: AffineMap, other: AffineMap) -> bool:
     )
 
 
+def _empty_map(width: int, out: int) -> AffineMap:
+    """Return a map of zeros of the rank that a run fits."""
+    rank = max(1, min(AUTO_RANK, width // 4, out // 4))
+    return AffineMap(torch.zeros(rank, width), torch.zeros(out, rank), torch.zeros(out))
+
+
 def _entry(recipe: Recipe | None, site: Site) -> SiteRecipe | None:
     """Return what a recipe says of a site, under the longest name that matches; None where it says nothing."""
     names = [] if recipe is None else [name for name in recipe.sites if match_site(name, site.name)]
@@ -142,9 +154,25 @@ class _Planner:
         self.token_shape = token_shape
         self.space = space
         self.store = store
+        self.left: dict[str, Site] = {}
         self.recipe = ctx.env.config.recipe
         self.factors: dict[str, LowRankFactors] = {}
         self.surrogates: dict[str, AffineMap] = {}
+
+    def let_context_leave(self, graph: fx.Graph) -> None:
+        """Find the sites that context tokens leave before, if the options want any.
+
+        Raises:
+            Declined: context cannot leave this graph.
+        """
+        count = len(self.ctx.facts.attention_sites)
+        block = exit_block(self.ctx.env.config.exit_depth, count)
+        if block == count:
+            return
+        sites, nodes = sites_behind_exit(graph, self.ctx, block), nodes_by_name(graph)
+        for site in sites:
+            self._check_tokens(site, hinted_shape(nodes[site.source]))
+        self.left = {site.identity: site for site in sites}
 
     def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
         """Return what is to be done with `site`.
@@ -153,6 +181,8 @@ class _Planner:
             InvalidOptionError: a recipe has a map for it that does not fit.
         """
         total = site.channels
+        if site.identity in self.left:
+            return self._left(site)
         if self._fits_in_the_run(site):
             return self._online(site, source_shape)
         wanted = _entry(self.recipe, site)
@@ -172,6 +202,17 @@ class _Planner:
         except Declined as declined:
             return SitePlan(site, 0.0, total, total, declined.reason)
         return SitePlan(site, sparsity, kept, total, note)
+
+    def _left(self, site: Site) -> SitePlan:
+        """Plan a site that context tokens have left before: a feed-forward block, or attention of the rest to them."""
+        if isinstance(site, FFNSite):
+            return SitePlan(site, 1.0, 0, site.channels, left=True)
+        plan = SitePlan(site, 0.0, site.channels, site.channels, left=True)
+        if site.identity == next(iter(self.left)):
+            return plan
+        width = site.query.in_features
+        self._set_map(site, _empty_map(width, width), online=True)
+        return replace(plan, mapped=True, online=True)
 
     def _mapped(self, site: Site, wanted: SiteRecipe, surrogate: AffineMap, source_shape: tuple[int, ...]) -> SitePlan:
         """Plan a map in the place of a block.
@@ -212,29 +253,31 @@ class _Planner:
         """Plan a map that the run fits: one of zeros until then."""
         assert isinstance(site, FFNSite)
         width, out = site.inputs[0].in_features, site.output.out_features
-        rank = max(1, min(AUTO_RANK, width // 4, out // 4))
+        empty = _empty_map(width, out)
         dtype, device = self.ctx.weight_kind(site.output)
-        estimate = map_gain(site, rank, dtype.itemsize, device)
+        estimate = map_gain(site, empty.rank, dtype.itemsize, device)
         if not estimate.pays:
             return SitePlan(site, 0.0, site.channels, site.channels, cost_note(estimate.saved, estimate.spent))
-        empty = AffineMap(torch.zeros(rank, width), torch.zeros(out, rank), torch.zeros(out))
         return self._with_map(site, empty, source_shape, online=True)
 
     def _with_map(
         self, site: FFNSite, surrogate: AffineMap, source_shape: tuple[int, ...], *, online: bool
     ) -> SitePlan:
-        """Plan a map; one that the run fits is shared by all graphs of the model."""
+        """Plan a map in the place of a block."""
         try:
             self._check_tokens(site, source_shape)
         except Declined as declined:
             return SitePlan(site, 0.0, site.channels, site.channels, declined.reason)
+        self._set_map(site, surrogate, online=online)
+        return SitePlan(site, 1.0, 0, site.channels, mapped=True, online=online)
+
+    def _set_map(self, site: Site, surrogate: AffineMap, *, online: bool) -> None:
+        """Put the map of a site into buffers: those that the run fits, where another graph of the model has them."""
         dtype, device = self.ctx.weight_kind(site.output)[0], self.ctx.weight_device(site.output)
         parts = (each.to(device, dtype, copy=True) for each in (surrogate.q, surrogate.u, surrogate.bias))
         buffers = AffineMap(*parts)
-        # Another graph of the model (for batches of another kind) may have buffers that the run fits.
         known = self.ctx.env.online_maps.get(site.identity) if online else None
         self.surrogates[site.identity] = buffers if known is None or not _alike(known, buffers) else known
-        return SitePlan(site, 1.0, 0, site.channels, mapped=True, online=online)
 
     def _cost_note(self, site: Site, kept: int, tokens: int, *, named: bool) -> str:
         """Return a note for a named site that does not pay; empty if it pays.

@@ -167,6 +167,7 @@ class _Matcher:
             key=key,
             value=value,
             output=output,
+            attention=attention.result.name,
             kv_heads=key_heads,
             groups=heads // key_heads,
             head_dim=query.out_features // heads,

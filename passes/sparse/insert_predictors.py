@@ -59,7 +59,7 @@ class InsertPredictors(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        if not ctx.facts.plan.sparse_sites:
+        if not ctx.facts.plan.split_sites:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
         builder = _PredictorBuilder(rewriter, ctx, *_insert_roles(rewriter, ctx))
@@ -74,7 +74,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     Returns:
         The tokens that scores read; whether this is a dense step, None where none is.
     """
-    source = nodes_by_name(rewriter.graph)[ctx.facts.plan.sparse_sites[0].site.source]
+    source = nodes_by_name(rewriter.graph)[ctx.facts.plan.split_sites[0].site.source]
     tokens = tensor_of(source)
     top = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
     # What is there already of the top of the graph is on the rows of the loss: their number is read with that of roles.
@@ -83,7 +83,7 @@ def _insert_roles(rewriter: Rewriter, ctx: PassContext) -> tuple[fx.Node, fx.Nod
     with rewriter.before(top):
         mask, attended = insert_output_mask(rewriter, ctx, source)
         scored = None
-        if any(plan.online for plan in ctx.facts.plan.sparse_sites):
+        if any(plan.online for plan in ctx.facts.plan.mapped_sites):
             # By what tokens are, not by what this step makes of them: in a dense step all of them are computed densely.
             scored = _context(rewriter, mask, attended)
         if ctx.env.config.token_selection == "all_sparse":

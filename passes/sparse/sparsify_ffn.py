@@ -31,15 +31,13 @@ from torch import fx
 
 from sparse_compile.graph.facts import SitePlan
 from sparse_compile.graph.read import argument, hinted_shape, tensor_of, tensor_value
-from sparse_compile.graph.rewrite import Rewriter, buffer_name, take_over
+from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite, Projection
 from sparse_compile.graph.vocabulary import LINEAR
-from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
+from sparse_compile.passes.write.affine_map import insert_map, observe_rows
 from sparse_compile.passes.write.sparse_rows import SparseRows
-
-_OPS = torch.ops.sparselora
 
 
 class SparsifyFFN(Pass):
@@ -52,7 +50,7 @@ class SparsifyFFN(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassOutcome:
         """Rewrite the graph in place."""
-        plans = [plan for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite)]
+        plans = [plan for plan in ctx.facts.plan.sparse_sites if isinstance(plan.site, FFNSite) and not plan.left]
         if not plans:
             return PassOutcome(False)
         rewriter = Rewriter(gm, self.name)
@@ -72,24 +70,23 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> int:
     nodes = rows.nodes
     end, source = nodes[site.output.output], nodes[site.source]
     with rewriter.before(end, site.name):
-        output: _Segment = _Segment(rows, site)
-        context: _Segment | _Map
-        if plan.mapped:
-            detached = ctx.env.config.surrogate_gradient == "detached"
-            context = _Map(rows, site, ctx.facts.surrogates[site.identity], detached=detached)
-        else:
-            context = _Segment(rows, site, nodes[ctx.facts.selections[site.identity][0]])
-        output.values[source], context.values[source] = rows.split(source)
+        output = _Segment(rows, site)
+        sparse = None if plan.mapped else _Segment(rows, site, nodes[ctx.facts.selections[site.identity][0]])
+        splits = {source: rows.split(source)}
         for projection in site.inputs:
             whole = [nodes[branch.a] for branch in projection.adapters]
             whole += [argument(nodes[name], "input") for name in projection.products[1:]]
-            for node in whole:
-                if node not in output.values:
-                    output.values[node], context.values[node] = rows.split(node)
+            splits |= {node: rows.split(node) for node in whole if node not in splits}
+        output.values |= {node: parts[0] for node, parts in splits.items()}
         dense = output.run()
-        if plan.online:
-            _observe(plan, rows, output.values[source], dense, ctx)
-        merged = rows.merge(dense, _cast_like(dense, context.run(), rewriter), source, site.output.out_features)
+        if sparse is None:
+            if plan.online:
+                observe_rows(plan, rows, output.values[source], dense, ctx)
+            context = _cast_like(dense, insert_map(plan, rows, splits[source][1], ctx), rewriter)
+        else:
+            sparse.values |= {node: parts[1] for node, parts in splits.items()}
+            context = _cast_like(dense, sparse.run(), rewriter)
+        merged = rows.merge(dense, context, source, site.output.out_features)
     return take_over(end, merged)
 
 
@@ -97,50 +94,6 @@ def _cast_like(dense: fx.Node, context: fx.Node, rewriter: Rewriter) -> fx.Node:
     """Give a map the dtype of the block: an adapter in fp32 widens the block's, autocast narrows it."""
     dtype = tensor_of(dense).dtype
     return context if tensor_of(context).dtype == dtype else rewriter.method("to", context, dtype)
-
-
-def _observe(plan: SitePlan, rows: SparseRows, x: fx.Node, y: fx.Node, ctx: PassContext) -> None:
-    """Have what the block reads and returns of densely computed tokens handed on, for the fit of its map."""
-    assert ctx.facts.scored is not None
-    rewriter = rows.rewriter
-    scored = rewriter.method("reshape", rows.nodes[ctx.facts.scored], -1)
-    device = ctx.facts.surrogates[plan.site.identity].q.device
-    seen = rewriter.buffer(buffer_name(plan.site.name, "seen"), torch.zeros((), dtype=torch.int64, device=device))
-    x, y = (rewriter.method("detach", each) for each in (x, y))
-    rewriter.call(_OPS.observe_rows.default, x, y, rows.rows[0], scored, seen, ctx.observed_as(plan.site))
-
-
-class _Map:
-    """Inserts the map in the place of a site, for the tokens of one role.
-
-    Args:
-        rows: what inserts nodes.
-        site: the site.
-        surrogate: the map.
-        detached: whether no gradient passes through it.
-    """
-
-    def __init__(self, rows: SparseRows, site: FFNSite, surrogate: AffineMap, *, detached: bool) -> None:
-        self.rows = rows
-        self.site = site
-        self.surrogate = surrogate
-        self.detached = detached
-        self.values: dict[fx.Node, fx.Node] = {}
-
-    def run(self) -> fx.Node:
-        """Insert the map; return the node that holds its result, (tokens, out)."""
-        rewriter = self.rows.rewriter
-        q, u, bias = (
-            rewriter.buffer(buffer_name(self.site.name, part), getattr(self.surrogate, part))
-            for part in ("q", "u", "bias")
-        )
-        x = self.values[self.rows.nodes[self.site.source]]
-        if self.detached:
-            x = rewriter.method("detach", x)
-        if self.surrogate.rank == 0:
-            return rewriter.method("expand", bias, rewriter.method("size", x, 0), -1)
-        thin = self.rows.product(x, q, None, self.surrogate.q.shape[1])
-        return self.rows.product(thin, u, bias, self.surrogate.rank)
 
 
 class _Segment:

@@ -38,7 +38,7 @@ def install_guards(gm: fx.GraphModule, ctx: PassContext, session: Session, *, pa
 
 def _inputs_of_this_model(gm: fx.GraphModule, ctx: PassContext) -> list[fx.Node]:
     """Return the inputs that tie a graph to its model: weights that were factorised, and what the session trains."""
-    projections = [projection for plan in ctx.facts.plan.sparse_sites for projection in plan.site.projections]
+    projections = [projection for plan in ctx.facts.plan.split_sites for projection in plan.site.projections]
     weights = {name for projection in projections for name in ctx.weight_inputs(projection)}
     trained = next(name for name, parameter in ctx.env.parameters.items() if parameter.trained)
     return [node for node in gm.graph.nodes if node.op == "placeholder" and node.name in weights | {trained}]

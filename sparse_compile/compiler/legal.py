@@ -203,13 +203,13 @@ def _decisions(checked: Checked) -> Iterator[str]:
     for plan in checked.facts.plan.sites:
         if plan.site.identity not in known:
             yield f"the plan names {plan.site.name}, which is no site of the graph"
-        if not (0 if plan.mapped else 1) <= plan.kept <= plan.total:
+        if not (0 if plan.mapped or plan.left else 1) <= plan.kept <= plan.total:
             yield f"the plan keeps {plan.kept} of {plan.total} channels of {plan.site.name}"
         if plan.mapped and plan.site.identity not in checked.facts.surrogates:
-            yield f"a map is to stand in the place of {plan.site.name}, and there is none"
-        if plan.sparse and checked.facts.roles is None:
+            yield f"{plan.site.name} is to have a map, and there is none"
+        if (plan.sparse or plan.left) and checked.facts.roles is None:
             yield f"{plan.site.name} is to be sparse, and nothing tells context tokens from output tokens"
-        if plan.sparse and not plan.mapped and checked.ctx.env.config.channel_selection == "svd":
+        if plan in checked.facts.plan.predicted_sites and checked.ctx.env.config.channel_selection == "svd":
             for projection in plan.site.predicted:
                 if projection.name not in checked.facts.factors:
                     yield f"{plan.site.name} is to be sparse, and {projection.name} has no factors"

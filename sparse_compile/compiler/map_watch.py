@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from sparse_compile.compiler.outputs import CompiledGraph
 from sparse_compile.compiler.weight_watch import StoredWeight
+from sparse_compile.graph.facts import SitePlan
+from sparse_compile.graph.sites import Projection
 from sparse_compile.kernels.observed_rows import observing
 from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
@@ -40,11 +42,11 @@ def with_fitted_maps(compiled: CompiledGraph, ctx: PassContext, session: Session
         session: of its model.
         moves: whether weights change their address from step to step, as FSDP2's do.
     """
-    mapped = [plan for plan in ctx.facts.plan.sparse_sites if plan.mapped]
+    mapped = ctx.facts.plan.mapped_sites
     if not mapped:
         return compiled
     weights = {
-        plan.site.name: [tensor for each in plan.site.projections for tensor in StoredWeight.of(each, ctx).tensors()]
+        plan.site.name: [tensor for each in _imitated(plan, ctx) for tensor in StoredWeight.of(each, ctx).tensors()]
         for plan in mapped
     }
     online = {}
@@ -64,6 +66,15 @@ def with_fitted_maps(compiled: CompiledGraph, ctx: PassContext, session: Session
     return _Maps(compiled, session, watch, online, fixed=ctx.facts.slots is not None)
 
 
+def _imitated(plan: SitePlan, ctx: PassContext) -> list[Projection]:
+    """Return the frozen layers whose function a map stands for: of its block, or of all since the exit of context."""
+    sites = [plan.site]
+    if plan.left:
+        left = [each.site for each in ctx.facts.plan.sites if each.left]
+        sites = left[: left.index(plan.site)]
+    return [projection for site in sites for projection in site.projections]
+
+
 def held_for_maps(ctx: PassContext, session: Session) -> bool:
     """Have a step be dense that was to be sparse, if a map of a graph that is not compiled yet has no fit.
 
@@ -71,7 +82,7 @@ def held_for_maps(ctx: PassContext, session: Session) -> bool:
         Whether the step is another one now.
     """
     before = session.phase
-    for plan in ctx.facts.plan.sparse_sites:
+    for plan in ctx.facts.plan.mapped_sites:
         if plan.online:
             buffers, known = ctx.facts.surrogates[plan.site.identity], session.online_maps.get(plan.site.identity)
             is_fitted = _is_set(buffers) if known is None else known.surrogate is buffers and known.fitted

@@ -28,8 +28,8 @@ their configuration ties together until an optimizer steps."""
 def asks_for_sparsity(config: SparseLoRAConfig) -> bool:
     """Tell whether any site may become sparse."""
     if config.site_sparsity is not None:
-        return any(config.site_sparsity.values())
-    return config.preset in ("o1", "o2", "auto")
+        return any(config.site_sparsity.values()) or config.exit_depth < 1
+    return config.preset in ("o1", "o2", "auto") or config.exit_depth < 1
 
 
 def tell_about_sites(

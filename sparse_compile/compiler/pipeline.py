@@ -33,6 +33,7 @@ from sparse_compile.passes.roles.trace_roles import TraceRoles
 from sparse_compile.passes.sites.find_attention import FindAttention
 from sparse_compile.passes.sites.find_ffn import FindFFN
 from sparse_compile.passes.sites.find_projections import FindProjections
+from sparse_compile.passes.sparse.exit_context import ExitContext
 from sparse_compile.passes.sparse.insert_predictors import InsertPredictors
 from sparse_compile.passes.sparse.sparsify_attention import SparsifyAttention
 from sparse_compile.passes.sparse.sparsify_ffn import SparsifyFFN
@@ -81,6 +82,7 @@ PASSES: Final = in_order((
     FuseAdapters(),
     FactorDoRANorm(),
     InsertPredictors(),
+    ExitContext(),
     SparsifyFFN(),
     SparsifyAttention(),
     FuseProducts(),

@@ -34,6 +34,7 @@ class SiteReport:
         kept: channels kept.
         total: channels to choose from.
         provider: what runs its products: `"map of rank 32"` where a map stands in its place for context tokens,
+            `"context left"` where they have left the residual stream before it,
             `"dense"` where nothing was rewritten, `"loss_rows"` where only rows of the loss are left of a block that
             was to be sparse.
         reason: why it stays dense although it was asked for, or a note.
@@ -136,7 +137,8 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
 def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
     sites = []
     for plan in ctx.facts.plan.sites:
-        left_out = plan.sparse and plan.site.kind not in result.made_sparse
+        kind = "exit" if plan.left else plan.site.kind
+        left_out = (plan.sparse or plan.left) and kind not in result.made_sparse
         sites.append(
             SiteReport(
                 name=plan.site.name,
@@ -145,7 +147,7 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 kept=plan.total if left_out else plan.kept,
                 total=plan.total,
                 provider=_provider(plan, ctx),
-                reason=f"{_rewrites(plan.site.kind)} did not run" if left_out else plan.reason,
+                reason=f"{_rewrites(kind)} did not run" if left_out else plan.reason,
                 adapters=sum(len(projection.adapters) for projection in plan.site.projections),
             )
         )
@@ -160,6 +162,9 @@ def _rewrites(kind: str) -> str:
 def _provider(plan: SitePlan, ctx: PassContext) -> str:
     if plan.reason == ON_LOSS_ROWS:
         return "loss_rows"
+    if plan.left:
+        rank = f", map of rank {ctx.facts.surrogates[plan.site.identity].rank}" if plan.mapped else ""
+        return f"context left{rank}"
     if plan.mapped:
         return f"map of rank {ctx.facts.surrogates[plan.site.identity].rank}"
     return "+".join(ctx.results.providers.get(plan.site.name, ())) or "dense"

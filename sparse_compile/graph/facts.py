@@ -72,8 +72,11 @@ class SitePlan:
         kept: channels kept.
         total: channels to choose from.
         reason: why the site stays dense, or a note; empty otherwise.
-        mapped: whether an affine map stands in the place of the whole block for context tokens; it keeps no channel.
-        online: whether that map is fitted in the run, so that what the block reads and returns is to be handed on.
+        mapped: whether the site has an affine map. It stands in the place of a whole feed-forward block, for context
+            tokens, and keeps no channel; that of an attention block adds to the stream of the exit.
+        online: whether that map is fitted in the run, so that what it is to read and to return is handed on.
+        left: whether context tokens have left the residual stream before this site. Of a feed-forward block nothing is
+            computed for them. An attention block reads them as keys and values; its map adds to the stream of the exit.
         without_context: base nodes of projections that no context token runs through any more: they stay as they are.
     """
 
@@ -84,6 +87,7 @@ class SitePlan:
     reason: str = ""
     mapped: bool = False
     online: bool = False
+    left: bool = False
     without_context: tuple[NodeName, ...] = ()
 
     @property
@@ -111,7 +115,17 @@ class SparsityPlan:
     @property
     def predicted_sites(self) -> tuple[SitePlan, ...]:
         """Those of them whose channels are chosen for each batch."""
-        return tuple(plan for plan in self.sparse_sites if not plan.mapped)
+        return tuple(plan for plan in self.sparse_sites if not plan.mapped and not plan.left)
+
+    @property
+    def mapped_sites(self) -> tuple[SitePlan, ...]:
+        """The sites that have a map."""
+        return tuple(plan for plan in self.sites if plan.mapped)
+
+    @property
+    def split_sites(self) -> tuple[SitePlan, ...]:
+        """The sites that tell output tokens from context."""
+        return tuple(plan for plan in self.sites if plan.sparse or plan.left)
 
 
 @dataclass(frozen=True)

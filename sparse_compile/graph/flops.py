@@ -75,15 +75,18 @@ class _Counter:
         self._differentiated = reach(
             [graph.output_node()], lambda node: [each for each in node.all_input_nodes if op_name(each) != "detach"]
         )
-        self._roles: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._roles: dict[sympy.Symbol, sympy.Expr] = {}
         for node in graph.nodes:
             value = value_of(node)
             if _known_name(node) == "split_tokens" and isinstance(value, tuple):
                 self._remember(value[0], OUTPUT)
+            elif _known_name(node) == "query_slots" and isinstance(value, Tensor):
+                # Of all sequences together there are as many queries as output tokens, and some spare slots.
+                self._remember(value.mT, OUTPUT / self.size(value.shape[0]))
             elif _known_name(node) == "loss_rows" and isinstance(value, Tensor):
                 self._remember(value, LOSS)
 
-    def _remember(self, rows: Tensor, role: sympy.Symbol) -> None:
+    def _remember(self, rows: Tensor, role: sympy.Expr) -> None:
         size = size_expression(rows.shape[0])
         if is_unbacked(size):
             self._roles[size] = role
@@ -133,6 +136,14 @@ def _attention(counter: _Counter, node: fx.Node) -> Flops:
     query, key, value = (counter.shape(operand) for operand in operands)
     scores = math.prod(query[:-1]) * key[-2]
     forward = sympy.Rational(2, 2 if query[-2] == key[-2] else 1) * scores * (query[-1] + value[-1])
+    return forward * (sympy.Rational(7, 2) if counter.gradients(node, *operands) else 1), 0
+
+
+def _queried_attention(counter: _Counter, node: fx.Node) -> Flops:
+    operands = [argument(node, name) for name in ("query", "key", "value")]
+    query, key, value = (counter.shape(operand) for operand in operands)
+    # Queries at the end of a sequence read nearly all keys: no half is left out.
+    forward = math.prod(counter.shape(argument(node, "slots"))) * query[1] * key[-2] * (query[-1] + value[-1]) * 2
     return forward * (sympy.Rational(7, 2) if counter.gradients(node, *operands) else 1), 0
 
 
@@ -226,6 +237,7 @@ _COUNTS: Final[Mapping[str, Callable[[_Counter, fx.Node], Flops]]] = {
     **dict.fromkeys((*MATMULS, "linear", "addmm"), _product),
     "scaled_dot_product_attention": _attention,
     "causal_attention": _attention,
+    "queried_attention": _queried_attention,
     "frozen_linear": _frozen_product("x"),
     "gathered_linear": _frozen_product("x"),
     "gathered_input_linear": _frozen_product("h"),

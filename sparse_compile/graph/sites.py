@@ -205,6 +205,7 @@ class AttentionSite:
         index: order of the site among the graph's attention sites.
         source: the shared input x.
         query, key, value, output: the projections.
+        attention: the node whose result the heads are: one call, or the last product of a written-out attention.
         kv_heads: number of key/value heads.
         groups: query heads per key/value head; query head h reads key/value head h // groups.
         head_dim: channels of a query or key head.
@@ -218,6 +219,7 @@ class AttentionSite:
     key: Projection
     value: Projection
     output: Projection
+    attention: NodeName
     kv_heads: int
     groups: int
     head_dim: int

@@ -112,6 +112,15 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def depth(name: str, value: object) -> float | None:
+    """Check a fraction of a model's depth, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is a fraction of the depth in [0, 1], or None, got {value!r}")
+    return float(value)
+
+
 def mask_threshold(value: object) -> float:
     """Accept a fraction in (0, 1]."""
     threshold = number("mask_threshold", value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_compile.options import checks as check
 from sparse_compile.options import release as upstream
 from sparse_compile.options.checks import FrozenMapping
-from sparse_compile.options.presets import AUTO_DENSE_EVERY, DEFAULT_START_FRACTION, PRESETS
+from sparse_compile.options.presets import AUTO_DENSE_EVERY, AUTO_EXIT, DEFAULT_START_FRACTION, PRESETS
 from sparse_compile.options.recipe import Recipe
 from sparse_compile.options.schedule_handle import ScheduleHandle
 
@@ -49,6 +49,9 @@ class SparseLoRAConfig:
             is dense. Default ``None``: channels are left out, as the preset or ``layer_sparsity`` says.
         surrogate_gradient: Gradient of a recipe's maps: ``"exact"`` (default) or ``"detached"`` (none passes through
             them: cheaper, and another training).
+        context_exit: Fraction of the depth, in [0, 1], behind which context tokens leave the residual stream: each
+            later block reads them, as keys and values alone, as they were there, changed by a map that is fitted in
+            the run's dense steps. 1 is nowhere. Default ``None``: the preset decides; only ``"auto"`` may have one.
         predictor_rank: Rank of the SVD factors computed here, in singular values, at least 1. Default 8 (the paper's
             SVD sparsity estimator). Factors read from ``predictor_path`` have the rank they were stored with.
         predictor_path: Upstream ``model.safetensors`` (or the folder that holds it) with ready factors. Default
@@ -61,8 +64,8 @@ class SparseLoRAConfig:
             else 20 steps.
         end_step: First dense step after the sparse phase, in the same units. Default ``None``: never.
         dense_every: Of how many steps of the sparse phase one is dense, at least 2. Maps are fitted anew to its tokens,
-            with adapters as they are by then. Default ``None``: 8 with preset ``"auto"``, else no step; a recipe's maps
-            stay as they are without it.
+            with adapters as they are by then. Default ``None``: 8 with preset ``"auto"`` or a ``context_exit``, else no
+            step; a recipe's maps stay as they are without it.
         schedule: Handle that knows the length of the run (``total_steps``, in optimizer steps), which fractions need.
             Default ``None``: :class:`SparseLoRACallback` may still supply it.
         keep_logits: Compute every row of the logits a training forward returns, those that the loss ignores too.
@@ -106,6 +109,7 @@ class SparseLoRAConfig:
     layer_sparsity: Mapping[str, float] | None = None
     recipe: Recipe | None = None
     surrogate_gradient: str = "exact"
+    context_exit: float | None = None
     predictor_rank: int = 8
     predictor_path: str | None = None
     predictor_tokens: str | int = 16
@@ -143,6 +147,7 @@ class SparseLoRAConfig:
             "layer_sparsity": check.layer_sparsity(self.layer_sparsity),
             "recipe": check.recipe(self.recipe),
             "surrogate_gradient": check.choice("surrogate_gradient", self.surrogate_gradient, SURROGATE_GRADIENTS),
+            "context_exit": check.depth("context_exit", self.context_exit),
             "predictor_rank": check.integer("predictor_rank", self.predictor_rank, minimum=1),
             "predictor_path": check.path("predictor_path", self.predictor_path),
             "predictor_tokens": check.predictor_tokens(self.predictor_tokens),
@@ -173,6 +178,10 @@ class SparseLoRAConfig:
         self._check_order()
         if self.recipe is not None and self.layer_sparsity is not None:
             raise ValueError("recipe and layer_sparsity exclude each other: both say what each site becomes")
+        if self.preset in ("none", "exact") and self.exit_depth < 1:
+            raise ValueError(
+                f"context_exit approximates, and preset {self.preset!r} promises not to: use another preset"
+            )
         if self.token_bucket is not None and self.token_capacity is not None:
             raise ValueError("token_bucket and token_capacity exclude each other: both say how many slots a graph has")
         if self.requested & self.disable:
@@ -200,8 +209,15 @@ class SparseLoRAConfig:
     @property
     def dense_period(self) -> int | None:
         """Of how many steps of the sparse phase one is dense; None where none is."""
-        is_auto = self.preset == "auto" and not self.site_option
-        return AUTO_DENSE_EVERY if self.dense_every is None and is_auto else self.dense_every
+        fits_maps = (self.preset == "auto" and not self.site_option) or self.exit_depth < 1
+        return AUTO_DENSE_EVERY if self.dense_every is None and fits_maps else self.dense_every
+
+    @property
+    def exit_depth(self) -> float:
+        """Fraction of the blocks behind which context tokens leave the residual stream; 1 where they stay."""
+        if self.context_exit is not None:
+            return self.context_exit
+        return AUTO_EXIT if self.preset == "auto" and not self.site_option else 1.0
 
     @property
     def site_option(self) -> str:

@@ -14,6 +14,8 @@ AUTO_RANK = 64
 AUTO_DENSE_EVERY = 8
 """Which step of the sparse phase is dense under preset `auto`: this one of so many."""
 
+AUTO_EXIT = 1.0
+"""Where context tokens leave the residual stream under preset `auto`, as a fraction of the depth; 1 is nowhere."""
 
 DEFAULT_START_FRACTION = 0.05
 """Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
@@ -50,6 +52,16 @@ _PRESET_DEPTHS = {
     ("o2", "ffn"): (Fraction(9, 100), Fraction(97, 100), 0.99),
     ("o2", "attention"): (Fraction(43, 100), Fraction(97, 100), 0.75),
 }
+
+
+def exit_block(depth: float, count: int) -> int:
+    """Return the block before which context tokens leave the residual stream; ``count`` where they stay to the end.
+
+    Args:
+        depth: Fraction of the blocks that they run through, in [0, 1]; they run through the first block at least.
+        count: Number of blocks in the stack.
+    """
+    return count if depth == 1 else min(max(1, round(depth * count)), count)
 
 
 def match_site(pattern: str, name: str) -> bool:

@@ -8,6 +8,7 @@ Where the published code departs from the formulas (gradients of sparse attentio
 the FFN), the formulas hold here.
 """
 
+from sparse_compile.reference.context_exit import ContextExit, ExitMap
 from sparse_compile.reference.criteria import (
     PredictorTokens,
     Projection,
@@ -26,6 +27,8 @@ from sparse_compile.reference.criteria import (
 from sparse_compile.reference.masked_dense import MappedFFN, MaskedAttention, MaskedFFN, masked_dense
 
 __all__ = [
+    "ContextExit",
+    "ExitMap",
     "MappedFFN",
     "MaskedAttention",
     "MaskedFFN",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_compile.reference.context_exit import ContextExit, exit_context
 from sparse_compile.reference.criteria import expand_kv_channels
 
 
@@ -83,7 +84,9 @@ class MaskedAttention:
 
 
 @contextmanager
-def masked_dense(sites: Sequence[MaskedFFN | MappedFFN | MaskedAttention], output_mask: Tensor) -> Iterator[None]:
+def masked_dense(
+    sites: Sequence[MaskedFFN | MappedFFN | MaskedAttention | ContextExit], output_mask: Tensor
+) -> Iterator[None]:
     """Run an eager model with its sites sparsified by masks at full dense cost.
 
         with masked_dense(sites, output_mask):
@@ -107,6 +110,9 @@ def masked_dense(sites: Sequence[MaskedFFN | MappedFFN | MaskedAttention], outpu
                 continue
             if isinstance(site, MappedFFN):
                 _map_block(stack, site, output_mask)
+                continue
+            if isinstance(site, ContextExit):
+                exit_context(stack, site, output_mask)
                 continue
             kept_q = expand_kv_channels(site.kept_qk, site.head_dim, site.groups)
             masked = [(site.q, kept_q), (site.k, site.kept_qk), (site.v, site.kept_vo)]

@@ -60,7 +60,9 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def cpu_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Run PyTorch's fused attention on a CPU; return its result and the softmax's logarithmic denominators.
 
     `scaled_dot_product_attention` calls it too, and keeps the denominators to itself, which the backward needs.
@@ -69,7 +71,7 @@ def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
         query: (B, H, Q, D).
         key: (B, H, K, D).
         value: (B, H, K, D).
-        mask: (B or 1, H or 1, Q, K), added to the scores.
+        mask: (B or 1, H or 1, Q, K), added to the scores, or None.
         scale: what the scores are multiplied by.
     """
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -83,7 +85,7 @@ def cpu_flash_attention_backward(
     value: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the operands of `cpu_flash_attention`."""

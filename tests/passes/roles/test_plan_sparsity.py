@@ -130,7 +130,7 @@ def test_low_sparsity_pays_where_many_tokens_share_the_gathered_weights(
         return Projection("layer", "base", "x", "weight", False, None, (), "output", inputs, outputs)
 
     query, key, value, output = (projection(1024, width) for width in (1024, 256, 256, 1024))
-    site = AttentionSite("site", 0, "x", query, key, value, output, 4, 4, 64, 64)
+    site = AttentionSite("site", 0, "x", query, key, value, output, "attention", 4, 4, 64, 64)
     assert gain(site, kept_count(256, sparsity), 8, 4, "cpu", tokens).pays == pays
 
 
