@@ -166,8 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arms",
         help="comma list of eager, inductor, presets, presets with some optimising passes alone (`o2:` with none, "
-        "`exact:select_loss_rows` with one), each of them with DoRA adapters (`dora/exact`), and the dense steps of a "
-        "sparse run (`dense/o2`); default: eager, inductor and the workload's preset",
+        "`exact:select_loss_rows` with one), a preset and the depth at which context leaves (`auto@0.5`), each of them "
+        "with DoRA adapters (`dora/exact`), and the dense steps of a sparse run (`dense/o2`); default: eager, inductor "
+        "and the workload's preset",
     )
     parser.add_argument("--steps", type=_positive, default=10, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=2, help="rounds between the first calls and the measured ones")

@@ -70,14 +70,15 @@ def options_of(arm: str) -> dict[str, Any]:
     """Return the options of an arm: a preset, or `PRESET:PASSES` with those optimising passes alone.
 
     `exact:select_loss_rows+fuse_adapters` has two of them, `o2:` none: sparsity by itself. `triton/o2` asks for the
-    generated kernels, `dense/o2` never begins to be sparse.
+    generated kernels, `dense/o2` never begins to be sparse, in `auto@0.5` context tokens leave at half of the depth.
 
     Raises:
-        ValueError: no such preset or pass.
+        ValueError: no such preset or pass, or a depth that is none.
     """
     from sparse_compile.compiler.pipeline import PASSES
 
     preset, colon, listed = arm.removeprefix(TRITON).removeprefix(DENSE).partition(":")
+    preset, _, depth = preset.partition("@")
     chosen = [name for name in listed.split("+") if name]
     optional = [each.name for each in PASSES if each.optimises]
     if preset not in PRESETS or not set(chosen) <= set(optional):
@@ -88,7 +89,8 @@ def options_of(arm: str) -> dict[str, Any]:
     left_out = [name for name in optional if name not in chosen] if colon else []
     kernels = "triton" if arm.startswith(TRITON) else "measured"
     start = _NEVER if arm.startswith(DENSE) else 0
-    return {"preset": preset, "disable": left_out, "start_step": start, "kernels": kernels}
+    options = {"preset": preset, "disable": left_out, "start_step": start, "kernels": kernels}
+    return {**options, "context_exit": float(depth)} if depth else options
 
 
 def check_arm(arm: str) -> None:
