@@ -11,7 +11,8 @@ from sparse_compile.kernels.dtypes import at_least_fp32
 def query_slots(output_mask: Tensor, size: int) -> Tensor:
     """Return the positions of the true elements of each row of a mask (B, S), ascending, then -1: (B, size)."""
     order = output_mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
-    return order.masked_fill(output_mask.gather(1, order).logical_not(), -1)
+    slots = order.masked_fill(output_mask.gather(1, order).logical_not(), -1)
+    return torch.nn.functional.pad(slots, (0, max(0, size - slots.shape[1])), value=-1)
 
 
 def queried_attention(
