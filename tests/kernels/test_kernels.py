@@ -59,6 +59,30 @@ BACKWARD = (
     0.5,
 )
 
+QUERIES = tuple(x(2, 6, heads, 2, seed=heads).detach().transpose(1, 2).requires_grad_() for heads in (2, 1, 1))
+"""Query, key and value of grouped heads."""
+STRIDED = tuple(normal(2, 1, 2, 6, seed=seed).mT.requires_grad_() for seed in range(3))
+WANTED = torch.tensor([[0, 3, 5], [2, -1, -1]])
+UNREAD = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril() & (torch.arange(6) > 2).expand(6, 6)
+"""Of the two first queries that are wanted, each reads no key."""
+
+
+def queried(provider: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of attention of some queries."""
+    return {
+        "bool mask": (*QUERIES, UNREAD, WANTED, False, 0.5, provider),
+        "added mask": (*QUERIES, normal(1, 2, 6, 6), WANTED, True, 0.5, provider),
+        "causal": (*QUERIES, None, WANTED, True, 0.5, provider),
+        "no queries": (*QUERIES, None, WANTED[:, :0], False, 0.5, provider),
+        "strided": (*STRIDED, None, WANTED, True, 1.0, provider),
+    }
+
+
+def queried_backward(provider: str) -> tuple[Any, ...]:
+    """Arguments of its backward."""
+    heads, rest = [each.detach() for each in QUERIES], (UNREAD, WANTED, False, 0.5, provider)
+    return (normal(2, 2, 6, 2, seed=8), *heads, *OPS.queried_attention(*heads, *rest), *rest)
+
 
 def pruned(*shape: int) -> Tensor:
     """A frozen weight of which 40% are zero."""
@@ -153,6 +177,17 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "causal_attention, cpu_blocks": (OPS.causal_attention, (*HEADS, CAUSAL, 0.5, "cpu_blocks")),
     "causal_attention_backward": (OPS.causal_attention_backward, BACKWARD),
     "causal_attention_backward, cpu_blocks": (OPS.causal_attention_backward, (*BACKWARD, "cpu_blocks")),
+    "query_slots": (OPS.query_slots, (MASK, 2)),
+    "query_slots, more than tokens": (OPS.query_slots, (MASK, 5)),
+    **{
+        f"queried_attention, {kind}, {provider}": (OPS.queried_attention, arguments)
+        for provider in (REFERENCE, "cpu_sequences")
+        for kind, arguments in queried(provider).items()
+    },
+    **{
+        f"queried_attention_backward, {provider}": (OPS.queried_attention_backward, queried_backward(provider))
+        for provider in (REFERENCE, "cpu_sequences")
+    },
     "frozen_linear": (OPS.frozen_linear, (x(2, 5, 7), frozen(9, 7))),
     "frozen_linear, cpu_onednn": (OPS.frozen_linear, (x(5, 7), frozen(9, 7), "cpu_onednn")),
     "frozen_linear, no rows": (OPS.frozen_linear, (x(0, 7), frozen(9, 7), "cpu_onednn")),
@@ -256,6 +291,10 @@ def test_opcheck_of_a_split() -> None:
     torch.library.opcheck(OPS.split_tokens.default, (MASK, torch.tensor([int(MASK.sum()), 0])))
 
 
+def test_opcheck_of_the_slots_of_queries() -> None:
+    torch.library.opcheck(OPS.query_slots.default, (MASK,))
+
+
 def test_opcheck_of_rows_of_the_loss() -> None:
     torch.library.opcheck(OPS.loss_rows.default, (TARGET, -100))
     torch.library.opcheck(OPS.loss_rows.default, (TARGET, -100, torch.tensor([0, 2])))
@@ -331,7 +370,15 @@ def test_gradcheck_of_a_fused_product(name: str) -> None:
     assert torch.autograd.gradcheck(lambda *values: OPS.fused_linear(*substitute(*values))[0], trained)
 
 
-ONCE = ("fused_linear", "causal_attention", "masked_linear")
+@pytest.mark.parametrize("name", [name for name in CALLS if name.split(",")[0] == "queried_attention"])
+def test_gradcheck_of_attention_of_some_queries(name: str) -> None:
+    op, arguments = CALLS[name]
+    trained, substitute = differentiated(arguments)
+    assert len(trained) == 3
+    assert torch.autograd.gradcheck(lambda *values: op(*substitute(*values))[0], trained)
+
+
+ONCE = ("fused_linear", "causal_attention", "masked_linear", "queried_attention")
 """Ops whose backward is an op without a formula of its own, for all or for some of their operands."""
 SUMS = ("fused_linear, inputs gathered", "fused_linear, bare")
 """Gradients of sums are made of products alone, which have formulas."""
@@ -727,6 +774,19 @@ def test_products_are_counted_by_the_flop_counter(name: str) -> None:
     with FlopCounterMode(display=False) as counter:
         y = op(*arguments)
     assert counter.get_total_flops() == 2 * y.numel() * arguments[0].shape[-1]
+
+
+@pytest.mark.parametrize("kind", queried(REFERENCE))
+def test_flops_of_attention_of_some_queries(kind: str) -> None:
+    """Two products for each slot and key, and of the backward five."""
+    op, (query, key, value, mask, slots, *rest) = CALLS[f"queried_attention, {kind}, {REFERENCE}"]
+    product = 2 * slots.numel() * query.shape[1] * key.shape[2] * query.shape[3]
+    with FlopCounterMode(display=False) as counter:
+        out, _ = op(query, key, value, mask, slots, *rest)
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
 
 
 def test_flops_of_a_fused_product() -> None:
