@@ -33,10 +33,10 @@ from torch import fx
 
 from sparse_compile.graph.cost import FLOPS_PER_BYTE, MERGE_MARGIN, TOKENS, association_costs
 from sparse_compile.graph.declined import Declined
-from sparse_compile.graph.facts import ProductOrder, Rejection
+from sparse_compile.graph.facts import ProductOrder, Rejection, SitePlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_of, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
-from sparse_compile.graph.sites import Projection
+from sparse_compile.graph.sites import AttentionSite, Projection
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.adapted_layer import AdaptedLayer, adapted_layer
@@ -78,14 +78,20 @@ class OrderAdapterProducts(Pass):
         return PassOutcome(rewriter.inserted > 0, stats, tuple(rejections))
 
 
+def _split(plan: SitePlan) -> tuple[Projection, ...]:
+    """Return the layers of a site whose tokens are split by role: not the keys and values of what context has left."""
+    if isinstance(plan.site, AttentionSite) and plan.left:
+        return (plan.site.query, plan.site.output)
+    return plan.site.projections
+
+
 class _Matcher:
     """Checks that nothing but a layer and its adapter stands between x and the output."""
 
     def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
         self.ctx = ctx
         self.nodes = nodes_by_name(graph)
-        plans = ctx.facts.plan.split_sites
-        self.sparse = {projection.base for plan in plans for projection in plan.site.projections}
+        self.sparse = {projection.base for plan in ctx.facts.plan.split_sites for projection in _split(plan)}
         self.autocast = {device: autocast_dtypes(graph, ctx.env.autocast, device) for device in ("cpu", "cuda")}
 
     def match(self, projection: Projection) -> AdaptedLayer | None:

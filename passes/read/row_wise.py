@@ -17,7 +17,7 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import argument, calls_torch, op_name, set_argument, tensor_of, tensor_value
-from sparse_compile.graph.vocabulary import CASTS, COPIES, LINEAR, MATMULS, NORMALISATIONS, REDUCTIONS, VIEWS
+from sparse_compile.graph.vocabulary import CASTS, COPIES, LINEAR, MATMULS, NORMALISATIONS, REDUCTIONS, SPLITS, VIEWS
 from sparse_compile.passes.read.elementwise import is_elementwise
 from sparse_compile.torch_private.fake import size_expression
 
@@ -26,7 +26,7 @@ Slice = tuple[Any, Any, Any]
 """Start, stop and step: numbers, nodes that hold numbers, or None."""
 
 SAME_ROWS = CASTS | COPIES | {"dropout"}
-_CUTS = frozenset({"chunk", "split"})
+_CUTS = SPLITS - {"unbind"}
 _ALONG_SOME = REDUCTIONS | _CUTS | {"softmax", "log_softmax"}
 """Calls that keep rows apart where they work along none of the leading dimensions."""
 _WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}

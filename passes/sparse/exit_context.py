@@ -20,7 +20,7 @@ Declines when: something else still reads the stream of context tokens behind th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,7 +74,20 @@ class ExitContext(Pass):
         exiting = _Exiting(rewriter, exit_, ctx)
         exiting.run(plans)
         stats = {"blocks": len(sites), "nodes": len(exit_.climb.places), "inserted": rewriter.inserted}
-        return PassOutcome(True, stats, tuple(exiting.rejections))
+        whole = _computed_for_all(exit_.climb, plans.values(), nodes)
+        return PassOutcome(True, stats, (*exiting.rejections, *whole))
+
+
+def _computed_for_all(climb: RowClimb, plans: Iterable[SitePlan], nodes: Mapping[str, fx.Node]) -> Iterator[Rejection]:
+    """Yield the layers behind the exit that go on computing context tokens, which nothing reads."""
+    for plan in plans:
+        layers = plan.site.projections
+        if isinstance(plan.site, AttentionSite):
+            layers = (plan.site.query, plan.site.output)
+        for projection in layers:
+            if nodes[projection.base] not in climb.places:
+                why = next((each.reason for each in climb.stops), "it is part of a product that they need")
+                yield Rejection("exit_context", projection.name, f"is computed for all tokens: {why}")
 
 
 def _without_exit(plan: SparsityPlan, reason: str) -> SparsityPlan:
