@@ -20,7 +20,7 @@ Declines when: something else still reads the stream of context tokens behind th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,18 +74,20 @@ class ExitContext(Pass):
         exiting = _Exiting(rewriter, exit_, ctx)
         exiting.run(plans)
         stats = {"blocks": len(sites), "nodes": len(exit_.climb.places), "inserted": rewriter.inserted}
-        whole = _computed_for_all(exit_.climb, plans.values(), nodes)
+        whole = _computed_for_all(exit_.climb, plans.values(), ctx)
         return PassOutcome(True, stats, (*exiting.rejections, *whole))
 
 
-def _computed_for_all(climb: RowClimb, plans: Iterable[SitePlan], nodes: Mapping[str, fx.Node]) -> Iterator[Rejection]:
+def _computed_for_all(climb: RowClimb, plans: Iterable[SitePlan], ctx: PassContext) -> Iterator[Rejection]:
     """Yield the layers behind the exit that go on computing context tokens, which nothing reads."""
+    assert ctx.facts.loss_rows is not None
+    narrowed = {node.name for node in climb.places} | ctx.facts.loss_rows.nodes
     for plan in plans:
         layers = plan.site.projections
         if isinstance(plan.site, AttentionSite):
             layers = (plan.site.query, plan.site.output)
         for projection in layers:
-            if nodes[projection.base] not in climb.places:
+            if projection.base not in narrowed:
                 why = next((each.reason for each in climb.stops), "it is part of a product that they need")
                 yield Rejection("exit_context", projection.name, f"is computed for all tokens: {why}")
 
