@@ -15,6 +15,7 @@ is trained or not finite, or (presets) it does not pay. A map that was fitted fo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,11 +26,11 @@ from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
 from sparse_compile.graph.read import hinted_shape, nodes_by_name
-from sparse_compile.graph.sites import FFNSite, Projection, Site
+from sparse_compile.graph.sites import AttentionSite, FFNSite, Projection, Site
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.presets import AUTO_RANK, exit_block, kept_count, match_site, preset_sparsity
-from sparse_compile.options.recipe import AffineMap, Recipe, SiteRecipe
+from sparse_compile.options.recipe import AffineMap, SiteRecipe
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import InvalidOptionError, Pass, PassOutcome
 from sparse_compile.passes.read.exit_sites import sites_behind_exit
@@ -81,9 +82,9 @@ def requested_sparsity(site: Site, ctx: PassContext) -> tuple[float, bool]:
     return preset_sparsity(config.preset, site.kind, position * count + site.index, graphs * count), False
 
 
-def site_fingerprint(site: Site, ctx: PassContext) -> str:
-    """Return what tells the frozen weights of a site from those of another."""
-    return fingerprint(ctx.frozen_weight(projection) for projection in site.projections)
+def weights_fingerprint(sites: Iterable[Site], ctx: PassContext) -> str:
+    """Return what tells the frozen weights of some sites from those of others."""
+    return fingerprint(ctx.frozen_weight(projection) for site in sites for projection in site.projections)
 
 
 def _position(graph: fx.Graph, site: Site) -> int:
@@ -136,10 +137,10 @@ def _empty_map(width: int, out: int) -> AffineMap:
     return AffineMap(torch.zeros(rank, width), torch.zeros(out, rank), torch.zeros(out))
 
 
-def _entry(recipe: Recipe | None, site: Site) -> SiteRecipe | None:
+def _entry(sites: Mapping[str, SiteRecipe], site: Site) -> SiteRecipe | None:
     """Return what a recipe says of a site, under the longest name that matches; None where it says nothing."""
-    names = [] if recipe is None else [name for name in recipe.sites if match_site(name, site.name)]
-    return recipe.sites[max(names, key=len)] if recipe is not None and names else None
+    names = [name for name in sites if match_site(name, site.name)]
+    return sites[max(names, key=len)] if names else None
 
 
 class _Planner:
@@ -154,25 +155,52 @@ class _Planner:
         self.token_shape = token_shape
         self.space = space
         self.store = store
-        self.left: dict[str, Site] = {}
+        self.left: set[str] = set()
         self.recipe = ctx.env.config.recipe
         self.factors: dict[str, LowRankFactors] = {}
         self.surrogates: dict[str, AffineMap] = {}
 
     def let_context_leave(self, graph: fx.Graph) -> None:
-        """Find the sites that context tokens leave before, if the options want any.
+        """Find the sites that context tokens leave before, if the options want any, and the maps of the blocks behind.
 
         Raises:
             Declined: context cannot leave this graph.
+            InvalidOptionError: a recipe has no map for a block, or one that does not fit.
         """
-        count = len(self.ctx.facts.attention_sites)
-        block = exit_block(self.ctx.env.config.exit_depth, count)
-        if block == count:
+        blocks = self.ctx.facts.attention_sites
+        block = self._exit_block()
+        if block == len(blocks):
             return
-        sites, nodes = sites_behind_exit(graph, self.ctx, block), nodes_by_name(graph)
+        nodes = nodes_by_name(graph)
+        sites = sorted(sites_behind_exit(graph, self.ctx, block), key=lambda site: _position(graph, site))
         for site in sites:
             self._check_tokens(site, hinted_shape(nodes[site.source]))
-        self.left = {site.identity: site for site in sites}
+        online = self.ctx.env.config.dense_period is not None
+        maps = {site: self._exit_map(site, sites, online=online) for site in blocks[block + 1 :]}
+        for site, surrogate in maps.items():
+            self._set_map(site, surrogate, online=online)
+        self.left = {site.identity for site in sites}
+
+    def _exit_block(self) -> int:
+        """Return the attention block before which context leaves; their number where it stays."""
+        blocks = self.ctx.facts.attention_sites
+        if self.recipe is None or self.recipe.exit is None:
+            return exit_block(self.ctx.env.config.exit_depth, len(blocks))
+        wanted = self.recipe.exit.site
+        return next((place for place, site in enumerate(blocks) if match_site(wanted, site.name)), len(blocks))
+
+    def _exit_map(self, site: AttentionSite, left: Sequence[Site], *, online: bool) -> AffineMap:
+        """Return the map of a block behind the exit: of a recipe, or one of zeros until the run fits it."""
+        width = site.query.in_features
+        if self.recipe is None or self.recipe.exit is None:
+            return _empty_map(width, width)
+        wanted = _entry(self.recipe.exit.maps, site)
+        if wanted is None or wanted.surrogate is None:
+            raise InvalidOptionError(
+                f"recipe: context leaves before {self.recipe.exit.site}, and there is no map for {site.name}"
+            )
+        self._check_fit(site, wanted, wanted.surrogate, (width, width), left[: left.index(site)], online=online)
+        return wanted.surrogate
 
     def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
         """Return what is to be done with `site`.
@@ -185,7 +213,7 @@ class _Planner:
             return self._left(site)
         if self._fits_in_the_run(site):
             return self._online(site, source_shape)
-        wanted = _entry(self.recipe, site)
+        wanted = None if self.recipe is None else _entry(self.recipe.sites, site)
         if wanted is not None and wanted.surrogate is not None:
             return self._mapped(site, wanted, wanted.surrogate, source_shape)
         if self.recipe is None:
@@ -207,12 +235,9 @@ class _Planner:
         """Plan a site that context tokens have left before: a feed-forward block, or attention of the rest to them."""
         if isinstance(site, FFNSite):
             return SitePlan(site, 1.0, 0, site.channels, left=True)
-        plan = SitePlan(site, 0.0, site.channels, site.channels, left=True)
-        if site.identity == next(iter(self.left)):
-            return plan
-        width = site.query.in_features
-        self._set_map(site, _empty_map(width, width), online=True)
-        return replace(plan, mapped=True, online=True)
+        mapped = site.identity in self.surrogates
+        online = mapped and self.ctx.env.config.dense_period is not None
+        return SitePlan(site, 0.0, site.channels, site.channels, mapped=mapped, online=online, left=True)
 
     def _mapped(self, site: Site, wanted: SiteRecipe, surrogate: AffineMap, source_shape: tuple[int, ...]) -> SitePlan:
         """Plan a map in the place of a block.
@@ -225,21 +250,42 @@ class _Planner:
                 f"recipe: a map stands in the place of a feed-forward block, and {site.name} is none"
             )
         shape = (site.inputs[0].in_features, site.output.out_features)
+        online = self.ctx.env.config.dense_period is not None
+        try:
+            self._check_fit(site, wanted, surrogate, shape, [site], online=online)
+        except Declined as declined:
+            return SitePlan(site, 0.0, site.channels, site.channels, declined.reason)
+        return self._with_map(site, surrogate, source_shape, online=online)
+
+    def _check_fit(
+        self,
+        site: Site,
+        wanted: SiteRecipe,
+        surrogate: AffineMap,
+        shape: tuple[int, int],
+        imitated: Sequence[Site],
+        *,
+        online: bool,
+    ) -> None:
+        """Check that a recipe's map has the widths of its place, and was fitted to the weights that it stands for.
+
+        Raises:
+            Declined: the weights have changed in the run.
+            InvalidOptionError: it is of another model.
+        """
         if (surrogate.q.shape[1], surrogate.u.shape[0]) != shape:
             sizes = f"{surrogate.q.shape[1]} to {surrogate.u.shape[0]} features, and the block {shape[0]} to {shape[1]}"
             raise InvalidOptionError(f"recipe: the map of {site.name} goes from {sizes}: it is of another model")
-        online = self.ctx.env.config.dense_period is not None
         # A map that the run fits follows its weights: those that it had at the start count no more.
         follows = online and site.identity in self.ctx.env.online_maps
-        if wanted.weights and not follows and wanted.weights != site_fingerprint(site, self.ctx):
-            if self.ctx.env.maps_are_stale:
-                reason = "its frozen weights changed in the run, and the recipe's map is of the old ones"
-                return SitePlan(site, 0.0, site.channels, site.channels, reason)
-            raise InvalidOptionError(
-                f"recipe: the map of {site.name} was fitted for other weights than this model has. Calibrate it anew, "
-                "or leave the site out (Recipe.without)"
-            )
-        return self._with_map(site, surrogate, source_shape, online=online)
+        if not wanted.weights or follows or wanted.weights == weights_fingerprint(imitated, self.ctx):
+            return
+        if self.ctx.env.maps_are_stale:
+            raise Declined(site.name, "its frozen weights changed in the run, and the recipe's map is of the old ones")
+        raise InvalidOptionError(
+            f"recipe: the map of {site.name} was fitted for other weights than this model has. Calibrate it anew, "
+            "or leave the site out (Recipe.without)"
+        )
 
     def _fits_in_the_run(self, site: Site) -> bool:
         """Tell whether a map is to be fitted to a site in the run, by preset `auto`."""

@@ -178,6 +178,8 @@ class SparseLoRAConfig:
         self._check_order()
         if self.recipe is not None and self.layer_sparsity is not None:
             raise ValueError("recipe and layer_sparsity exclude each other: both say what each site becomes")
+        if self.recipe is not None and self.recipe.exit is not None and self.context_exit is not None:
+            raise ValueError("recipe and context_exit exclude each other here: the recipe says where context leaves")
         if self.preset in ("none", "exact") and self.exit_depth < 1:
             raise ValueError(
                 f"context_exit approximates, and preset {self.preset!r} promises not to: use another preset"
@@ -226,10 +228,11 @@ class SparseLoRAConfig:
 
     @property
     def site_sparsity(self) -> Mapping[str, float] | None:
-        """By site name, the fraction of its channels that context tokens skip, 1 for a map; None by preset."""
+        """By site name, the fraction of its channels that context tokens skip, 1 for a map or exit; None by preset."""
         if self.recipe is None:
             return self.layer_sparsity
-        return {name: 1.0 if site.surrogate else site.sparsity for name, site in self.recipe.sites.items()}
+        behind = {} if self.recipe.exit is None else dict.fromkeys((self.recipe.exit.site, *self.recipe.exit.maps), 1.0)
+        return {name: 1.0 if site.surrogate else site.sparsity for name, site in self.recipe.sites.items()} | behind
 
     def to_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain values for ``torch.compile(options=...)``."""

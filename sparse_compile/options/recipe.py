@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["AffineMap", "Recipe", "SiteRecipe"]
+__all__ = ["AffineMap", "ExitRecipe", "Recipe", "SiteRecipe"]
 
 FORMAT: Final = 1
 """Version of the files: raised whenever older ones can no longer be read as they were meant."""
@@ -93,6 +93,31 @@ class SiteRecipe:
 
 
 @dataclass(frozen=True, eq=False)
+class ExitRecipe:
+    """Where context tokens leave the residual stream, and how later blocks see them.
+
+    Attributes:
+        site: Name of the attention block before which they leave, as `explain` shows it.
+        maps: By name of each attention block behind it, the map that is added to the stream of the exit. It reads what
+            the block of the exit does.
+
+    Raises:
+        ValueError: No name, or something else than a map.
+    """
+
+    site: str
+    maps: Mapping[str, SiteRecipe]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.site, str) or not self.site:
+            raise ValueError(f"an exit has the name of an attention block, got {self.site!r}")
+        for name, each in self.maps.items():
+            if not isinstance(name, str) or not isinstance(each, SiteRecipe) or each.surrogate is None:
+                raise ValueError(f"an exit has a SiteRecipe with a map for each block, got {each!r} at {name!r}")
+        object.__setattr__(self, "maps", dict(self.maps))
+
+
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """Hold what each site computes for context tokens; a site that is not named stays dense.
 
@@ -100,6 +125,7 @@ class Recipe:
         sites: By site name, as `explain` shows it.
         origin: What the recipe was made from and what was expected of it, for people: plain data.
         folder: Where it was read from; None for one that was made here.
+        exit: Where context tokens leave the residual stream; None where they stay to the end.
 
     Raises:
         ValueError: What stands at a name is no `SiteRecipe`.
@@ -108,8 +134,11 @@ class Recipe:
     sites: Mapping[str, SiteRecipe]
     origin: Mapping[str, Any] = field(default_factory=dict)
     folder: str | None = None
+    exit: ExitRecipe | None = None
 
     def __post_init__(self) -> None:
+        if self.exit is not None and not isinstance(self.exit, ExitRecipe):
+            raise ValueError(f"the exit of a recipe is an ExitRecipe, got {type(self.exit).__name__}")
         for name, site in self.sites.items():
             if not isinstance(name, str) or not isinstance(site, SiteRecipe):
                 raise ValueError(f"a recipe has a SiteRecipe for each site name, got {name!r}: {type(site).__name__}")
@@ -120,7 +149,8 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """What tells this recipe from another: of all it says of sites, maps included."""
-        digest = hashlib.blake2b(json.dumps(self._data()["sites"], sort_keys=True).encode(), digest_size=16)
+        said = {key: value for key, value in self._data().items() if key != "origin"}
+        digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16)
         for name, tensor in sorted(self._tensors().items()):
             digest.update(name.encode())
             digest.update(tensor.view(torch.uint8).numpy().data)
@@ -134,7 +164,8 @@ class Recipe:
 
     def __repr__(self) -> str:
         maps = sum(site.surrogate is not None for site in self.sites.values())
-        return f"Recipe({len(self.sites)} sites, {maps} maps, {self.folder or self.digest})"
+        leaves = f", context leaves before {self.exit.site}" if self.exit else ""
+        return f"Recipe({len(self.sites)} sites, {maps} maps{leaves}, {self.folder or self.digest})"
 
     @classmethod
     def of_sparsities(cls, layer_sparsity: Mapping[str, float]) -> Recipe:
@@ -146,14 +177,16 @@ class Recipe:
         return cls({name: SiteRecipe(sparsity=value) for name, value in layer_sparsity.items()})
 
     def without(self, *names: str) -> Recipe:
-        """Return the recipe with some sites left dense.
+        """Return the recipe with some sites left dense; without the block of its exit, context stays to the end.
 
         Raises:
             ValueError: A name that it does not have.
         """
-        if unknown := [name for name in names if name not in self.sites]:
-            raise ValueError(f"the recipe has no site {unknown[0]!r}; it has {', '.join(self.sites) or 'none'}")
-        return Recipe({name: site for name, site in self.sites.items() if name not in names}, self.origin)
+        known = [*self.sites, *([self.exit.site] if self.exit else [])]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"the recipe has no site {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        kept = {name: site for name, site in self.sites.items() if name not in names}
+        return Recipe(kept, self.origin, exit=self.exit if self.exit and self.exit.site not in names else None)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `recipe.safetensors` and `recipe.json` into a folder, which is made where it is absent.
@@ -193,20 +226,17 @@ class Recipe:
             raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
     def _data(self) -> dict[str, Any]:
-        sites = {}
-        for name, site in self.sites.items():
-            sites[name] = {
-                "rank": None if site.surrogate is None else site.surrogate.rank,
-                "sparsity": site.sparsity,
-                "error": site.error,
-                "weights": site.weights,
-            }
-        return {"format": FORMAT, "origin": dict(self.origin), "sites": sites}
+        data = {"format": FORMAT, "origin": dict(self.origin), "sites": _listed(self.sites)}
+        if self.exit is not None:
+            data["exit"] = {"site": self.exit.site, "maps": _listed(self.exit.maps)}
+        return data
 
     def _tensors(self) -> dict[str, Tensor]:
+        groups = ("", self.sites), (_EXIT, self.exit.maps if self.exit else {})
         return {
-            f"{name}.{part}": getattr(site.surrogate, part).detach().cpu().contiguous()
-            for name, site in self.sites.items()
+            f"{group}{name}.{part}": getattr(site.surrogate, part).detach().cpu().contiguous()
+            for group, sites in groups
+            for name, site in sites.items()
             if site.surrogate is not None
             for part in _PARTS
         }
@@ -214,22 +244,44 @@ class Recipe:
 
 _METADATA: Final = "recipe"
 _PARTS: Final = ("q", "u", "bias")
+_EXIT: Final = "exit:"
+"""What the names of tensors begin with that are maps of the exit."""
+
+
+def _listed(sites: Mapping[str, SiteRecipe]) -> dict[str, Any]:
+    return {
+        name: {
+            "rank": None if site.surrogate is None else site.surrogate.rank,
+            "sparsity": site.sparsity,
+            "error": site.error,
+            "weights": site.weights,
+        }
+        for name, site in sites.items()
+    }
 
 
 def _read(file: Path, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
     if data.get("format") != FORMAT:
         raise ValueError(f"{file} has format {data.get('format')!r}, and this version reads {FORMAT}: calibrate again")
+    leaves = data.get("exit")
+    exit_ = None if leaves is None else ExitRecipe(leaves["site"], _read_sites(file, leaves["maps"], tensors, _EXIT))
+    return Recipe(_read_sites(file, data["sites"], tensors, ""), data["origin"], str(file.parent), exit_)
+
+
+def _read_sites(
+    file: Path, listed: Mapping[str, Any], tensors: Mapping[str, Tensor], group: str
+) -> dict[str, SiteRecipe]:
     sites = {}
-    for name, site in data["sites"].items():
+    for name, site in listed.items():
         try:
             mapped = site["rank"] is not None
-            surrogate = AffineMap(*(tensors[f"{name}.{part}"] for part in _PARTS)) if mapped else None
+            surrogate = AffineMap(*(tensors[f"{group}{name}.{part}"] for part in _PARTS)) if mapped else None
             sites[name] = SiteRecipe(surrogate, site["sparsity"], site["weights"], site["error"])
         except KeyError as error:
             raise ValueError(f"{file} lacks {error}") from None
         except ValueError as error:
             raise ValueError(f"{file}: {name}: {error}") from None
-    return Recipe(sites, data["origin"], str(file.parent))
+    return sites
 
 
 def _compare(copy: Path, text: str) -> None:
