@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["held_out_loss"]
+__all__ = ["batch_loss", "held_out_loss", "loss_of"]
 
 
 def held_out_loss(
@@ -31,13 +31,7 @@ def held_out_loss(
     """
     total = weight = 0.0
     for batch in batches:
-        loss = _loss_of(call(batch))
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of a batch is {loss}: nothing can be measured with it")
-        labels = batch.get("labels")
-        count = 1.0
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            count = float((labels[:, 1:] != ignore_index).sum())
+        loss, count = batch_loss(call, batch, ignore_index)
         total += loss * count
         weight += count
         done()
@@ -46,7 +40,29 @@ def held_out_loss(
     return total / weight
 
 
-def _loss_of(returned: Any) -> float:
+def batch_loss(
+    call: Callable[[Mapping[str, Any]], Any], batch: Mapping[str, Any], ignore_index: int
+) -> tuple[float, float]:
+    """Return the loss of one batch, nats a token, and how many tokens it is the mean of: 1 where nobody knows.
+
+    Raises:
+        ValueError: as for `held_out_loss`.
+    """
+    loss = float(loss_of(call(batch)))
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss of a batch is {loss}: nothing can be measured with it")
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return loss, float((labels[:, 1:] != ignore_index).sum())
+    return loss, 1.0
+
+
+def loss_of(returned: Any) -> Tensor:
+    """Return the loss in what a model returned.
+
+    Raises:
+        ValueError: there is none.
+    """
     loss = returned if isinstance(returned, Tensor) else getattr(returned, "loss", None)
     if loss is None and isinstance(returned, Mapping):
         loss = returned.get("loss")
@@ -54,4 +70,4 @@ def _loss_of(returned: Any) -> float:
         loss = returned[0]
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError("the model returns no loss: give it `labels`, or wrap it in a module that returns its loss")
-    return float(loss)
+    return loss

@@ -6,6 +6,7 @@ no module of the model is named or hooked.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
+from sparse_compile.calibration.blocks import Block, cut_block, gets_gradient
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.peft_support import make_dora_traceable
@@ -27,7 +29,7 @@ from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.token_space import token_space
-from sparse_compile.passes.roles.plan_sparsity import site_fingerprint
+from sparse_compile.passes.roles.plan_sparsity import weights_fingerprint
 from sparse_compile.passes.write.output_mask import insert_output_mask
 from sparse_compile.torch_private.dynamo import without_recompile_limit
 from sparse_compile.torch_private.modules import calling, compiled_call, original_module
@@ -40,20 +42,29 @@ class Tap(nn.Module):
 
     Attributes:
         in_features, out_features: widths of what the block reads and returns.
+        differentiated: whether what it reads gets a gradient in training.
         flops: of the block's frozen products for one token in a training step.
         weights: fingerprint of its frozen weights.
+        probe: who is shown what the block reads, and which tokens are context, (B, S); None for nobody.
         collect: where rows of context tokens go; None for nowhere.
         surrogate: what context tokens get in place of the block's result; None for the result.
     """
 
-    def __init__(self, site: FFNSite, ctx: PassContext) -> None:
+    def __init__(self, site: FFNSite, ctx: PassContext, *, differentiated: bool) -> None:
         super().__init__()
         self.in_features = site.inputs[0].in_features
         self.out_features = site.output.out_features
-        self.flops = sum(projection_flops(each) for each in site.projections)
-        self.weights = site_fingerprint(site, ctx)
+        self.differentiated = differentiated
+        products = sum(projection_flops(each) for each in site.projections)
+        self.flops = products if differentiated else products / 2
+        self.weights = weights_fingerprint([site], ctx)
+        self.probe: Callable[[Tensor, Tensor], None] | None = None
         self.collect: Observer | None = None
         self.surrogate: AffineMap | None = None
+
+    def map_flops(self, rank: int) -> float:
+        """Return the FLOPs of a map in the block's place, for one token in a training step."""
+        return 2.0 * rank * (self.in_features + self.out_features) * (2 if self.differentiated else 1)
 
     def forward(self, x: Tensor, y: Tensor, output_mask: Tensor, attended: Tensor | None) -> Tensor:
         """Return y, (..., out), or the map of x at context tokens.
@@ -65,6 +76,8 @@ class Tap(nn.Module):
             attended: bool (B, S), false at padding; None where nothing is.
         """
         context = ~output_mask
+        if self.probe is not None:
+            self.probe(x, context)
         if self.collect is not None:
             scored = (context if attended is None else context & attended).reshape(-1)
             self.collect(x.reshape(-1, x.shape[-1])[scored], y.reshape(-1, y.shape[-1])[scored])
@@ -85,6 +98,7 @@ class TappedModel:
 
     Attributes:
         taps: by site name, in the order of the model; known once it has run.
+        blocks: by site name, the block alone; only of sites whose weights are at hand.
         declined: by site name, why a site has no tap.
     """
 
@@ -92,9 +106,17 @@ class TappedModel:
         self.model = original_module(model)
         self.config = config
         self.taps: dict[str, Tap] = {}
+        self.blocks: dict[str, Block] = {}
         self.declined: dict[str, str] = {}
         make_dora_traceable()
-        self._call = compiled_call(self.model, self._backend)
+        itself = weakref.ref(self)
+
+        def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            tapped = itself()  # Dynamo keeps a backend, and must keep no model alive
+            assert tapped is not None, "a graph is captured during a call"
+            return tapped._backend(gm, example_inputs)
+
+        self._call = compiled_call(self.model, backend)
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """Run a forward; return what the model returns."""
@@ -116,6 +138,11 @@ class TappedModel:
         """Hand on rows of the sites named, and of no others."""
         for name, tap in self.taps.items():
             tap.collect = collectors.get(name)
+
+    def probe(self, probes: Mapping[str, Callable[[Tensor, Tensor], None]]) -> None:
+        """Show what the sites named read, and which tokens are context, and nothing of any other."""
+        for name, tap in self.taps.items():
+            tap.probe = probes.get(name)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ctx = capture_context(gm, example_inputs, self.config, part_of(gm))
@@ -141,12 +168,16 @@ class TappedModel:
         """Put taps behind sites."""
         rewriter = Rewriter(gm, "calibration")
         nodes = nodes_by_name(gm.graph)
+        for site in (
+            each for each in sites if each.name not in self.taps
+        ):  # a graph for other sizes has those there are
+            self.taps[site.name] = Tap(site, ctx, differentiated=gets_gradient(gm, site, ctx))
+            if (block := cut_block(gm, site, ctx)) is not None:
+                self.blocks[site.name] = block
         top = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with rewriter.before(top):
             mask, attended = insert_output_mask(rewriter, ctx, nodes[sites[0].source])
         for number, site in enumerate(sites):
-            if site.name not in self.taps:  # a graph for other sizes has the taps that there are
-                self.taps[site.name] = Tap(site, ctx)
             tap = self.taps[site.name]
             gm.add_submodule(f"sparselora_tap_{number}", tap)
             x, y = nodes[site.source], nodes[site.output.output]
