@@ -1,284 +1,296 @@
-"""Fit maps to a model's feed-forward blocks, and choose which of them to use under a budget."""
+"""Fit maps to a model's feed-forward blocks, and choose which of them to use for a goal of loss, speed or FLOPs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+from weakref import WeakSet
 
-import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparse_compile.calibration.losses import held_out_loss
+from sparse_compile.calibration.choice import Choice, choose
+from sparse_compile.calibration.costs import StepCost, cost_in_flops, cost_in_seconds, samples_of
+from sparse_compile.calibration.fits import Fits, fit_sites, memory_groups
+from sparse_compile.calibration.goals import Goal, goal_of
+from sparse_compile.calibration.held_out import HeldOut
+from sparse_compile.calibration.levels import Level, worthwhile
+from sparse_compile.calibration.origin import data_digest, versions
+from sparse_compile.calibration.result import Calibration, CurvePoint, SiteCalibration
+from sparse_compile.calibration.search import pareto
 from sparse_compile.calibration.taps import TappedModel
+from sparse_compile.calibration.timing import STEP_FORWARDS, Untimed
 from sparse_compile.options.config import SparseLoRAConfig
-from sparse_compile.options.recipe import AffineMap, Recipe, SiteRecipe
-from sparse_compile.surrogates.fit import FittedMap, fit_maps
-from sparse_compile.surrogates.moments import Moments, NonFiniteActivation
+from sparse_compile.options.recipe import Recipe, SiteRecipe
+from sparse_compile.torch_private.modules import original_module
 from sparse_compile.training.news import say
 
-__all__ = ["DEFAULT_LOSS_BUDGET", "RANKS", "Calibration", "SiteCalibration", "calibrate"]
+__all__ = ["MAX_FORWARDS", "RANKS", "Calibration", "calibrate"]
 
-RANKS = (8, 16, 32, 64, 128)
-"""Ranks that are tried. A rank is chosen where no higher one has an error that is lower by more than 2%."""
+RANKS: Final = (0, 8, 16, 32, 64, 128)
+"""Ranks that are tried for each block; 0 is a constant."""
 
-DEFAULT_LOSS_BUDGET = 0.01
-"""Rise of the held-out loss, in nats a token, that a recipe may cost unless the user says otherwise."""
+MAX_FORWARDS: Final = 80
+"""Forwards of a batch that a calibration may cost. With frozen weights a training step computes as much as two, so this
+is 4% of a run of 1,000 steps; fits and timing take the rest of 5%."""
 
-_RANK_TOLERANCE = 0.02
-_TOKENS_PER_DIMENSION = 4
-_HELD_OUT_EVERY = 4
-_MEMORY_BYTES = 4 * 2**30
+_LEAST_FORWARDS: Final = 32
+_HELD_OUT_EVERY: Final = 4
 
-
-@dataclass(frozen=True)
-class SiteCalibration:
-    """What was found out about one site.
-
-    Attributes:
-        name: site name.
-        rank: rank of the map that was chosen for it.
-        error: held-out error of that map, relative to the best constant's.
-        rise: rise of the held-out loss with this map alone in place, nats a token.
-        chosen: whether the recipe has it.
-    """
-
-    name: str
-    rank: int
-    error: float
-    rise: float
-    chosen: bool
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A recipe, and what it was chosen from.
-
-    Attributes:
-        recipe: The recipe; of no site where nothing meets the budget.
-        loss: Held-out loss of the model as it is, nats a token.
-        rise: How much higher it is with the whole recipe in place, measured.
-        sites: Every site that could be measured, the cheapest in loss first.
-        curve: Pairs of a number of sites, in that order, and the rise of the loss with all of them in place.
-        declined: By site name, why a site could not be measured.
-        tokens: Number of context tokens that maps were fitted on.
-    """
-
-    recipe: Recipe
-    loss: float
-    rise: float
-    sites: tuple[SiteCalibration, ...]
-    curve: tuple[tuple[int, float], ...]
-    declined: Mapping[str, str] = field(default_factory=dict)
-    tokens: int = 0
-
-    def __str__(self) -> str:
-        chosen = sum(site.chosen for site in self.sites)
-        summary = (
-            f"{chosen} of {len(self.sites)} feed-forward blocks get a map for context tokens: held-out loss "
-            f"{self.loss:.4f} -> {self.loss + self.rise:.4f} ({self.rise:+.4f}), fitted on {self.tokens} tokens"
-        )
-        lines = [
-            summary,
-            "",
-            tabulate(
-                [(s.name, s.rank, f"{s.error:.3f}", f"{s.rise:+.4f}", "yes" if s.chosen else "no") for s in self.sites],
-                ("site", "rank", "error", "loss alone", "chosen"),
-                tablefmt="plain",
-                disable_numparse=True,
-            ),
-            *(f"{name}: {reason}" for name, reason in self.declined.items()),
-        ]
-        return "\n".join(lines)
+Batch = Mapping[str, Any]
 
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Batch],
     *,
-    loss_budget: float = DEFAULT_LOSS_BUDGET,
+    loss_budget: float | None = None,
+    speedup: float | None = None,
+    flops: float | None = None,
     ranks: Sequence[int] = RANKS,
     config: SparseLoRAConfig | Mapping[str, Any] | None = None,
+    max_forwards: int = MAX_FORWARDS,
     progress: bool = True,
 ) -> Calibration:
-    """Fit a map to each feed-forward block of a model, and choose those that stay within a budget of loss.
+    """Fit maps to each feed-forward block of a model, and choose blocks and ranks for one goal.
 
-    Runs forwards alone, without gradients: the model is left as it is. Every fourth batch is held out: it chooses ridge
-    and rank of each map, and measures losses. Sites are ordered by what each alone costs in held-out loss for the FLOPs
-    that it saves; the recipe is the longest start of that order whose loss, measured with all of its maps in place,
-    stays within the budget.
+    The model is left as it is: its weights, gradients, modes and random generators too. It runs forwards without
+    gradients, and four training steps whose gradients are thrown away, for their time. Every fourth batch is held out:
+    it chooses the ridge of each map, and measures losses, always with all maps of a recipe in place.
 
     Args:
         model: The model, compiled or not, with its adapters. It computes its own loss from `labels`.
         batches: What training steps pass to it, at least 2. They are kept in memory until all is measured.
-        loss_budget: Rise of the held-out loss that the recipe may cost, nats a token, at least 0.
-        ranks: Ranks to try, each at least 1.
+        loss_budget: Rise of the held-out loss that the recipe may cost, nats a token, at least 0. The recipe is the
+            cheapest that stays within it. This is the goal, of 0.01, where none is given.
+        speedup: How many times as fast as the step of the model as it is, run eagerly, a step is to be expected, above
+            1. The recipe is the one of least held-out loss among those that reach it.
+        flops: FLOPs of a step's matrix products that may be left, as a share of the dense step's, between 0 and 1. The
+            recipe is the one of least held-out loss among those that do not exceed it.
+        ranks: Ranks to try, each at least 0.
         config: The options that the model is to be trained with; `ignore_index` alone matters here.
+        max_forwards: How many forwards of a batch the calibration may cost, at least 32; a training step counts as two.
+            A third of them is for the fits. With few forwards, losses are searched by with fewer of the held-out
+            batches, and more blocks are taken at once; with very few, fewer batches are used, and a line says so.
         progress: Whether to show a progress bar.
 
     Returns:
-        The recipe, with what it was chosen from.
+        The recipe, with what it was chosen from. It is empty where the goal is out of reach: then `reason` says how far
+        one can get, and so does a line.
 
     Raises:
-        ValueError: A wrong argument, fewer than 2 batches, a model that returns no finite loss or has no feed-forward
-            block of frozen layers, or no context token.
+        ValueError: A wrong argument, two goals, fewer than 2 batches with a label that counts, a model that returns no
+            finite loss, has no feed-forward block of frozen layers or is being calibrated already, no context token, or
+            a speedup where no step can be timed.
     """
-    if not loss_budget >= 0:  # NaN fails this comparison too
-        raise ValueError(f"loss_budget is a rise of the loss of at least 0, got {loss_budget!r}")
-    if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
-        raise ValueError(f"ranks must be integers of at least 1, got {ranks!r}")
-    kept = list(batches)
-    if len(kept) < 2:
-        raise ValueError(f"calibration needs at least 2 batches, one of them held out, and got {len(kept)}")
+    goal = goal_of(loss_budget, speedup, flops)
+    if not ranks or any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 0 for rank in ranks):
+        raise ValueError(f"ranks must be integers of at least 0, got {ranks!r}")
+    if isinstance(max_forwards, bool) or not isinstance(max_forwards, int) or max_forwards < _LEAST_FORWARDS:
+        raise ValueError(f"max_forwards must be an integer of at least {_LEAST_FORWARDS}, got {max_forwards!r}")
     options = config if isinstance(config, SparseLoRAConfig) else SparseLoRAConfig.from_options(config)
-    run = _Run(TappedModel(model, options), kept, sorted(set(ranks)), progress=progress)
-    return run.choose(loss_budget)
+    kept = _labelled(list(batches), options.ignore_index)
+    with _alone(original_module(model)):
+        run = _Run(TappedModel(model, options), goal, sorted(set(ranks)), max_forwards, progress=progress)
+        with run.bar:
+            return run.calibrate(kept)
 
 
 class _Run:
-    """One calibration: statistics, maps, losses."""
+    """One calibration.
+
+    Attributes:
+        forwards: How many were made so far.
+    """
 
     def __init__(
-        self, tapped: TappedModel, batches: Sequence[Mapping[str, Any]], ranks: Sequence[int], *, progress: bool
+        self, tapped: TappedModel, goal: Goal, ranks: Sequence[int], max_forwards: int, *, progress: bool
     ) -> None:
         self.tapped = tapped
+        self.goal = goal
         self.ranks = ranks
-        self.bar = tqdm(desc="calibrate", unit=" forwards", disable=not progress)
-        self.held_out = [batch for place, batch in enumerate(batches) if place % _HELD_OUT_EVERY == 1]
-        self.train = [batch for place, batch in enumerate(batches) if place % _HELD_OUT_EVERY != 1]
-        self.tokens = 0
+        self.max_forwards = max_forwards
+        self.bar = tqdm(desc="calibrate", unit=" forwards", total=max_forwards, disable=not progress)
+        self.forwards = 0
 
-    def choose(self, budget: float) -> Calibration:
+    def calibrate(self, batches: Sequence[Batch]) -> Calibration:
         """Return the calibration."""
-        with self.bar:
-            loss = self.loss({})  # the first forward finds the sites
-            if not self.tapped.taps and not self.tapped.declined:
-                raise ValueError("this model has no feed-forward block of frozen layers: there is nothing to fit")
-            fitted = self.fit()
-            maps = {name: each.map for name, each in fitted.items()}
-            rises = {name: self.rise({name: maps[name]}, loss) for name in maps}
-            order = sorted(maps, key=lambda name: rises[name] / self.tapped.taps[name].flops)
-            curve = self.search(order, maps, loss, budget)
-        count = max(curve, key=lambda each: each if curve[each] <= budget else -1)
-        chosen = order[:count]
+        typical = sorted(batches, key=_size)[len(batches) // 2]
+        samples_of(self.tapped, typical)  # finds the sites
+        self.spend()
+        if not self.tapped.taps and not self.tapped.declined:
+            raise ValueError("this model has no feed-forward block of frozen layers: there is nothing to fit")
+        batches = self.affordable(batches)
+        held_out = HeldOut(self.tapped, batches[1::_HELD_OUT_EVERY], self.spend)
+        train = [batch for place, batch in enumerate(batches) if place % _HELD_OUT_EVERY != 1]
+        fits = fit_sites(self.tapped, train, held_out.batches, self.ranks, self.spend)
+        cost = self.cost(typical, fits)
+        levels = {
+            name: [Level(rank, each.error, cost.saved[name][rank]) for rank, each in found.items()]
+            for name, found in fits.maps.items()
+        }
+        hulls = {name: worthwhile(each) for name, each in levels.items()}
+        for name in (name for name, hull in hulls.items() if not hull):
+            self.tapped.declined[name] = "no map of it is cheaper than the block"
+        found = choose(self.goal, hulls, fits.affine(), held_out, self.max_forwards - self.forwards)
+        if found.reason:
+            say(f"the recipe is empty, for goal {self.goal} is not met: {found.reason}")
+        sites = {name: hull for name, hull in hulls.items() if hull}
+        return self.result(found, sites, fits, cost, held_out.loss, data_digest(batches))
+
+    def spend(self, forwards: int = 1) -> None:
+        """Count forwards that were made."""
+        self.forwards += forwards
+        self.bar.update(forwards)
+
+    def affordable(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Return as many batches as a third of the forwards can fit maps on."""
+        passes = len(memory_groups(self.tapped))
+        most = self.max_forwards // (3 * passes)
+        if most < 2:
+            raise ValueError(f"max_forwards={self.max_forwards} is too few: the fits alone take {6 * passes} or more")
+        if most < len(batches):
+            say(f"{most} of {len(batches)} batches are used: more take max_forwards={3 * passes * len(batches)}")
+        return batches[:most]
+
+    def cost(self, batch: Batch, fits: Fits) -> StepCost:
+        """Return what a step costs: seconds, or FLOPs where they are the goal or nothing can be timed."""
+        samples = samples_of(self.tapped, batch)
+        self.spend()
+        if self.goal.name != "flops":
+            try:
+                found = cost_in_seconds(self.tapped, batch, samples, fits.affine())
+                self.spend(STEP_FORWARDS)
+                return found
+            except Untimed as error:
+                if self.goal.name == "speedup":
+                    raise ValueError(
+                        f"the step of this model cannot be timed: {error}. Give flops=... instead"
+                    ) from error
+                say(f"costs are counted in FLOPs, for the step cannot be timed: {error}")
+        return cost_in_flops(self.tapped, batch, samples, {name: list(each) for name, each in fits.maps.items()})
+
+    def result(
+        self,
+        found: Choice,
+        hulls: Mapping[str, Sequence[Level]],
+        fits: Fits,
+        cost: StepCost,
+        loss: float,
+        digest: str,
+    ) -> Calibration:
+        """Put together what was found out."""
+        dense = cost.dense if cost.unit == "seconds" else 1.0
+        expected = dense * max(found.point.cost, 1e-6)
+        chosen = found.point.levels
         sites = [
-            SiteCalibration(name, maps[name].rank, fitted[name].error, rises[name], name in chosen) for name in order
+            SiteCalibration(name, level.rank, level.error, level.saved, found.alone.get(name), name in chosen)
+            for name, level in ((name, chosen.get(name, hull[0])) for name, hull in hulls.items())
         ]
+        sites.sort(key=lambda site: (not site.chosen, math.inf if site.rise is None else site.rise))
+        points = {id(each): each for each in (found.points[0], *pareto(found.points), found.point)}
+        curve = [
+            CurvePoint(
+                dense * each.cost,
+                each.rise,
+                {name: level.rank for name, level in each.levels.items()},
+                each.levels == chosen,
+            )
+            for each in sorted(points.values(), key=lambda each: -each.cost)
+        ]
+        costs = (
+            {"step_seconds": dense, "expected_step_seconds": expected}
+            if cost.unit == "seconds"
+            else {"expected_flops": expected}
+        )
+        origin = {
+            "goal": self.goal.name,
+            self.goal.name: self.goal.value,
+            "loss": loss,
+            "rise": found.rise,
+            "expected_loss": loss + found.rise,
+            **costs,
+            "tokens": fits.tokens,
+            "forwards": self.forwards,
+            "data": digest,
+            **versions(),
+        }
         recipe = Recipe(
             {
-                name: SiteRecipe(maps[name], weights=self.tapped.taps[name].weights, error=fitted[name].error)
-                for name in self.tapped.taps
+                name: SiteRecipe(
+                    fits.maps[name][chosen[name].rank].map,
+                    weights=self.tapped.taps[name].weights,
+                    error=chosen[name].error,
+                )
+                for name in fits.maps
                 if name in chosen
             },
-            {"tokens": self.tokens, "loss": loss, "rise": curve[count], "loss_budget": budget, **_versions()},
+            origin,
         )
-        points = tuple(sorted(curve.items()))
-        return Calibration(recipe, loss, curve[count], tuple(sites), points, self.tapped.declined, self.tokens)
-
-    def search(
-        self, order: Sequence[str], maps: Mapping[str, AffineMap], loss: float, budget: float
-    ) -> dict[int, float]:
-        """Find the longest start of the order within the budget by bisection; return the rises that were measured."""
-        curve = {0: 0.0}
-        low, high = 0, len(order)
-        while low < high:
-            # The whole first: where all fits, nothing else need be measured.
-            middle = high if high == len(order) and high not in curve else (low + high + 1) // 2
-            curve[middle] = self.rise({name: maps[name] for name in order[:middle]}, loss)
-            low, high = (middle, high) if curve[middle] <= budget else (low, middle - 1)
-        return curve
-
-    def fit(self) -> dict[str, FittedMap]:
-        """Fit a map to each site."""
-        found: dict[str, FittedMap] = {}
-        for group in self.groups():
-            moments = [self.moments(group, batches) for batches in (self.train, self.held_out)]
-            for name in group:
-                if name in self.tapped.declined:
-                    continue
-                if any(name not in each for each in moments):
-                    part = "to fit on" if name not in moments[0] else "held out"
-                    self.tapped.declined[name] = f"no batch {part} runs through it, or none of them has labels"
-                    continue
-                train, held_out = (each[name] for each in moments)
-                if not train.count or not held_out.count:
-                    raise ValueError("the batches have no context token: every token carries a label or predicts one")
-                self.tokens = round(train.count)
-                found[name] = _cheapest(fit_maps(train, held_out, self.ranks))
-                self.check_count(name, train)
-        return found
-
-    def groups(self) -> list[list[str]]:
-        """Return the sites in groups whose statistics fit into memory at one time."""
-        groups: list[list[str]] = [[]]
-        used = 0
-        for name, tap in self.tapped.taps.items():
-            size = 2 * 4 * tap.in_features * (tap.in_features + tap.out_features)
-            if groups[-1] and used + size > _MEMORY_BYTES:
-                groups.append([])
-                used = 0
-            groups[-1].append(name)
-            used += size
-        return groups
-
-    def moments(self, names: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> dict[str, Moments]:
-        """Gather the statistics of some sites over some batches."""
-        gathered: dict[str, Moments] = {}
-
-        def collector(name: str) -> Any:
-            def collect(x: Tensor, y: Tensor) -> None:
-                moments = gathered.setdefault(name, Moments.empty(x.shape[1], y.shape[1], x))
-                try:
-                    moments.add(x, y)
-                except NonFiniteActivation as error:
-                    self.tapped.declined[name] = str(error)
-
-            return collect
-
-        self.tapped.put({})
-        self.tapped.collect({name: collector(name) for name in names if name not in self.tapped.declined})
-        try:
-            for batch in batches:
-                self.tapped(batch)
-                self.bar.update()
-        finally:
-            self.tapped.collect({})  # compiled code keeps the taps, and they would keep the statistics
-        return gathered
-
-    def check_count(self, name: str, train: Moments) -> None:
-        """Say that there were few tokens."""
-        wanted = _TOKENS_PER_DIMENSION * len(train.mean_x)
-        if train.count < wanted and name == next(iter(self.tapped.taps)):
-            say(
-                f"maps are fitted on {train.count} context tokens, {train.count / len(train.mean_x):.1f} "
-                f"for each of {len(train.mean_x)} input features. They would be better with {wanted} or more."
-            )
-
-    def rise(self, maps: Mapping[str, AffineMap], loss: float) -> float:
-        """Return how much higher the held-out loss is with these maps in place; infinite where it is not finite."""
-        try:
-            return self.loss(maps) - loss
-        except ValueError:
-            return math.inf  # without maps it is finite
-
-    def loss(self, maps: Mapping[str, AffineMap]) -> float:
-        """Return the held-out loss with these maps in place."""
-        self.tapped.put(maps)
-        try:
-            return held_out_loss(self.tapped, self.held_out, self.bar.update, self.tapped.config.ignore_index)
-        finally:
-            self.tapped.put({})
+        return Calibration(
+            recipe,
+            self.goal,
+            found.reason,
+            loss,
+            found.rise,
+            cost.unit,
+            dense,
+            expected,
+            tuple(sites),
+            tuple(curve),
+            dict(self.tapped.declined),
+            fits.tokens,
+            self.forwards,
+        )
 
 
-def _cheapest(fitted: Mapping[int, FittedMap]) -> FittedMap:
-    """Return the map of the lowest rank that is about as good as the best."""
-    best = min(each.error for each in fitted.values())
-    return next(each for _, each in sorted(fitted.items()) if each.error <= best * (1 + _RANK_TOLERANCE))
+def _labelled(batches: Sequence[Batch], ignore_index: int) -> list[Batch]:
+    """Return the batches that have a label that the loss counts; of the others it is the mean of nothing.
+
+    Raises:
+        ValueError: Fewer than 2 are left.
+    """
+    kept = [each for each in batches if _has_label(each, ignore_index)]
+    left_out = len(batches) - len(kept)
+    which = " with a label that the loss counts" if left_out else ""
+    if len(kept) < 2:
+        raise ValueError(f"calibration needs at least 2 batches{which}, one of them held out, and got {len(kept)}")
+    if left_out:
+        say(f"{left_out} of {len(batches)} batches have no label that the loss counts, and are left out")
+    return kept
 
 
-def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "sparse_compile": version("sparse-compile")}
+def _has_label(batch: Batch, ignore_index: int) -> bool:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return True  # what it counts, the model knows alone
+    return bool((labels[:, 1:] != ignore_index).any())
+
+
+def _size(batch: Batch) -> int:
+    """Return the number of tokens of a batch, or of elements of its largest tensor."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor):
+        return labels.numel()
+    return max((each.numel() for each in batch.values() if isinstance(each, Tensor)), default=0)
+
+
+_CALIBRATED: WeakSet[nn.Module] = WeakSet()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Refuse a second calibration of a model: maps of the one would stand in the losses of the other."""
+    with _LOCK:
+        if model in _CALIBRATED:
+            raise ValueError("this model is being calibrated already")
+        _CALIBRATED.add(model)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _CALIBRATED.discard(model)

@@ -1,9 +1,11 @@
-"""Calibrations of tiny models: what the recipe holds, what it was chosen by, and what is refused."""
+"""Calibrations of tiny models: what the recipe holds, what it was chosen by, and what it is good for."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import gc
+import re
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,55 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapped import mapped_sites, mapped_step
+from calibrations import Batches, batches_of, blocks_near_a_map, oracle_loss, run
+from mapped import mapped_step
 from models import ALL_TARGETS, ATTENTION_TARGETS, batch, fp64_decoder, tiny_llama, with_lora
 from oracle import assert_same_step, told, train_step
-from sparse_compile import Recipe, SparseLoRAConfig
-from sparse_compile.calibration.calibrate import Calibration, calibrate
-from sparse_compile.calibration.losses import held_out_loss
+from sparse_compile import Recipe
+from sparse_compile.calibration import costs, timing
+from sparse_compile.calibration.losses import batch_loss
+from sparse_compile.calibration.taps import TappedModel
 from sparse_compile.options.recipe import AffineMap, SiteRecipe
-from sparse_compile.reference import masked_dense, output_mask_from_labels
+from sparse_compile.reference import output_mask_from_labels
 from sweeps import sweep
 from tolerances import Tolerance
 
 SITES = [f"layers.{i}.mlp" for i in range(3)]
-Batches = Sequence[Mapping[str, Tensor]]
-
-
-def nearly_linear(x: Tensor) -> Tensor:
-    return x + 0.3 * x.tanh()
-
-
-def blocks_near_a_map(layers: int = 3) -> nn.Module:
-    """A decoder whose blocks a map of their width all but equals, and a narrow one does not."""
-    return fp64_decoder(layers=layers, gated=False, region=nearly_linear, bias=True)
-
-
-@torch.no_grad()
-def batches_of(model: nn.Module, count: int = 6, vocab: int = 61, **shape: Any) -> list[dict[str, Tensor]]:
-    """Batches whose labels are what the model predicts: whatever changes the model, its loss rises."""
-    found = []
-    for seed in range(count):
-        inputs = batch(vocab, **{"rows": 6, "length": 24, "seed": seed, **shape})
-        predicted = model(**inputs)[1].argmax(-1).roll(1, 1)
-        inputs["labels"] = torch.where(inputs["labels"] == -100, -100, predicted)
-        found.append(inputs)
-    return found
-
-
-def run(model: nn.Module, batches: Batches, **arguments: Any) -> Calibration:
-    return calibrate(model, batches, progress=False, **{"ranks": (4, 32), "loss_budget": 100.0, **arguments})
-
-
-def oracle_loss(model: nn.Module, recipe: Recipe, batches: Batches) -> float:
-    """Loss of the eager model over the batches that a calibration holds out."""
-
-    @torch.no_grad()
-    def call(inputs: Mapping[str, Tensor]) -> Any:
-        with masked_dense(mapped_sites(model, recipe), output_mask_from_labels(inputs["labels"])):
-            return model(**inputs)
-
-    return held_out_loss(call, [each for place, each in enumerate(batches) if place % 4 == 1])
 
 
 # --- The recipe -------------------------------------------------------------------------------------------------------
@@ -68,7 +35,7 @@ def oracle_loss(model: nn.Module, recipe: Recipe, batches: Batches) -> float:
 def test_maps_are_as_good_as_they_say_and_better_than_constants() -> None:
     model = blocks_near_a_map()
     batches = batches_of(model)
-    wide, narrow = run(model, batches), run(model, batches, ranks=(1,))
+    wide, narrow = (run(model, batches, ranks=(rank,)) for rank in (32, 1))
     assert [site.rank for site in wide.sites] == [32] * 3 and all(site.error < 0.1 for site in wide.sites)
     assert all(0.3 < site.error < 1 for site in narrow.sites)
     constants = {}
@@ -103,13 +70,12 @@ def test_a_recipe_costs_what_is_said_and_keeps_the_budget(budget: float) -> None
     assert found.rise == pytest.approx(oracle_loss(model, found.recipe, batches) - found.loss, abs=1e-10)
     for site in found.sites:
         assert site.chosen == (site.name in found.recipe.sites)
-    # The sites have one size: their order is that of the loss alone. Those chosen come first.
-    assert [site.rise for site in found.sites] == sorted(site.rise for site in found.sites)
     assert [site.chosen for site in found.sites] == sorted((site.chosen for site in found.sites), reverse=True)
     assert list(found.recipe.sites) == [name for name in SITES if name in found.recipe.sites]
-    curve = dict(found.curve)
-    assert curve[len(found.recipe.sites)] == found.rise and curve[0] == 0
-    assert all(rise > budget for count, rise in curve.items() if count > len(found.recipe.sites))
+    (chosen,) = (point for point in found.curve if point.chosen)
+    assert chosen.rise == found.rise and chosen.sites == dict.fromkeys(found.recipe.sites, 24)
+    assert (found.curve[0].rise, found.curve[0].sites, found.curve[0].cost, found.dense_cost) == (0, {}, 10, 10)
+    assert found.expected_cost == chosen.cost
     # The last block's map changes nothing that the loss reads, so that no budget is too low for it.
     assert len(found.recipe.sites) == {0.0: 1, 100.0: 3}.get(budget, 2)
 
@@ -126,16 +92,20 @@ def test_each_site_is_measured_alone() -> None:
     assert rises["layers.2.mlp"] == pytest.approx(0, abs=1e-12) and rises["layers.0.mlp"] > 1e-3
 
 
-def test_the_lowest_rank_that_is_about_as_good_is_chosen() -> None:
+def test_a_rank_that_gains_no_error_is_not_tried() -> None:
     """A block of rank 3 at most: more is of no use."""
     model = blocks_near_a_map(layers=2)
-    up = model.layers[0].mlp.up_proj
-    with torch.no_grad():
-        up.lora_B.zero_()
-        weight = up.base_layer.weight
-        weight.copy_(weight[:, :1] @ weight[:1])
-    ranks = {site.name: site.rank for site in run(model, batches_of(model, rows=12), ranks=(16, 2, 4, 2)).sites}
-    assert ranks == {"layers.0.mlp": 2, "layers.1.mlp": 16}
+    batches = batches_of(model, rows=12)
+    ranks = []
+    for _ in range(2):
+        found = run(model, batches, ranks=(16, 2, 4, 2), loss_budget=0.0)
+        ranks.append({site.name: site.rank for site in found.sites}["layers.0.mlp"])
+        up = model.layers[0].mlp.up_proj
+        with torch.no_grad():
+            up.lora_B.zero_()
+            weight = up.base_layer.weight
+            weight.copy_(weight[:, :1] @ weight[:1])
+    assert ranks == [16, 2]
 
 
 def test_two_calibrations_give_one_recipe() -> None:
@@ -145,27 +115,194 @@ def test_two_calibrations_give_one_recipe() -> None:
     assert first.recipe == second.recipe and first.curve == second.curve and len(first.recipe.sites) == 2
 
 
-def test_where_it_was_made_is_kept() -> None:
+def test_where_it_was_made_is_kept(tmp_path: Path) -> None:
     model = blocks_near_a_map(layers=2)
-    found = run(model, batches_of(model))
-    assert found.recipe.origin | {"tokens": found.tokens, "loss": found.loss, "rise": found.rise} == found.recipe.origin
-    assert found.recipe.origin["loss_budget"] == 100 and found.recipe.origin["torch"] == torch.__version__
+    batches = batches_of(model)
+    found = run(model, batches)
+    origin = found.recipe.origin
+    expected = {
+        "goal": "loss_budget",
+        "loss_budget": 100.0,
+        "tokens": found.tokens,
+        "loss": found.loss,
+        "rise": found.rise,
+        "expected_loss": found.loss + found.rise,
+        "step_seconds": 10.0,
+        "expected_step_seconds": found.expected_cost,
+        "forwards": found.forwards,
+        "torch": torch.__version__,
+    }
+    assert origin | expected == origin
+    found.recipe.save(tmp_path)
+    assert Recipe.load(tmp_path).origin == origin
     assert all(len(site.weights) == 32 for site in found.recipe.sites.values())
-    mask = [~output_mask_from_labels(each["labels"]) for i, each in enumerate(batches_of(model)) if i % 4 != 1]
+    mask = [~output_mask_from_labels(each["labels"]) for i, each in enumerate(batches) if i % 4 != 1]
     assert found.tokens == sum(int(each.sum()) for each in mask)
-    text = str(found)
-    assert text.startswith("2 of 2 feed-forward blocks") and all(name in text for name in SITES[:2])
+    digests = {origin["data"], run(model, batches_of(model)).recipe.origin["data"]}
+    assert len(digests) == 1
+    assert run(model, batches[::-1]).recipe.origin["data"] not in digests
 
 
-def test_context_tokens_that_are_few_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("sparse_compile.calibration.calibrate.say", said.append)
+def test_context_tokens_that_are_few_are_told_of(said: list[str]) -> None:
     model = fp64_decoder(layers=1)
     run(model, batches_of(model, count=2, rows=2, length=9))
     (line,) = said
     assert "context tokens" in line and "32 input features" in line
     run(model, batches_of(model, count=2, rows=20, length=32))
     assert said == [line]
+
+
+def test_no_rank_above_the_number_of_tokens_is_tried(said: list[str]) -> None:
+    model = fp64_decoder(layers=1)
+    batches = batches_of(model, count=2, rows=1, length=9)
+    found = run(model, batches, ranks=(2, 32), loss_budget=100.0)
+    assert 2 <= found.tokens < 32 and [site.rank for site in found.sites] == [2]
+    assert f"No rank above {found.tokens} is tried" in said[0]
+    found = run(model, batches, ranks=(32,))
+    assert found.recipe.sites == {} and f"{found.tokens} context tokens are fewer" in found.declined["layers.0.mlp"]
+
+
+# --- Goals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("goal", [{"speedup": 1.05}, {"flops": 0.94}], ids=str)
+def test_a_cost_is_reached_at_the_least_loss(goal: dict[str, float]) -> None:
+    model = blocks_near_a_map()
+    batches = batches_of(model)
+    found = run(model, batches, ranks=(0, 24), **goal)
+    assert found.reason == "" and 0 < len(found.recipe.sites) < 3
+    assert found.rise == pytest.approx(oracle_loss(model, found.recipe, batches) - found.loss, abs=1e-10)
+    limit = found.dense_cost / goal["speedup"] if "speedup" in goal else goal["flops"]
+    assert found.expected_cost <= limit < found.dense_cost
+    assert found.unit == ("seconds" if "speedup" in goal else "flops")
+    assert found.recipe.origin.items() >= {"goal": next(iter(goal)), **goal}.items()
+    saved = {site.name: site.saved for site in found.sites if site.chosen}
+    assert found.expected_cost / found.dense_cost == pytest.approx(1 - sum(saved.values()))
+    for point in found.curve:
+        assert point.chosen or point.cost > limit or point.rise >= found.rise
+
+
+def test_seconds_are_what_was_timed() -> None:
+    """Of a block of one second, context tokens have their share."""
+    model = blocks_near_a_map(layers=2)
+    batches = batches_of(model)
+    found = run(model, batches, ranks=(32,))
+    share = [float((~output_mask_from_labels(each["labels"])).double().mean()) for each in batches]
+    (expected,) = {each for each in share if found.expected_cost == pytest.approx(10 - 2 * (each - 0.05 - 0.064))}
+    assert found.speedup == pytest.approx(10 / found.expected_cost) and 0 < expected < 1
+    assert f"10 s a step as it is (measured), {found.expected_cost:.4g} s expected" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("goal", "reason"),
+    [
+        ({"speedup": 3.0}, r"the cheapest map in each of 3 blocks gives 1\.\d\dx, at \+"),
+        ({"flops": 0.01}, r"the cheapest map in each of 3 blocks gives \d+\.\d% of the FLOPs, at \+"),
+        ({"loss_budget": 0.0}, r"maps of layers\.\d\.mlp cost least, \+0\.\d+"),
+    ],
+    ids=str,
+)
+def test_a_goal_that_is_out_of_reach_leaves_the_model_dense(
+    goal: dict[str, float], reason: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = blocks_near_a_map()
+    batches = batches_of(model)
+    if "loss_budget" in goal:
+        # The last block's map would cost nothing.
+        monkeypatch.setattr(costs, "map_seconds", lambda *_, **__: 0.1)
+        model.layers[2].mlp.up_proj.base_layer.weight.requires_grad_(True)
+    found = run(model, batches, **goal)
+    assert found.recipe.sites == {} and found.rise == 0 and found.expected_cost == found.dense_cost
+    assert [point.sites for point in found.curve if point.chosen] == [{}]
+    (line,) = said
+    assert line.endswith(found.reason)
+    assert re.search(reason, found.reason), found.reason
+    assert f"is not met: {found.reason}" in str(found)
+
+
+def test_blocks_whose_maps_are_slower_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "map_seconds", lambda *_, **__: 2.0)
+    model = blocks_near_a_map(layers=2)
+    found = run(model, batches_of(model))
+    assert found.recipe.sites == {} and found.sites == () and "cheaper" in found.reason
+    assert set(found.declined) == set(SITES[:2]) and "cheaper" in found.declined[SITES[0]]
+
+
+def test_a_step_that_cannot_be_timed_is_counted_in_flops(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def untimed(*_: Any) -> float:
+        raise timing.Untimed("its clock stands")
+
+    monkeypatch.setattr(costs, "step_seconds", untimed)
+    model = blocks_near_a_map(layers=2)
+    batches = batches_of(model)
+    found = run(model, batches)
+    assert found.unit == "flops" and len(found.recipe.sites) == 2 and 0 < found.expected_cost < 1
+    assert found.recipe.origin["expected_flops"] == found.expected_cost
+    assert said == ["costs are counted in FLOPs, for the step cannot be timed: its clock stands"]
+    assert "of the dense step's FLOPs" in str(found)
+    with pytest.raises(ValueError, match=r"its clock stands\. Give flops="):
+        run(model, batches, speedup=1.1)
+
+
+# --- Forwards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [32, 80])
+def test_no_more_forwards_are_made_than_are_allowed(
+    most: int, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    model = blocks_near_a_map()
+    batches = batches_of(model, count=12)
+    calls: list[None] = []
+    whole = TappedModel.__call__
+    monkeypatch.setattr(TappedModel, "__call__", lambda self, inputs: calls.append(None) or whole(self, inputs))
+    found = run(model, batches, max_forwards=most, ranks=(0, 8, 16), loss_budget=0.02)
+    assert found.forwards == len(calls) + timing.STEP_FORWARDS <= most
+    assert found.rise == pytest.approx(oracle_loss(model, found.recipe, batches[: most // 3]) - found.loss, abs=1e-10)
+    assert len(found.recipe.sites) >= 1 and found.rise <= 0.02
+    used = [line for line in said if "batches are used" in line]
+    assert used == ([] if most == 80 else ["10 of 12 batches are used: more take max_forwards=36"])
+
+
+def test_a_recipe_that_fails_with_all_batches_is_not_chosen(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    """The search sees the first held-out batch; the second says that the map of the first block costs too much."""
+    model = blocks_near_a_map()
+    batches = batches_of(model, count=12)
+    worst = batches[5]
+    whole, taps = batch_loss, []
+
+    def dear(call: Any, inputs: Any, *arguments: Any) -> tuple[float, float]:
+        loss, tokens = whole(call, inputs, *arguments)
+        taps[:] = call.taps.values()
+        return (loss + 5.0 if inputs is worst and taps[0].surrogate is not None else loss), tokens
+
+    monkeypatch.setattr("sparse_compile.calibration.held_out.batch_loss", dear)
+    found = run(model, batches, max_forwards=36, ranks=(24,), loss_budget=1.0)
+    assert set(found.recipe.sites) <= {SITES[1], SITES[2]} and found.rise <= 1.0
+    assert any(SITES[0] in point.sites and point.rise <= 1.0 for point in found.curve)
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = blocks_near_a_map(layers=2)
+    found = run(model, batches_of(model), loss_budget=0.01)
+    found.plot(tmp_path / "curve.svg")
+    text = (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    assert text.count("<path") > len(found.curve)
+    found.plot(str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    model = fp64_decoder(layers=1)
+    found = run(model, batches_of(model, count=2))
+    with pytest.raises(ImportError, match=r"pip install matplotlib.*Calibration\.curve"):
+        found.plot(tmp_path / "curve.png")
+    assert list(tmp_path.glob("*.png")) == []
 
 
 # --- The recipe in training -------------------------------------------------------------------------------------------
@@ -220,7 +357,8 @@ def test_a_model_is_compiled_in_place_after_its_calibration(eager_inductor: Any)
 
 
 @pytest.mark.slow
-def test_it_leaves_the_model_as_it_is() -> None:
+def test_it_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "step_seconds", timing.step_seconds)
     model = with_lora(tiny_llama(layers=2), dropout=0.3)
     model(**batch(97)).loss.backward()
     values = {name: value.clone() for name, value in model.state_dict().items()}
@@ -236,6 +374,15 @@ def test_it_leaves_the_model_as_it_is() -> None:
         assert all(torch.equal(some[name], each) for name, each in kept.items())
 
 
+def test_dynamo_keeps_no_model_alive() -> None:
+    model = fp64_decoder(layers=1)
+    run(model, batches_of(model, count=2))
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
 def test_another_ignored_label() -> None:
     """Tokens of a calibration are counted by the label that the loss ignores."""
     model = WithLoss(fp64_decoder(layers=2), ignore_index=-1)
@@ -245,7 +392,7 @@ def test_another_ignored_label() -> None:
         each["labels"] = each["labels"].where(each["labels"] != -100, -1)
     found = run(model, batches, config={"ignore_index": -1})
     assert found.tokens == expected.tokens and found.loss == pytest.approx(expected.loss, rel=1e-12)
-    assert dict(found.curve) == pytest.approx(dict(expected.curve))
+    assert [point.rise for point in found.curve] == pytest.approx([point.rise for point in expected.curve])
 
 
 class WithLoss(nn.Module):
@@ -260,95 +407,3 @@ class WithLoss(nn.Module):
         logits = self.model(input_ids)[1]
         target = labels[:, 1:].reshape(-1)
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=self.ignore_index)
-
-
-# --- What is declined and what is refused -----------------------------------------------------------------------------
-
-
-def test_a_site_whose_activations_overflow_is_declined_and_the_others_are_not() -> None:
-    model = fp64_decoder(layers=2)
-    with torch.no_grad():
-        model.layers[0].mlp.down_proj.base_layer.weight.mul_(1e200)
-    found = run(model, [batch(61, seed=seed) for seed in range(6)])
-    assert set(found.declined) == {"layers.0.mlp"} and "NaN or infinity" in found.declined["layers.0.mlp"]
-    assert [site.name for site in found.sites] == ["layers.1.mlp"] and "layers.0.mlp: act" in str(found)
-
-
-def test_a_model_without_frozen_blocks_is_refused() -> None:
-    model = fp64_decoder(layers=2).requires_grad_(True)
-    with pytest.raises(ValueError, match="no feed-forward block of frozen layers"):
-        run(model, batches_of(model))
-
-
-def test_weights_that_are_not_finite_are_refused() -> None:
-    model = fp64_decoder(layers=2)
-    batches = batches_of(model)
-    with torch.no_grad():
-        model.layers[1].mlp.up_proj.base_layer.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="loss of a batch is nan"):
-        run(model, batches)
-    assert model.training
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda each: {**each, "labels": each["input_ids"]}, "no context token"),
-        (lambda each: {"input_ids": each["input_ids"]}, "no loss"),
-        (lambda each: {**each, "labels": torch.full_like(each["labels"], -100)}, "nan"),
-    ],
-    ids=["no context", "no labels", "no label that counts"],
-)
-def test_batches_that_say_nothing_are_refused(change: Any, reason: str) -> None:
-    model = fp64_decoder(layers=1)
-    with pytest.raises(ValueError, match=reason):
-        run(model, [change(each) for each in batches_of(model)])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"batches": []}, "at least 2 batches.* got 0"),
-        ({"batches": [batch(61)]}, "at least 2 batches.* got 1"),
-        ({"loss_budget": -0.1}, "loss_budget"),
-        ({"loss_budget": float("nan")}, "loss_budget"),
-        ({"ranks": ()}, "ranks"),
-        ({"ranks": (8, 0)}, "ranks"),
-        ({"ranks": (8.0,)}, "ranks"),
-        ({"ranks": (True,)}, "ranks"),
-        ({"config": {"ignore": 3}}, "unknown option"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], reason: str) -> None:
-    def never(**inputs: Tensor) -> Any:
-        raise AssertionError("the model ran")
-
-    model = fp64_decoder(layers=1)
-    model.forward = never  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=reason):
-        run(model, **{"batches": [batch(61)] * 2, **arguments})
-
-
-def test_options_are_taken_in_either_form() -> None:
-    model = fp64_decoder(layers=1)
-    batches = batches_of(model, count=2)
-    first, second = (run(model, batches, config=each) for each in (SparseLoRAConfig(preset="none"), {"preset": "none"}))
-    assert first.recipe == second.recipe
-
-
-def test_a_map_that_breaks_the_loss_costs_infinitely_much_and_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fp64_decoder(layers=2)
-    whole = held_out_loss
-    taps: list[Any] = []
-
-    def broken(call: Any, *arguments: Any) -> float:
-        taps[:] = call.taps.values()
-        if taps and taps[0].surrogate is not None:
-            raise ValueError("the loss of a batch is nan: nothing can be measured with it")
-        return whole(call, *arguments)
-
-    monkeypatch.setattr("sparse_compile.calibration.calibrate.held_out_loss", broken)
-    found = run(model, batches_of(model), loss_budget=100)
-    assert [(site.name, site.chosen) for site in found.sites] == [("layers.1.mlp", True), ("layers.0.mlp", False)]
-    assert found.sites[1].rise == math.inf and math.isfinite(found.rise)

@@ -1,0 +1,109 @@
+"""Choose a recipe for a goal: search with as many held-out batches as can be afforded, then check with all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sparse_compile.calibration.goals import Goal
+from sparse_compile.calibration.held_out import HeldOut
+from sparse_compile.calibration.levels import Level
+from sparse_compile.calibration.search import Point, Search
+from sparse_compile.options.recipe import AffineMap
+
+__all__ = ["Choice", "choose"]
+
+_CHECKS: Final = 3
+_MEASUREMENTS_PER_SITE: Final = 3
+"""Alone, and about twice on the path."""
+
+Hulls = Mapping[str, Sequence[Level]]
+Maps = Mapping[str, Mapping[int, AffineMap]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        point: The recipe; the dense model where the goal is out of reach.
+        rise: Of the held-out loss with it, over all held-out batches.
+        reason: Why it is the dense model; empty where the goal is met.
+        points: All recipes that were measured, the dense model first.
+        alone: By site name, the rise with its first map alone in place, where it was measured.
+    """
+
+    point: Point
+    rise: float
+    reason: str
+    points: Sequence[Point]
+    alone: Mapping[str, float]
+
+
+def choose(goal: Goal, hulls: Hulls, maps: Maps, held_out: HeldOut, forwards: int) -> Choice:
+    """Choose a recipe.
+
+    Args:
+        goal: What for.
+        hulls: By site name, the levels that are worthwhile, in order.
+        maps: By site name and rank.
+        held_out: Measures losses.
+        forwards: How many forwards may be made.
+    """
+
+    def placed(levels: Mapping[str, Level]) -> dict[str, AffineMap]:
+        return {name: maps[name][level.rank] for name, level in levels.items()}
+
+    hulls = {name: hull for name, hull in hulls.items() if hull}
+    dense = Point({}, 0.0)
+    if not hulls:
+        return Choice(dense, 0.0, "no block has a map that is cheaper", [dense], {})
+    cheapest = Point({name: hull[-1] for name, hull in hulls.items()}, 0.0)
+    if cheapest.cost > goal.most_cost:
+        cheapest = Point(cheapest.levels, held_out.rise(placed(cheapest.levels)))
+        return Choice(dense, 0.0, _too_far(goal, cheapest), [dense, cheapest], {})
+    count, measurements = _plan(forwards, len(hulls), len(held_out.batches))
+    search = Search(hulls, lambda levels: held_out.rise(placed(levels), count), goal, measurements)
+    search.run()
+    candidates = [each for each in search.points if each.levels and goal.met_by(each.cost, each.rise)]
+    candidates.sort(key=lambda each: goal.order(each.cost, each.rise))
+    # Each candidate but the first is there in case that one fails on the batches that the search has not seen.
+    low, high, checks = 0, len(candidates), _CHECKS if count < len(held_out.batches) else 1
+    found: tuple[Point, float] | None = None
+    failed: float | None = None
+    while low < high and checks:
+        middle = (low + high) // 2 if failed is not None else 0
+        rise = held_out.rise(placed(candidates[middle].levels))
+        checks -= 1
+        if goal.met_by(candidates[middle].cost, rise):
+            found, high = (candidates[middle], rise), middle
+        else:
+            failed, low = rise, middle + 1
+    if found is None:
+        return Choice(search.points[0], 0.0, _too_dear(goal, search.points, failed), search.points, search.alone)
+    return Choice(*found, "", search.points, search.alone)
+
+
+def _plan(forwards: int, sites: int, held_out: int) -> tuple[int, int]:
+    """Return how many held-out batches the search measures with, and how many measurements it may make."""
+    count = min(held_out, max(1, forwards // (_MEASUREMENTS_PER_SITE * sites)))
+    checks = min(_CHECKS * (held_out - count), max(held_out - count, forwards // 3))
+    return count, max(1, (forwards - checks) // count)
+
+
+def _too_far(goal: Goal, cheapest: Point) -> str:
+    reached = f"{1 / max(cheapest.cost, 1e-6):.2f}x" if goal.name == "speedup" else f"{cheapest.cost:.1%} of the FLOPs"
+    return f"the cheapest map in each of {len(cheapest.levels)} blocks gives {reached}, at {cheapest.rise:+.4f}"
+
+
+def _too_dear(goal: Goal, points: Sequence[Point], failed: float | None) -> str:
+    if failed is not None:
+        return f"what meets it on some of the held-out batches costs {failed:+.4f} on all of them"
+    least = min((each for each in points if each.levels), key=lambda each: each.rise, default=None)
+    if least is None or not math.isfinite(least.rise):
+        return "with maps in place the loss is not finite"
+    if goal.name == "loss_budget":
+        return f"of all that was measured, maps of {', '.join(least.levels)} cost least, {least.rise:+.4f}"
+    return f"every recipe that reaches it breaks the loss; {1 / max(least.cost, 1e-6):.2f}x costs {least.rise:+.4f}"
