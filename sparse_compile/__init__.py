@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparse_compile.calibration.calibrate import calibrate
+from sparse_compile.calibration.run import recipe_of
 from sparse_compile.compiler.explain import explain
 from sparse_compile.ecosystem.gradient_start import gradient_guided_start
 from sparse_compile.ecosystem.merge import merge_masked
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "gradient_guided_start",
     "merge_masked",
+    "recipe_of",
     "token_roles",
 ]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from sparse_compile.compiler.outputs import CompiledGraph
@@ -18,7 +19,7 @@ from sparse_compile.graph.sites import Projection
 from sparse_compile.kernels.observed_rows import observing
 from sparse_compile.options.recipe import AffineMap
 from sparse_compile.passes.context import PassContext
-from sparse_compile.predictor.weight_state import WeightWatch
+from sparse_compile.predictor.weight_state import WeightWatch, fingerprint
 from sparse_compile.surrogates.moments import NonFiniteActivation
 from sparse_compile.surrogates.online import OnlineMap
 from sparse_compile.torch_private.autograd import running_backward
@@ -45,16 +46,19 @@ def with_fitted_maps(compiled: CompiledGraph, ctx: PassContext, session: Session
     mapped = ctx.facts.plan.mapped_sites
     if not mapped:
         return compiled
-    weights = {
-        plan.site.name: [tensor for each in _imitated(plan, ctx) for tensor in StoredWeight.of(each, ctx).tensors()]
-        for plan in mapped
-    }
+    stored = {plan.site.name: [StoredWeight.of(each, ctx) for each in _imitated(plan, ctx)] for plan in mapped}
+    weights = {name: [tensor for each in found for tensor in each.tensors()] for name, found in stored.items()}
     online = {}
     for plan in mapped:
         if plan.online:
             buffers, known = ctx.facts.surrogates[plan.site.identity], session.online_maps.get(plan.site.identity)
             if known is None or known.surrogate is not buffers:
-                known = OnlineMap(buffers, fitted=known is None and _is_set(buffers))
+                known = OnlineMap(
+                    buffers,
+                    fitted=known is None and _is_set(buffers),
+                    left_at=_exit(ctx) if plan.left else "",
+                    weights=partial(_fingerprint, stored[plan.site.name]),
+                )
                 session.online_maps[plan.site.identity] = known
             online[ctx.observed_as(plan.site)] = known
     watch = WeightWatch(weights, moves=moves)
@@ -73,6 +77,16 @@ def _imitated(plan: SitePlan, ctx: PassContext) -> list[Projection]:
         left = [each.site for each in ctx.facts.plan.sites if each.left]
         sites = left[: left.index(plan.site)]
     return [projection for site in sites for projection in site.projections]
+
+
+def _exit(ctx: PassContext) -> str:
+    """Return the name of the attention block before which context leaves."""
+    return next(each.site.name for each in ctx.facts.plan.sites if each.left and each.site.kind == "attention")
+
+
+def _fingerprint(weights: Iterable[StoredWeight]) -> str:
+    """Return what tells the weights that a map stands for from others, as a recipe has it."""
+    return fingerprint(each.dense() for each in weights)
 
 
 def held_for_maps(ctx: PassContext, session: Session) -> bool:

@@ -7,6 +7,7 @@ ridge and start from the directions there are, so that they cost one factorisati
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -35,16 +36,24 @@ class OnlineMap:
     Args:
         surrogate: its buffers; they are written in place.
         fitted: whether they hold a map already.
+        left_at: name of the attention block before which context tokens left the stream that the map adds to; empty for
+            the map of a feed-forward block.
+        weights: returns the fingerprint of the frozen weights that the map stands for, as they are now.
 
     Attributes:
         surrogate: the buffers.
+        left_at, weights: as given.
         error: of the last map, on tokens that it was not fitted on; NaN before the first fit.
         fitted: whether the buffers hold a map.
         pending: whether tokens came since the last fit.
     """
 
-    def __init__(self, surrogate: AffineMap, *, fitted: bool = False) -> None:
+    def __init__(
+        self, surrogate: AffineMap, *, fitted: bool = False, left_at: str = "", weights: Callable[[], str] = str
+    ) -> None:
         self.surrogate = surrogate
+        self.left_at = left_at
+        self.weights = weights
         self.fitted = fitted
         self.error = float("nan")
         self.pending = False

@@ -32,7 +32,7 @@ from sparse_compile.training.schedule_notices import tell_about_missing_steps, t
 from sparse_compile.training.site_names import SiteNames, check_site_names
 from sparse_compile.training.told import Told
 
-__all__ = ["Session", "known_config", "session_for"]
+__all__ = ["Session", "known_config", "known_sessions", "session_for"]
 
 _IDS: Final = itertools.count()
 
@@ -77,9 +77,14 @@ def session_for(
 
 def known_config(trained: Sequence[Tensor]) -> SparseLoRAConfig | None:
     """Return what the user chose for the model that these parameters belong to; None where no session knows it."""
+    sessions = known_sessions(trained)
+    return next((session.config for session in sessions if session.config is not None), None)
+
+
+def known_sessions(trained: Sequence[Tensor]) -> list[Session]:
+    """Return the sessions of the model that these parameters belong to, the oldest first; none is made."""
     with STATE_LOCK:
-        sessions = sorted(set(_REGISTRY.owners_of(trained)), key=lambda each: each.id)
-        return next((session.config for session in sessions if session.config is not None), None)
+        return sorted(set(_REGISTRY.owners_of(trained)), key=lambda each: each.id)
 
 
 class Session:
