@@ -28,6 +28,8 @@ def sites_behind_exit(graph: fx.Graph, ctx: PassContext, block: int) -> tuple[Si
     config, roles = ctx.env.config, ctx.facts.roles
     if ctx.env.stack != (0, 1):
         raise Declined("graph", "the model is compiled in parts, and context leaves for the rest of the whole")
+    if "exit_context" in config.disable:
+        raise Declined("graph", "exit_context is disabled")
     if roles is None or roles.origin != "cross_entropy":
         raise Declined("graph", "the loss is not in the graph, so nothing shows that it reads output tokens alone")
     if config.token_selection != "roles":

@@ -169,7 +169,9 @@ class _Planner:
         """
         blocks = self.ctx.facts.attention_sites
         block = self._exit_block()
-        if block == len(blocks):
+        # A block that is compiled alone has none behind it: that is no reason to say nothing.
+        in_parts = self.ctx.env.stack != (0, 1) and self.ctx.env.config.exit_depth < 1
+        if block == len(blocks) and not in_parts:
             return
         nodes = nodes_by_name(graph)
         sites = sorted(sites_behind_exit(graph, self.ctx, block), key=lambda site: _position(graph, site))
