@@ -6,6 +6,7 @@ tokens. When the optimizer has stepped, the maps are fitted to that, in place: n
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,8 @@ from sparse_compile.torch_private.autograd import running_backward
 from sparse_compile.training.news import say
 from sparse_compile.training.schedule import DENSE
 from sparse_compile.training.session import Session
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["held_for_maps", "maps_are_stale", "with_fitted_maps"]
 
@@ -182,13 +185,19 @@ class _Maps:
         start = time.perf_counter()
         for each in waiting:
             self._fit_one(each)
+        seconds = time.perf_counter() - start
+        tokens = min(each.tokens for each in self.online.values())
+        errors = sorted(each.error for each in self.online.values())
+        span = f"{errors[0]:.2f} to {errors[-1]:.2f} of a constant's"
         if first and self.usable:
-            tokens = min(each.tokens for each in self.online.values())
-            errors = sorted(each.error for each in self.online.values())
             say(
                 f"{len(self.online)} maps were fitted to {tokens:.0f} context tokens of the dense steps, in "
-                f"{time.perf_counter() - start:.1f} s; errors {errors[0]:.2f} to {errors[-1]:.2f} of a constant's"
+                f"{seconds:.1f} s; errors {span}"
             )
+        elif not first:
+            # The tokens of this dense step are none that the maps had seen: this is how far they had drifted.
+            step = self.session.schedule.step
+            _LOG.info("sparselora: step %d: maps had errors %s, fitted anew in %.2f s", step, span, seconds)
         if all(each.fitted for each in self.session.online_maps.values()):
             self.session.release(_UNFITTED)  # other graphs of the model may have maps of their own
 

@@ -77,6 +77,15 @@ def test_steps_are_dense_until_the_schedule_and_the_maps_are_ready_and_then_each
     assert len(eager_inductor.graphs) == 1, "fitting and refitting compile nothing"
 
 
+def test_each_refit_is_logged_with_the_errors_of_the_maps_before_it(caplog: pytest.LogCaptureFixture) -> None:
+    run = Run()
+    with caplog.at_level("INFO", logger="sparse_compile.compiler.map_watch"):
+        run.train(9)
+    (online,) = run.session.online_maps.values()
+    (line,) = [each.getMessage() for each in caplog.records if "fitted anew" in each.getMessage()]
+    assert line.startswith(f"sparselora: step 8: maps had errors {online.error:.2f} to {online.error:.2f} of a")
+
+
 def test_without_a_dense_start_steps_are_dense_until_there_are_tokens_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("sparse_compile.compiler.map_watch.say", said.append)
