@@ -174,77 +174,68 @@ class _Run:
         return cost_in_flops(self.tapped, batch, samples, {name: list(each) for name, each in fits.maps.items()})
 
     def result(
-        self,
-        found: Choice,
-        hulls: Mapping[str, Sequence[Level]],
-        fits: Fits,
-        cost: StepCost,
-        loss: float,
-        digest: str,
+        self, found: Choice, hulls: Mapping[str, Sequence[Level]], fits: Fits, cost: StepCost, loss: float, digest: str
     ) -> Calibration:
         """Put together what was found out."""
         dense = cost.dense if cost.unit == "seconds" else 1.0
         expected = dense * max(found.point.cost, 1e-6)
-        chosen = found.point.levels
-        sites = [
-            SiteCalibration(name, level.rank, level.error, level.saved, found.alone.get(name), name in chosen)
-            for name, level in ((name, chosen.get(name, hull[0])) for name, hull in hulls.items())
-        ]
-        sites.sort(key=lambda site: (not site.chosen, math.inf if site.rise is None else site.rise))
-        points = {id(each): each for each in (found.points[0], *pareto(found.points), found.point)}
-        curve = [
-            CurvePoint(
-                dense * each.cost,
-                each.rise,
-                {name: level.rank for name, level in each.levels.items()},
-                each.levels == chosen,
-            )
-            for each in sorted(points.values(), key=lambda each: -each.cost)
-        ]
-        costs = (
-            {"step_seconds": dense, "expected_step_seconds": expected}
-            if cost.unit == "seconds"
-            else {"expected_flops": expected}
-        )
+        costs = {"step_seconds": dense, "expected_step_seconds": expected}
         origin = {
             "goal": self.goal.name,
             self.goal.name: self.goal.value,
             "loss": loss,
             "rise": found.rise,
             "expected_loss": loss + found.rise,
-            **costs,
+            **(costs if cost.unit == "seconds" else {"expected_flops": expected}),
             "tokens": fits.tokens,
             "forwards": self.forwards,
             "data": digest,
             **versions(),
         }
-        recipe = Recipe(
-            {
-                name: SiteRecipe(
-                    fits.maps[name][chosen[name].rank].map,
-                    weights=self.tapped.taps[name].weights,
-                    error=chosen[name].error,
-                )
-                for name in fits.maps
-                if name in chosen
-            },
-            origin,
-        )
+        chosen = {name: found.point.levels[name] for name in fits.maps if name in found.point.levels}
+        sites = {
+            name: SiteRecipe(fits.maps[name][level.rank].map, weights=self.tapped.taps[name].weights, error=level.error)
+            for name, level in chosen.items()
+        }
         return Calibration(
-            recipe,
-            self.goal,
-            found.reason,
-            loss,
-            found.rise,
-            cost.unit,
-            dense,
-            expected,
-            tuple(sites),
-            tuple(curve),
-            dict(self.tapped.declined),
-            fits.tokens,
-            self.forwards,
+            recipe=Recipe(sites, origin),
+            goal=self.goal,
+            reason=found.reason,
+            loss=loss,
+            rise=found.rise,
+            unit=cost.unit,
+            dense_cost=dense,
+            expected_cost=expected,
+            sites=_sites(found, hulls),
+            curve=_curve(found, dense),
+            declined=dict(self.tapped.declined),
+            tokens=fits.tokens,
+            forwards=self.forwards,
         )
+
+
+def _sites(found: Choice, hulls: Mapping[str, Sequence[Level]]) -> tuple[SiteCalibration, ...]:
+    """Return what was found out about each site, those chosen first, and then those that alone cost least."""
+    chosen = found.point.levels
+    sites = [
+        SiteCalibration(name, level.rank, level.error, level.saved, found.alone.get(name), name in chosen)
+        for name, level in ((name, chosen.get(name, hull[0])) for name, hull in hulls.items())
+    ]
+    return tuple(sorted(sites, key=lambda site: (not site.chosen, math.inf if site.rise is None else site.rise)))
+
+
+def _curve(found: Choice, dense: float) -> tuple[CurvePoint, ...]:
+    """Return the recipes that no other beats; the dense model and what was chosen are there in any case."""
+    points = {id(each): each for each in (found.points[0], *pareto(found.points), found.point)}
+    return tuple(
+        CurvePoint(
+            dense * each.cost,
+            each.rise,
+            {name: level.rank for name, level in each.levels.items()},
+            each.levels == found.point.levels,
+        )
+        for each in sorted(points.values(), key=lambda each: -each.cost)
+    )
 
 
 def _labelled(batches: Sequence[Batch], ignore_index: int) -> list[Batch]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 __all__ = ["Level", "worthwhile"]
 
-_LEAST_GAIN = 0.02
+_LEAST_GAIN = 0.05
 """Share of the most that is saved at a block by which each level must save more than the one before: less is noise."""
 
 

@@ -14,8 +14,8 @@ def ranks(*levels: tuple[int, float, float]) -> list[int]:
 
 
 def test_the_hull_goes_from_what_loses_least_for_its_saving_to_what_saves_most() -> None:
-    # Energies .25, .36, .64 and 1 for savings .8, .9, .95 and 1: slopes .31, 1.1, 5.6, 7.2.
-    assert ranks((128, 0.5, 0.8), (64, 0.6, 0.9), (8, 0.8, 0.95), (0, 1.0, 1.0)) == [128, 64, 8, 0]
+    # Energies .25, .36, .64 and 1 for savings .8, .9, .955 and 1.01: slopes .31, 1.1, 5.1, 6.5.
+    assert ranks((128, 0.5, 0.8), (64, 0.6, 0.9), (8, 0.8, 0.955), (0, 1.0, 1.01)) == [128, 64, 8, 0]
 
 
 def test_what_saves_less_and_loses_as_much_is_left_out() -> None:
@@ -28,8 +28,8 @@ def test_what_lies_above_the_line_between_two_others_is_left_out() -> None:
 
 
 def test_a_saving_that_is_hardly_larger_is_no_level() -> None:
-    assert ranks((64, 0.5, 0.985), (0, 1.0, 1.0)) == [64]
-    assert ranks((64, 0.5, 0.975), (0, 1.0, 1.0)) == [64, 0]
+    assert ranks((64, 0.5, 0.96), (0, 1.0, 1.0)) == [64]
+    assert ranks((64, 0.5, 0.94), (0, 1.0, 1.0)) == [64, 0]
 
 
 @pytest.mark.parametrize("level", [(8, 0.5, 0.0), (8, 0.5, -0.1), (8, math.inf, 0.5)])

@@ -115,7 +115,9 @@ def test_a_budget_is_kept_with_however_few_measurements(measurements: int) -> No
 def test_where_all_fits_the_path_begins_at_all() -> None:
     found, count = search(added, Goal("loss_budget", 1e6))
     assert best(found).levels == dict.fromkeys(HULLS, LEVELS[1])
-    assert count == 8 + 1 + 8, "each alone, all, and a last level each"
+    assert count == 8 + 1 + 8 + 3, "each alone, all, a last level each, and three for the curve"
+    sizes = sorted(len(each.levels) for each in pareto(found.points))
+    assert {0, 2, 4, 6, 8} <= set(sizes)
 
 
 def test_steps_that_the_cost_does_not_need_are_taken_back() -> None:
