@@ -64,13 +64,13 @@ def choose(goal: Goal, hulls: Hulls, maps: Maps, held_out: HeldOut, forwards: in
     if cheapest.cost > goal.most_cost:
         cheapest = Point(cheapest.levels, held_out.rise(placed(cheapest.levels)))
         return Choice(dense, 0.0, _too_far(goal, cheapest), [dense, cheapest], {})
-    count, measurements = _plan(forwards, len(hulls), len(held_out.batches))
+    count, measurements, checks = _plan(forwards, len(hulls), len(held_out.batches))
     search = Search(hulls, lambda levels: held_out.rise(placed(levels), count), goal, measurements)
     search.run()
     candidates = [each for each in search.points if each.levels and goal.met_by(each.cost, each.rise)]
     candidates.sort(key=lambda each: goal.order(each.cost, each.rise))
     # Each candidate but the first is there in case that one fails on the batches that the search has not seen.
-    low, high, checks = 0, len(candidates), _CHECKS if count < len(held_out.batches) else 1
+    low, high = 0, len(candidates)
     found: tuple[Point, float] | None = None
     failed: float | None = None
     while low < high and checks:
@@ -86,11 +86,12 @@ def choose(goal: Goal, hulls: Hulls, maps: Maps, held_out: HeldOut, forwards: in
     return Choice(*found, "", search.points, search.alone)
 
 
-def _plan(forwards: int, sites: int, held_out: int) -> tuple[int, int]:
-    """Return how many held-out batches the search measures with, and how many measurements it may make."""
+def _plan(forwards: int, sites: int, held_out: int) -> tuple[int, int, int]:
+    """Return how many held-out batches the search measures with, how many measurements it may make, and checks."""
     count = min(held_out, max(1, forwards // (_MEASUREMENTS_PER_SITE * sites)))
-    checks = min(_CHECKS * (held_out - count), max(held_out - count, forwards // 3))
-    return count, max(1, (forwards - checks) // count)
+    unseen = held_out - count
+    checks = max(1, min(_CHECKS, forwards // (3 * unseen))) if unseen else 1
+    return count, max(1, (forwards - checks * unseen) // count), checks
 
 
 def _too_far(goal: Goal, cheapest: Point) -> str:
