@@ -42,7 +42,8 @@ def tell_about_sites(
         session.expect_sites(config.site_sparsity)
         if is_whole_step(gm, ctx):
             session.check_sites_now()
-    if any(site.kept < site.total for site in report.sites):
+    _tell_about_exit(session, report, config)
+    if any(site.sparse for site in report.sites):
         _matched.add(config)
         _tell_declined(session, report)
     elif failed:
@@ -51,12 +52,27 @@ def tell_about_sites(
         _tell_if_nothing_matched(session, config)
 
 
+def _tell_about_exit(session: Session, report: GraphReport, config: SparseLoRAConfig) -> None:
+    """Warn once where context was asked to leave and does not."""
+    wanted = config.recipe.exit if config.recipe is not None else None
+    asked = wanted is not None or (config.context_exit is not None and config.context_exit < 1)
+    if not asked or any(site.left for site in report.sites):
+        return
+    rules = ("plan_sparsity.exit", "exit_context")
+    reasons = [f"{each.node}: {each.reason}" for each in report.rejections if each.rule in rules]
+    if reasons and session.once(("context stays", reasons[0])):
+        warnings.warn(
+            f"sparselora: context tokens do not leave the residual stream, as context_exit asks for ({reasons[0]})",
+            stacklevel=2,
+        )
+
+
 def _tell_declined(session: Session, report: GraphReport) -> None:
     """Warn once of the sites of a graph that were asked for and stay dense, where others are sparse.
 
     Silent where a preset's site does not pay: to choose is the cost model's job, and `explain` shows what it chose.
     """
-    dense = [site for site in report.sites if site.kept == site.total and site.provider == "dense"]
+    dense = [site for site in report.sites if not site.sparse and site.provider == "dense"]
     sites = {site.name: site.reason for site in dense if site.reason and not is_cost_note(site.reason)}
     lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
     if lines:
@@ -84,7 +100,7 @@ def tell_when_all_is_compiled(session: Session, report: GraphReport, config: Spa
 def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None:
     """Warn once where sparsity was asked for and no graph of the model has a sparse site."""
     graphs: list[GraphReport] = session.reports
-    matched = any(site.kept < site.total for graph in graphs for site in graph.sites)
+    matched = any(site.sparse for graph in graphs for site in graph.sites)
     if matched or not asks_for_sparsity(config) or not session.once("nothing matched"):
         return
     wanted = config.site_option or f"preset {config.preset!r}"

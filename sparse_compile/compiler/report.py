@@ -39,6 +39,7 @@ class SiteReport:
             was to be sparse.
         reason: why it stays dense although it was asked for, or a note.
         adapters: number of LoRA branches at the site.
+        left: whether context tokens have left the residual stream before it.
     """
 
     name: str
@@ -49,6 +50,12 @@ class SiteReport:
     provider: str
     reason: str
     adapters: int
+    left: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        """Whether less is computed of context tokens than of output tokens."""
+        return self.left or self.kept < self.total
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 provider=_provider(plan, ctx),
                 reason=f"{_rewrites(kind)} did not run" if left_out else plan.reason,
                 adapters=sum(len(projection.adapters) for projection in plan.site.projections),
+                left=plan.left and not left_out,
             )
         )
     return tuple(sites)

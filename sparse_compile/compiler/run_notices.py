@@ -53,10 +53,14 @@ def announced(
 
 def run_line(reports: Sequence[GraphReport], session: Session, config: SparseLoRAConfig) -> str:
     """Return what a run does: sparse sites, FLOPs of a sparse step, and the steps that are sparse."""
-    sites = {site.name: site.kept < site.total for report in reports for site in report.sites}
+    sites = {site.name: site.sparse for report in reports for site in report.sites}
+    left = next(
+        (f"context leaves before {site.name}, " for report in reports for site in report.sites if site.left), ""
+    )
     before, after = (sum(getattr(report, name) for report in reports) for name in ("flops_before", "flops_after"))
-    return f"{sum(sites.values())} of {len(sites)} sites sparse, {after / before - 1:+.0%} FLOPs of a step, " + _when(
-        session, config
+    return (
+        f"{sum(sites.values())} of {len(sites)} sites sparse, {left}{after / before - 1:+.0%} FLOPs of a step, "
+        + _when(session, config)
     )
 
 

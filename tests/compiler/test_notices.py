@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from models import batch, fp64_decoder
-from oracle import told
+from models import DecoderConfig, batch, fp64_decoder
+from oracle import told, train_step
 from sparse_compile import Schedule, token_roles
 from sparse_compile.compiler.report import SiteReport
 from sparse_compile.graph.cost import Gain
@@ -171,3 +171,24 @@ def test_what_else_keeps_a_preset_site_dense_is_a_warning(monkeypatch: pytest.Mo
         model(**batch(61))
     (message,) = messages
     assert "sites that were asked for stay dense" in message and "is not finite" in message
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_a_run_says_where_context_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sparse_compile.compiler.run_notices.say", said.append)
+    options = {"layer_sparsity": {}, "context_exit": 0.5, "strict": True}
+    model = fp64_decoder(layers=4)
+    train_step(model, torch.compile(model, backend="sparselora", options=options), batch(DecoderConfig().vocab))
+    assert said[0].startswith("3 of 8 sites sparse, context leaves before layers.2.self_attn, -")
+
+
+@pytest.mark.usefixtures("eager_inductor")
+def test_context_that_was_asked_to_leave_and_stays_is_told_once_with_the_reason() -> None:
+    options = {"layer_sparsity": {}, "context_exit": 0.5, "keep_logits": True}
+    model = fp64_decoder(layers=4)
+    call = torch.compile(model, backend="sparselora", options=options)
+    with pytest.warns(UserWarning, match="do not leave the residual stream.*keep_logits") as told:
+        train_step(model, call, batch(DecoderConfig().vocab))
+    assert len([each for each in told if "do not leave" in str(each.message)]) == 1
+    train_step(model, call, batch(DecoderConfig().vocab, seed=1))
