@@ -14,7 +14,7 @@ AUTO_RANK = 64
 AUTO_DENSE_EVERY = 8
 """Which step of the sparse phase is dense under preset `auto`: this one of so many."""
 
-AUTO_EXIT = 1.0
+AUTO_EXIT = 0.5
 """Where context tokens leave the residual stream under preset `auto`, as a fraction of the depth; 1 is nowhere."""
 
 DEFAULT_START_FRACTION = 0.05
