@@ -13,7 +13,7 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import op_name
+from sparse_compile.graph.read import op_name, tensor_value
 from sparse_compile.passes.read.label_positions import available_early
 from sparse_compile.passes.read.row_wise import RowOperand, Sizes, Slice, row_operands, sizes_of
 
@@ -89,6 +89,10 @@ class RowClimb:
             self.operands[node] = operands
             for operand in operands:
                 self.want(operand.node, place_of(operand, place.numbering))
+        # Rows are taken of tensors: a part of a split that stays whole is whole itself.
+        for node, operands in list(self.operands.items()):
+            if any(each.node not in self.places and tensor_value(each.node) is None for each in operands):
+                del self.places[node], self.operands[node]
 
 
 def place_of(operand: RowOperand, numbering: Numbering) -> Place:
