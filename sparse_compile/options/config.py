@@ -39,8 +39,9 @@ class SparseLoRAConfig:
     Attributes:
         preset: ``"none"`` (analyses and canonicalisation only), ``"exact"`` (nothing approximate), ``"o1"`` (default,
             conservative), ``"o2"`` (aggressive), or ``"auto"``: a map that is fitted in the run's own dense steps
-            stands for each feed-forward block but the first. The sparsities behind ``o1`` and ``o2`` are those of
-            :func:`preset_sparsity`; source: the ``o1`` and ``o2`` modes of the SparseLoRA release, by depth.
+            stands for each feed-forward block but the first, and context tokens leave at half of the depth
+            (``context_exit``). The sparsities behind ``o1`` and ``o2`` are those of :func:`preset_sparsity`; source:
+            the ``o1`` and ``o2`` modes of the SparseLoRA release, by depth.
         layer_sparsity: Site name (or a suffix of whole dotted parts, see :func:`match_site`) to the fraction of its
             channels that context tokens skip, in [0, 1). Where given it replaces the preset's schedule: a site that it
             does not name is dense. Default ``None``: the preset decides.
@@ -51,7 +52,8 @@ class SparseLoRAConfig:
             them: cheaper, and another training).
         context_exit: Fraction of the depth, in [0, 1], behind which context tokens leave the residual stream: each
             later block reads them, as keys and values alone, as they were there, changed by a map that is fitted in
-            the run's dense steps. 1 is nowhere. Default ``None``: the preset decides; only ``"auto"`` may have one.
+            the run's dense steps. 1 is nowhere. Default ``None``: 0.5 with preset ``"auto"`` where no recipe and no
+            ``layer_sparsity`` takes its place, else 1.
         predictor_rank: Rank of the SVD factors computed here, in singular values, at least 1. Default 8 (the paper's
             SVD sparsity estimator). Factors read from ``predictor_path`` have the rank they were stored with.
         predictor_path: Upstream ``model.safetensors`` (or the folder that holds it) with ready factors. Default

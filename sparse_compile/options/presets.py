@@ -15,7 +15,11 @@ AUTO_DENSE_EVERY = 8
 """Which step of the sparse phase is dense under preset `auto`: this one of so many."""
 
 AUTO_EXIT = 0.5
-"""Where context tokens leave the residual stream under preset `auto`, as a fraction of the depth; 1 is nowhere."""
+"""Where context tokens leave the residual stream under preset `auto`, as a fraction of the depth; 1 is nowhere.
+
+Held-out loss above the dense run's, means of three seeds of 300 steps: at 0.5 +.0063 on E2E and +.0030 on GSM8K, at 1
++.0041 and +.0027. At 0.25, one seed: +.039 and +.003 (`docs/recipes.md`).
+"""
 
 DEFAULT_START_FRACTION = 0.05
 """Where sparsity starts unless the user says otherwise, as a fraction of the run (the paper's first 5-10%)."""
