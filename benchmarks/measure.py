@@ -343,7 +343,7 @@ def rewritten_flops(base: nn.Module, workload: Workload, arm: str) -> Flops:
         weights_before=sum(graph.weight_flops_before for graph in report.graphs),
         weights_after=sum(graph.weight_flops_after for graph in report.graphs),
         sites=len(report.sites),
-        sparse_sites=sum(site.sparsity > 0 for site in report.sites),
+        sparse_sites=sum(site.sparse for site in report.sites),
     )
 
 
