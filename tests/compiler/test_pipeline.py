@@ -154,6 +154,7 @@ def test_disable(name: str) -> None:
         "inline_checkpoint_bodies",
         "expose_4bit_weights",
         "find_attention",
+        "exit_context",
         "sparsify_attention",
         "fuse_products",
         "fuse_scores",
