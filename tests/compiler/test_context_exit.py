@@ -19,7 +19,7 @@ from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.reference import output_mask_from_labels
 from sparse_compile.torch_private.inductor import compile_with_inductor
 from sparse_compile.training.schedule import DENSE, SPARSE
-from sweeps import slow, sweep
+from sweeps import sweep
 from tolerances import Tolerance
 
 pytestmark = pytest.mark.usefixtures("eager_inductor")
@@ -67,7 +67,8 @@ def test_a_run(eager_inductor: Any) -> None:
     assert len(eager_inductor.graphs) == 1 and eager_inductor.sparse == [True]
 
 
-@pytest.mark.parametrize("layer", ["self_attn.o_proj", slow("self_attn.q_proj"), slow("mlp.gate_proj")])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["self_attn.o_proj", "self_attn.q_proj", "mlp.gate_proj"])
 def test_a_changed_layer_between_exit_and_block_makes_steps_dense(layer: str) -> None:
     run = ExitRun(fp64_decoder(layers=3), exit_=1)
     assert run.train(5)[-1] == SPARSE

@@ -141,7 +141,7 @@ def test_the_stream_of_each_block_is_found(norm: str, ffn: bool) -> None:
     assert all(op_name(each.stream) == "add" for each in found[1:])
 
 
-@pytest.mark.parametrize("norm", [slow("spelt out"), slow("two in a row"), "a call", "none"])
+@pytest.mark.parametrize("norm", [slow("spelt out"), slow("two in a row"), "a call", slow("none")])
 def test_blocks_behind_the_exit_compute_output_tokens_alone(norm: str) -> None:
     captured = captured_stack(norm)
     outcome = exited(captured)
@@ -196,7 +196,7 @@ def test_another_reader_of_the_stream_keeps_context_in_it(name: str) -> None:
     assert all(plan.reason.endswith(declined.reason) for plan in behind)
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [slow(0), 1])
 def test_a_reader_in_front_of_the_exit_keeps_nothing(place: int) -> None:
     """Of the block of the exit, context tokens are computed all the same."""
     more = (lambda streams: streams[0].square().mean(), lambda streams: streams[1].square().mean())[place]
