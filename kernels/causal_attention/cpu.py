@@ -23,7 +23,7 @@ _LEAST_QUERIES = 64
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `reference.causal_attention`."""
-    query, key, value = (_side_by_side(each) for each in (query, key, value))
+    query, key, value = (side_by_side(each) for each in (query, key, value))
     outs, denominators = [], []
     for rows, keys in _blocks(query.shape[2]):
         operands = query[:, :, rows], key[:, :, keys], value[:, :, keys]
@@ -44,7 +44,7 @@ def causal_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.causal_attention_backward`; gradients of keys and values are added up in fp32 at least."""
-    d_out, query, key, value, out = (_side_by_side(each) for each in (d_out, query, key, value, out))
+    d_out, query, key, value, out = (side_by_side(each) for each in (d_out, query, key, value, out))
     d_queries = []
     wide = at_least_fp32(key)
     d_key, d_value = (torch.zeros_like(each, dtype=wide) for each in (key, value))
@@ -65,7 +65,7 @@ def causal_attention_backward(
     return _joined(d_queries), d_key.to(key.dtype), d_value.to(value.dtype)
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def side_by_side(x: Tensor) -> Tensor:
     """Return a tensor whose channels stand side by side: the fused kernel reads no stride of theirs."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -75,9 +75,14 @@ def _joined(blocks: list[Tensor]) -> Tensor:
     return torch.cat([block.transpose(1, 2) for block in blocks], 1).transpose(1, 2)
 
 
+def block_count(queries: int) -> int:
+    """Return in how many blocks so many queries are computed."""
+    return max(1, min(BLOCKS, queries // _LEAST_QUERIES))
+
+
 def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
     """Yield the queries of each block, and the keys up to the last of them."""
-    count = max(1, min(BLOCKS, length // _LEAST_QUERIES))
+    count = block_count(length)
     ends = [length * (block + 1) // count for block in range(count)]
     for start, end in zip([0, *ends], ends, strict=False):
         yield slice(start, end), slice(0, end)

@@ -45,7 +45,7 @@ def causal_attention(
         `(out, logsumexp)`: (B, H, S, D) laid out as (B, S, H, D), and (B, H, S) of the score dtype.
     """
     out, logsumexp = cast("tuple[Tensor, Tensor]", CAUSAL_ATTENTION[provider](query, key, value, mask, scale))
-    return _by_token(out), logsumexp.contiguous()
+    return by_token(out), logsumexp.contiguous()
 
 
 @causal_attention.register_fake
@@ -53,7 +53,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, provider: str = REFERENCE
 ) -> tuple[Tensor, Tensor]:
     assert query.dtype == key.dtype == value.dtype, "causal_attention: operands of several dtypes"
-    return _empty_by_token(query), query.new_empty(query.shape[:3], dtype=at_least_fp32(query))
+    return empty_by_token(query), query.new_empty(query.shape[:3], dtype=at_least_fp32(query))
 
 
 @torch.library.custom_op("sparselora::causal_attention_backward", mutates_args=())
@@ -71,7 +71,7 @@ def causal_attention_backward(
     """Return the gradients of query, key and value; shapes as for `causal_attention`."""
     run = CAUSAL_ATTENTION_BACKWARD[provider]
     gradients = cast("tuple[Tensor, ...]", run(d_out, query, key, value, out, logsumexp, mask, scale))
-    d_query, d_key, d_value = (_by_token(gradient) for gradient in gradients)
+    d_query, d_key, d_value = (by_token(gradient) for gradient in gradients)
     return d_query, d_key, d_value
 
 
@@ -87,17 +87,18 @@ def _(
     scale: float,
     provider: str = REFERENCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_by_token(query), _empty_by_token(key), _empty_by_token(value)
+    return empty_by_token(query), empty_by_token(key), empty_by_token(value)
 
 
-def _by_token(x: Tensor) -> Tensor:
+def by_token(x: Tensor) -> Tensor:
     """Lay (B, H, S, D) out as (B, S, H, D), which the views around attention cost nothing for."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty_by_token(like: Tensor) -> Tensor:
-    batch, heads, length, width = like.shape
-    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+def empty_by_token(like: Tensor, width: int | torch.SymInt | None = None) -> Tensor:
+    """Return (B, H, S, width) laid out as (B, S, H, width), of another tensor's sizes but the one that is given."""
+    batch, heads, length, own = like.shape
+    return like.new_empty(batch, length, heads, own if width is None else width).transpose(1, 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

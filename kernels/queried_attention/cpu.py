@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.causal_attention.cpu import block_count, side_by_side
 from sparse_compile.kernels.dtypes import at_least_fp32
-from sparse_compile.kernels.queried_attention.reference import summed_over_groups
+from sparse_compile.kernels.queried_attention.reference import repeated_heads, summed_over_groups
 from sparse_compile.torch_private.aten import cpu_flash_attention, cpu_flash_attention_backward
-
-_BLOCKS = 4
-_LEAST_QUERIES = 64
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ def _blocks(query: Tensor, mask: Tensor | None, slots: Tensor, is_causal: bool) 
     length, dtype = query.shape[2], at_least_fp32(query)
     for sequence, row in enumerate(slots):
         wanted = row[row >= 0]
-        count = max(1, min(_BLOCKS, len(wanted) // _LEAST_QUERIES))
-        for rows in wanted.tensor_split(count):
+        for rows in wanted.tensor_split(block_count(len(wanted))):
             if not len(rows):
                 continue
             added, keys = _added(mask, sequence, rows, length, dtype, is_causal)
@@ -134,6 +131,5 @@ def _keys(x: Tensor, block: _Block) -> Tensor:
 
 
 def _for_each_head(x: Tensor, heads: int) -> Tensor:
-    """Return keys or values for each query head, with channels side by side: the fused kernel reads no stride."""
-    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return keys or values for each query head, as the fused kernel reads them."""
+    return side_by_side(repeated_heads(x, heads))

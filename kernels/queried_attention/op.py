@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.causal_attention.op import by_token, empty_by_token
 from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.kernels.providers import REFERENCE, Provider, ProviderTable, cpu_only
 from sparse_compile.kernels.queried_attention import cpu, reference
@@ -83,7 +84,7 @@ def queried_attention(
     """
     run = QUERIED_ATTENTION[provider]
     out, logsumexp = cast("tuple[Tensor, Tensor]", run(query, key, value, mask, slots, is_causal, scale))
-    return _by_token(out), logsumexp.contiguous()
+    return by_token(out), logsumexp.contiguous()
 
 
 @queried_attention.register_fake
@@ -98,7 +99,7 @@ def _(
     provider: str = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
     assert query.dtype == key.dtype == value.dtype, "queried_attention: operands of several dtypes"
-    out = _empty_by_token(query, value.shape[-1])
+    out = empty_by_token(query, value.shape[-1])
     return out, query.new_empty(query.shape[:3], dtype=at_least_fp32(query))
 
 
@@ -119,7 +120,7 @@ def queried_attention_backward(
     """Return the gradients of query, key and value; shapes as for `queried_attention`."""
     run = QUERIED_ATTENTION_BACKWARD[provider]
     operands = (d_out, query, key, value, out, logsumexp, mask, slots, is_causal, scale)
-    d_query, d_key, d_value = (_by_token(each) for each in cast("tuple[Tensor, ...]", run(*operands)))
+    d_query, d_key, d_value = (by_token(each) for each in cast("tuple[Tensor, ...]", run(*operands)))
     return d_query, d_key, d_value
 
 
@@ -137,17 +138,7 @@ def _(
     scale: float,
     provider: str = REFERENCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_empty_by_token(each, each.shape[-1]) for each in (query, key, value))  # type: ignore[return-value]
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """Lay (B, H, S, D) out as (B, S, H, D), which the views around attention cost nothing for."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _empty_by_token(like: Tensor, width: int | torch.SymInt) -> Tensor:
-    batch, heads, length, _ = like.shape
-    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+    return tuple(empty_by_token(each) for each in (query, key, value))  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

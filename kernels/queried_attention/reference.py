@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.causal_attention.reference import causal_attention as attention
+from sparse_compile.kernels.causal_attention.reference import causal_attention_backward as attention_backward
 from sparse_compile.kernels.dtypes import at_least_fp32
 
 
@@ -22,11 +24,9 @@ def queried_attention(
 
     A query that reads no key at all gets zeros, and minus infinity.
     """
-    scores = _scores(query, key, mask, is_causal, scale)
-    wanted = queried(slots, query.shape[2])
-    logsumexp = scores.logsumexp(-1)
-    out = _weights(scores, logsumexp, wanted) @ _repeated(value, query).to(scores.dtype)
-    return out.to(query.dtype), logsumexp.where(wanted[:, None], 0.0)
+    wanted = queried(slots, query.shape[2])[:, None]
+    out, logsumexp = attention(*_wide(query, key, value), _added(query, mask, is_causal), scale)
+    return out.to(query.dtype).where(wanted[..., None], 0.0), logsumexp.where(wanted, 0.0)
 
 
 def queried_attention_backward(
@@ -42,13 +42,10 @@ def queried_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value; the weights are computed again from `logsumexp`."""
-    scores = _scores(query, key, mask, is_causal, scale)
-    weights = _weights(scores, logsumexp, queried(slots, query.shape[2]))
-    q, k, v, o, d = (
-        each.to(scores.dtype) for each in (query, _repeated(key, query), _repeated(value, query), out, d_out)
-    )
-    d_scores = scale * weights * (d @ v.mT - (d * o).sum(-1, keepdim=True))
-    d_query, d_key, d_value = d_scores @ k, d_scores.mT @ q, weights.mT @ d
+    # To whoever asks nothing, no key has a weight.
+    logsumexp = logsumexp.where(queried(slots, query.shape[2])[:, None], float("-inf"))
+    operands = (d_out, *_wide(query, key, value), out, logsumexp, _added(query, mask, is_causal), scale)
+    d_query, d_key, d_value = attention_backward(*operands)
     return (
         d_query.to(query.dtype),
         summed_over_groups(d_key, key.shape[1]).to(key.dtype),
@@ -71,21 +68,25 @@ def summed_over_groups(gradient: Tensor, heads: int) -> Tensor:
     )
 
 
-def _repeated(x: Tensor, query: Tensor) -> Tensor:
-    return x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+def repeated_heads(x: Tensor, heads: int) -> Tensor:
+    """Return keys or values for each of the query heads: (B, G, S, D) to (B, heads, S, D)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    dtype = at_least_fp32(query)
-    scores = scale * (query.to(dtype) @ _repeated(key, query).to(dtype).mT)
+def _wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the operands with a key and a value for each query, in the score dtype: rounded once, at the end."""
+    wide, heads = at_least_fp32(query), query.shape[1]
+    return query.to(wide), repeated_heads(key, heads).to(wide), repeated_heads(value, heads).to(wide)
+
+
+def _added(query: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return what is added to the scores, broadcast to (B, H, S, S)."""
+    length = query.shape[2]
+    added = query.new_zeros(length, length, dtype=at_least_fp32(query))
     if is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        added = added.masked_fill(torch.ones_like(added, dtype=torch.bool).triu(1), float("-inf"))
     if mask is None:
-        return scores
-    return scores.masked_fill(mask.logical_not(), float("-inf")) if mask.dtype == torch.bool else scores + mask
-
-
-def _weights(scores: Tensor, logsumexp: Tensor, wanted: Tensor) -> Tensor:
-    reads_nothing = (logsumexp == float("-inf")) | wanted[:, None].logical_not()
-    weights = (scores - logsumexp.unsqueeze(-1)).exp()
-    return weights.masked_fill(reads_nothing.unsqueeze(-1), 0.0)
+        return added
+    if mask.dtype == torch.bool:
+        return added.expand(*mask.shape).masked_fill(mask.logical_not(), float("-inf"))
+    return added + mask
