@@ -14,9 +14,6 @@ many as queries or fewer heads than queries have, or the mask cannot be shown to
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
@@ -30,6 +27,7 @@ from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
 from sparse_compile.passes.read.autocast import autocast_dtypes
 from sparse_compile.passes.read.causal_mask import CausalMasks
+from sparse_compile.passes.read.fused_attention import operands_of, scale_of
 from sparse_compile.passes.read.mutation import written_in_place
 from sparse_compile.torch_private.fake import size_expression
 
@@ -71,10 +69,6 @@ class LowerCausalAttention(Pass):
         return PassOutcome(bool(stats), stats, tuple(rejections))
 
 
-def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    return argument(node, "query"), argument(node, "key"), argument(node, "value")
-
-
 def _mask(node: fx.Node) -> fx.Node | None:
     mask = argument(node, "attn_mask")
     return mask if isinstance(mask, fx.Node) else None
@@ -91,7 +85,7 @@ def _provider(node: fx.Node, query: Tensor) -> str:
 
 def _check_attention(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks) -> None:
     """Decline an attention that the op does not compute, or whose mask may allow a later key."""
-    values = [tensor_value(operand) for operand in _operands(node)]
+    values = [tensor_value(operand) for operand in operands_of(node)]
     mask = _mask(node)
     if argument(node, "dropout_p", 0.0):
         raise Declined(node, "its weights are dropped out")
@@ -117,7 +111,7 @@ def _check_attention(node: fx.Node, cast: torch.dtype | None, masks: CausalMasks
 def _rewrite(
     node: fx.Node, provider: str, rewriter: Rewriter, additive: dict[tuple[fx.Node, torch.dtype], fx.Node]
 ) -> None:
-    query, key, value = _operands(node)
+    query, key, value = operands_of(node)
     mask, like = _mask(node), tensor_of(query)
     assert mask is not None
     if (mask, like.dtype) not in additive:
@@ -126,10 +120,8 @@ def _rewrite(
             forbidden = rewriter.call(torch.logical_not, mask)
             zeros = rewriter.call(torch.zeros_like, mask, dtype=like.dtype)
             additive[mask, like.dtype] = rewriter.method("masked_fill", zeros, forbidden, float("-inf"))
-    scale = argument(node, "scale")
     with rewriter.before(node):
         operands = (query, key, value, additive[mask, like.dtype])
-        scale = 1 / math.sqrt(hinted_shape(query)[-1]) if scale is None else scale
-        pair = rewriter.call(_OPS.causal_attention.default, *operands, scale, provider=provider)
+        pair = rewriter.call(_OPS.causal_attention.default, *operands, scale_of(node), provider=provider)
         out, *_ = rewriter.items(pair, 1)
     take_over(node, out)

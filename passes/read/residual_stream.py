@@ -55,11 +55,10 @@ def block_input(site: AttentionSite, nodes: dict[str, fx.Node]) -> BlockInput:
 
 
 def _stream_before(source: fx.Node) -> fx.Node:
-    order = {node: place for place, node in enumerate(source.graph.nodes)}
     lead = sizes_of(source)[:-1]
     open_: dict[fx.Node, Sizes] = {source: lead}
     while open_:
-        node = max(open_, key=order.__getitem__)
+        node = max(open_)
         alone = len(open_) == 1
         if alone and _joins_two(node, open_[node]):
             return node

@@ -19,25 +19,23 @@ Declines when: something else still reads the stream of context tokens behind th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection, SitePlan, SparsityPlan
-from sparse_compile.graph.read import argument, hinted_shape, nodes_by_name, op_name, tensor_of, tensor_value
-from sparse_compile.graph.rewrite import Rewriter, take_over
+from sparse_compile.graph.read import argument, nodes_by_name, op_name, tensor_of, tensor_value
+from sparse_compile.graph.rewrite import Rewriter, save_for_backward, take_over
 from sparse_compile.graph.sites import AttentionSite
 from sparse_compile.graph.walk import reach
 from sparse_compile.kernels.providers import REFERENCE, OpCall
 from sparse_compile.kernels.queried_attention import QUERIED_ATTENTION
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Numerics, Pass, PassOutcome
-from sparse_compile.passes.read.autocast import autocast_dtypes
+from sparse_compile.passes.read.fused_attention import operands_of, scale_of
 from sparse_compile.passes.read.residual_stream import BlockInput, block_input
 from sparse_compile.passes.read.row_climb import Numbering, Place, RowClimb
 from sparse_compile.passes.read.row_wise import sizes_of
@@ -147,9 +145,8 @@ def _find(graph: fx.Graph, blocks: Sequence[BlockInput], ctx: PassContext) -> _E
     climb.run(graph)
     for block in blocks[1:]:
         if block.stream not in climb.places:
-            reader = next(
-                (user for user in block.stream.users if user not in climb.places | dict.fromkeys(readers)), None
-            )
+            others = (user for user in block.stream.users if user not in climb.places and user not in readers)
+            reader = next(others, None)
             why = f"{reader.name} reads the residual stream of all tokens" if reader else _stop(climb, block)
             raise Declined(block.site.name, why)
     selected = tuple(node for node in loss_rows if node.args[0] in climb.places)
@@ -175,9 +172,9 @@ class _Exiting:
         self.found = found
         self.ctx = ctx
         self.rows = SparseRows(rewriter, ctx)
-        self.spare = ctx.facts.slots is not None
         self.top = self.rows.rows[1].next
-        self.narrowed = NarrowedRows(rewriter, found.climb.places, found.climb.operands, self.top, spare=self.spare)
+        spare = ctx.facts.slots is not None
+        self.narrowed = NarrowedRows(rewriter, found.climb.places, found.climb.operands, self.top, spare=spare)
         self.rejections: list[Rejection] = []
 
     def run(self, plans: dict[str, SitePlan]) -> None:
@@ -186,7 +183,7 @@ class _Exiting:
         with self.rewriter.before(self.top):
             slots = self.rewriter.call(_OPS.query_slots.default, self.rows.roles, self._slots_of_a_sequence())
             tokens = self.rewriter.method("numel", self.rows.roles)
-        _save(slots)
+        save_for_backward(slots)
         stream, features = (self._split(node) for node in (first.stream, first.source))
         self.narrowed.run(self.rows.rows[0])
         for block in later:
@@ -219,16 +216,13 @@ class _Exiting:
         """Have the norm of a block, its keys and values read the stream of the exit and its map, for context tokens."""
         rewriter, rows = self.rewriter, self.rows
         readers = [user for user in block.readers if user not in self.narrowed.places]
-        order = {node: place for place, node in enumerate(rewriter.graph.nodes)}
-        with rewriter.before(min(readers, key=order.__getitem__), block.site.name):
+        with rewriter.before(min(readers), block.site.name):
             output = block.stream
             if plan.online:
                 change = rewriter.call(torch.sub, output, stream[0])
                 observe_rows(plan, rows, features[0], change, self.ctx)
             mapped = insert_map(plan, rows, features[1], self.ctx)
-            context = rewriter.call(torch.add, stream[1], mapped)
-            if tensor_of(context).dtype != tensor_of(output).dtype:
-                context = rewriter.method("to", context, tensor_of(output).dtype)
+            context = rows.cast_like(rewriter.call(torch.add, stream[1], mapped), output)
             width = tensor_of(output).shape[-1]
             assert isinstance(width, int)
             merged = rows.merge(output, context, self.found.blocks[0].stream, width)
@@ -252,23 +246,14 @@ class _Exiting:
         """Compute attention for the queries of output tokens alone, where an op does."""
         node = self.rows.nodes[block.site.attention]
         try:
-            provider, scale = _checked(node, self.ctx)
+            provider = _provider(node, self.rows.autocast)
         except Declined as declined:
             self.rejections.append(declined.by("exit_context"))
             return
-        query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+        options = argument(node, "attn_mask"), slots, argument(node, "is_causal", False), scale_of(node)
         with self.rewriter.before(node, block.site.name):
-            pair = self.rewriter.call(
-                _OPS.queried_attention.default,
-                query,
-                key,
-                value,
-                argument(node, "attn_mask"),
-                slots,
-                argument(node, "is_causal", False),
-                scale,
-                provider=provider,
-            )
+            operands = (*operands_of(node), *options)
+            pair = self.rewriter.call(_OPS.queried_attention.default, *operands, provider=provider)
             out, *_ = self.rewriter.items(pair, 1)
         take_over(node, out)
 
@@ -292,28 +277,26 @@ class _Exiting:
         return self.narrowed.picked(inverse, rows, -1)
 
 
-def _save(node: fx.Node) -> None:
-    """Mark a node to be saved for the backward: what it holds waits for the device, and its size is of its own."""
-    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    node.meta.pop("ac_graph_id", None)
+def _provider(node: fx.Node, casts: Mapping[str, Mapping[str, torch.dtype | None]]) -> str:
+    """Return what computes an attention for some queries.
 
-
-def _checked(node: fx.Node, ctx: PassContext) -> tuple[str, float]:
-    """Return what computes an attention for some queries, and its scale.
+    Args:
+        node: the attention.
+        casts: by device type and name of a node, what autocast casts operands to.
 
     Raises:
         Declined: nothing does; it is computed for all.
     """
     if op_name(node) != "scaled_dot_product_attention":
         raise Declined(node, "attention that is written out is computed for all queries")
-    operands = [tensor_value(argument(node, name)) for name in ("query", "key", "value")]
+    operands = [tensor_value(operand) for operand in operands_of(node)]
     if any(value is None or value.dim() != 4 for value in operands):
         raise Declined(node, "its operands are not of (batch, heads, tokens, channels)")
     query, key, value = (each for each in operands if each is not None)
     choice = QUERIED_ATTENTION.choose(OpCall(query.device.type, query.dtype))
     if choice.provider == REFERENCE:
         raise Declined(node, f"attention is computed for all queries: {choice.declined[0][1]}")
-    if autocast_dtypes(node.graph, ctx.env.autocast, query.device.type).get(node.name) is not None:
+    if casts.get(query.device.type, {}).get(node.name) is not None:
         raise Declined(node, "autocast casts its operands")
     if argument(node, "dropout_p", 0.0):
         raise Declined(node, "its weights are dropped out")
@@ -328,5 +311,4 @@ def _checked(node: fx.Node, ctx: PassContext) -> tuple[str, float]:
         raise Declined(node, "its mask is not of (batch, heads, tokens, tokens), or is trained")
     if mask is not None and [size_expression(each) for each in mask.shape[2:]] != [*lengths, *lengths]:
         raise Declined(node, "its mask is not one of each query and each key")
-    scale = argument(node, "scale")
-    return choice.provider, 1 / math.sqrt(hinted_shape(argument(node, "query"))[-1]) if scale is None else scale
+    return choice.provider

@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import SitePlan
-from sparse_compile.graph.read import argument, hinted_shape, tensor_of, tensor_value
+from sparse_compile.graph.read import argument, hinted_shape, tensor_value
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import FFNSite, Projection
 from sparse_compile.graph.vocabulary import LINEAR
@@ -82,18 +82,12 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> int:
         if sparse is None:
             if plan.online:
                 observe_rows(plan, rows, output.values[source], dense, ctx)
-            context = _cast_like(dense, insert_map(plan, rows, splits[source][1], ctx), rewriter)
+            context = insert_map(plan, rows, splits[source][1], ctx)
         else:
             sparse.values |= {node: parts[1] for node, parts in splits.items()}
-            context = _cast_like(dense, sparse.run(), rewriter)
-        merged = rows.merge(dense, context, source, site.output.out_features)
+            context = sparse.run()
+        merged = rows.merge(dense, rows.cast_like(context, dense), source, site.output.out_features)
     return take_over(end, merged)
-
-
-def _cast_like(dense: fx.Node, context: fx.Node, rewriter: Rewriter) -> fx.Node:
-    """Give a map the dtype of the block: an adapter in fp32 widens the block's, autocast narrows it."""
-    dtype = tensor_of(dense).dtype
-    return context if tensor_of(context).dtype == dtype else rewriter.method("to", context, dtype)
 
 
 class _Segment:

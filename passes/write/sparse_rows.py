@@ -37,7 +37,7 @@ class SparseRows:
         devices = {
             parameter.value.device.type for parameter in ctx.env.parameters.values() if parameter.value is not None
         }
-        self._autocast = {device: autocast_dtypes(rewriter.graph, ctx.env.autocast, device) for device in devices}
+        self.autocast = {device: autocast_dtypes(rewriter.graph, ctx.env.autocast, device) for device in devices}
 
     @property
     def roles(self) -> fx.Node:
@@ -116,6 +116,11 @@ class SparseRows:
         dtype = self._autocast_dtype(at)
         return x if dtype is None else self.rewriter.method("to", x, dtype)
 
+    def cast_like(self, x: fx.Node, like: fx.Node) -> fx.Node:
+        """Give a tensor the dtype of another: a block whose adapter is fp32 widens its result, autocast narrows it."""
+        dtype = tensor_of(like).dtype
+        return x if tensor_of(x).dtype == dtype else self.rewriter.method("to", x, dtype)
+
     def dense(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
         """Insert a copy of `node` that reads `values` in place of its operands."""
         if node.target is LINEAR:
@@ -143,7 +148,7 @@ class SparseRows:
     def _autocast_dtype(self, at: fx.Node) -> torch.dtype | None:
         value = tensor_of(at)
         # fp64 operands are left alone by autocast.
-        dtype = self._autocast.get(value.device.type, {}).get(at.name)
+        dtype = self.autocast.get(value.device.type, {}).get(at.name)
         return None if value.dtype == torch.float64 else dtype
 
     def _dequantized(self, projection: Projection, channels: fx.Node, dim: int) -> fx.Node:

@@ -163,6 +163,12 @@ def hoist(rewriter: Rewriter, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> 
     return copies[node]
 
 
+def save_for_backward(node: fx.Node) -> None:
+    """Mark a call to be saved for the backward, whatever checkpoint it took its marks from."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    node.meta.pop("ac_graph_id", None)
+
+
 def save_what_precedes(end: fx.Node) -> None:
     """Mark every call before `end` to be saved for the backward, whatever checkpoint it took its marks from.
 
@@ -171,8 +177,7 @@ def save_what_precedes(end: fx.Node) -> None:
     """
     for node in takewhile(lambda node: node is not end, end.graph.nodes):
         if node.op != "placeholder":
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            node.meta.pop("ac_graph_id", None)
+            save_for_backward(node)
 
 
 def erase_unused(root: fx.Node) -> int:
