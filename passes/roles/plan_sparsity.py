@@ -156,6 +156,7 @@ class _Planner:
         self.space = space
         self.store = store
         self.left: set[str] = set()
+        self.online = ctx.env.config.dense_period is not None  # whether the run fits maps
         self.recipe = ctx.env.config.recipe
         self.factors: dict[str, LowRankFactors] = {}
         self.surrogates: dict[str, AffineMap] = {}
@@ -177,10 +178,9 @@ class _Planner:
         sites = sorted(sites_behind_exit(graph, self.ctx, block), key=lambda site: _position(graph, site))
         for site in sites:
             self._check_tokens(site, hinted_shape(nodes[site.source]))
-        online = self.ctx.env.config.dense_period is not None
-        maps = {site: self._exit_map(site, sites, online=online) for site in blocks[block + 1 :]}
+        maps = {site: self._exit_map(site, sites) for site in blocks[block + 1 :]}
         for site, surrogate in maps.items():
-            self._set_map(site, surrogate, online=online)
+            self._set_map(site, surrogate)
         self.left = {site.identity for site in sites}
 
     def _exit_block(self) -> int:
@@ -191,7 +191,7 @@ class _Planner:
         wanted = self.recipe.exit.site
         return next((place for place, site in enumerate(blocks) if match_site(wanted, site.name)), len(blocks))
 
-    def _exit_map(self, site: AttentionSite, left: Sequence[Site], *, online: bool) -> AffineMap:
+    def _exit_map(self, site: AttentionSite, left: Sequence[Site]) -> AffineMap:
         """Return the map of a block behind the exit: of a recipe, or one of zeros until the run fits it."""
         width = site.query.in_features
         if self.recipe is None or self.recipe.exit is None:
@@ -201,7 +201,7 @@ class _Planner:
             raise InvalidOptionError(
                 f"recipe: context leaves before {self.recipe.exit.site}, and there is no map for {site.name}"
             )
-        self._check_fit(site, wanted, wanted.surrogate, (width, width), left[: left.index(site)], online=online)
+        self._check_fit(site, wanted, wanted.surrogate, (width, width), left[: left.index(site)])
         return wanted.surrogate
 
     def plan(self, site: Site, source_shape: tuple[int, ...]) -> SitePlan:
@@ -238,7 +238,7 @@ class _Planner:
         if isinstance(site, FFNSite):
             return SitePlan(site, 1.0, 0, site.channels, left=True)
         mapped = site.identity in self.surrogates
-        online = mapped and self.ctx.env.config.dense_period is not None
+        online = mapped and self.online
         return SitePlan(site, 0.0, site.channels, site.channels, mapped=mapped, online=online, left=True)
 
     def _mapped(self, site: Site, wanted: SiteRecipe, surrogate: AffineMap, source_shape: tuple[int, ...]) -> SitePlan:
@@ -252,12 +252,11 @@ class _Planner:
                 f"recipe: a map stands in the place of a feed-forward block, and {site.name} is none"
             )
         shape = (site.inputs[0].in_features, site.output.out_features)
-        online = self.ctx.env.config.dense_period is not None
         try:
-            self._check_fit(site, wanted, surrogate, shape, [site], online=online)
+            self._check_fit(site, wanted, surrogate, shape, [site])
         except Declined as declined:
             return SitePlan(site, 0.0, site.channels, site.channels, declined.reason)
-        return self._with_map(site, surrogate, source_shape, online=online)
+        return self._with_map(site, surrogate, source_shape)
 
     def _check_fit(
         self,
@@ -266,8 +265,6 @@ class _Planner:
         surrogate: AffineMap,
         shape: tuple[int, int],
         imitated: Sequence[Site],
-        *,
-        online: bool,
     ) -> None:
         """Check that a recipe's map has the widths of its place, and was fitted to the weights that it stands for.
 
@@ -279,7 +276,7 @@ class _Planner:
             sizes = f"{surrogate.q.shape[1]} to {surrogate.u.shape[0]} features, and the block {shape[0]} to {shape[1]}"
             raise InvalidOptionError(f"recipe: the map of {site.name} goes from {sizes}: it is of another model")
         # A map that the run fits follows its weights: those that it had at the start count no more.
-        follows = online and site.identity in self.ctx.env.online_maps
+        follows = self.online and site.identity in self.ctx.env.online_maps
         if not wanted.weights or follows or wanted.weights == weights_fingerprint(imitated, self.ctx):
             return
         if self.ctx.env.maps_are_stale:
@@ -306,25 +303,23 @@ class _Planner:
         estimate = map_gain(site, empty.rank, dtype.itemsize, device)
         if not estimate.pays:
             return SitePlan(site, 0.0, site.channels, site.channels, cost_note(estimate.saved, estimate.spent))
-        return self._with_map(site, empty, source_shape, online=True)
+        return self._with_map(site, empty, source_shape)
 
-    def _with_map(
-        self, site: FFNSite, surrogate: AffineMap, source_shape: tuple[int, ...], *, online: bool
-    ) -> SitePlan:
+    def _with_map(self, site: FFNSite, surrogate: AffineMap, source_shape: tuple[int, ...]) -> SitePlan:
         """Plan a map in the place of a block."""
         try:
             self._check_tokens(site, source_shape)
         except Declined as declined:
             return SitePlan(site, 0.0, site.channels, site.channels, declined.reason)
-        self._set_map(site, surrogate, online=online)
-        return SitePlan(site, 1.0, 0, site.channels, mapped=True, online=online)
+        self._set_map(site, surrogate)
+        return SitePlan(site, 1.0, 0, site.channels, mapped=True, online=self.online)
 
-    def _set_map(self, site: Site, surrogate: AffineMap, *, online: bool) -> None:
+    def _set_map(self, site: Site, surrogate: AffineMap) -> None:
         """Put the map of a site into buffers: those that the run fits, where another graph of the model has them."""
         dtype, device = self.ctx.weight_kind(site.output)[0], self.ctx.weight_device(site.output)
         parts = (each.to(device, dtype, copy=True) for each in (surrogate.q, surrogate.u, surrogate.bias))
         buffers = AffineMap(*parts)
-        known = self.ctx.env.online_maps.get(site.identity) if online else None
+        known = self.ctx.env.online_maps.get(site.identity) if self.online else None
         self.surrogates[site.identity] = buffers if known is None or not _alike(known, buffers) else known
 
     def _cost_note(self, site: Site, kept: int, tokens: int, *, named: bool) -> str:

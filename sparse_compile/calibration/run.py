@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from importlib.metadata import version
 
-import torch
 from torch import nn
 
+from sparse_compile.calibration.origin import versions
 from sparse_compile.options.recipe import AffineMap, ExitRecipe, Recipe, SiteRecipe
 from sparse_compile.surrogates.online import OnlineMap
 from sparse_compile.training.session import known_sessions
@@ -46,8 +45,7 @@ def recipe_of(model: nn.Module) -> Recipe:
         {
             "made_by": "a run",
             "tokens": round(min(each.tokens for each in found.values())),
-            "torch": torch.__version__,
-            "sparse_compile": version("sparse-compile"),
+            **versions(),
         },
         exit=ExitRecipe(exits.pop(), behind) if exits else None,
     )

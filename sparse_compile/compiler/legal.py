@@ -207,9 +207,9 @@ def _decisions(checked: Checked) -> Iterator[str]:
             yield f"the plan keeps {plan.kept} of {plan.total} channels of {plan.site.name}"
         if plan.mapped and plan.site.identity not in checked.facts.surrogates:
             yield f"{plan.site.name} is to have a map, and there is none"
-        if (plan.sparse or plan.left) and checked.facts.roles is None:
+        if plan.split and checked.facts.roles is None:
             yield f"{plan.site.name} is to be sparse, and nothing tells context tokens from output tokens"
-        if plan in checked.facts.plan.predicted_sites and checked.ctx.env.config.channel_selection == "svd":
+        if plan.predicted and checked.ctx.env.config.channel_selection == "svd":
             for projection in plan.site.predicted:
                 if projection.name not in checked.facts.factors:
                     yield f"{plan.site.name} is to be sparse, and {projection.name} has no factors"

@@ -27,9 +27,11 @@ their configuration ties together until an optimizer steps."""
 
 def asks_for_sparsity(config: SparseLoRAConfig) -> bool:
     """Tell whether any site may become sparse."""
+    if config.exit_depth < 1:
+        return True
     if config.site_sparsity is not None:
-        return any(config.site_sparsity.values()) or config.exit_depth < 1
-    return config.preset in ("o1", "o2", "auto") or config.exit_depth < 1
+        return any(config.site_sparsity.values())
+    return config.preset in ("o1", "o2", "auto")
 
 
 def tell_about_sites(

@@ -145,7 +145,7 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
     sites = []
     for plan in ctx.facts.plan.sites:
         kind = "exit" if plan.left else plan.site.kind
-        left_out = (plan.sparse or plan.left) and kind not in result.made_sparse
+        left_out = plan.split and kind not in result.made_sparse
         sites.append(
             SiteReport(
                 name=plan.site.name,

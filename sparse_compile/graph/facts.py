@@ -96,6 +96,16 @@ class SitePlan:
         return self.kept < self.total
 
     @property
+    def predicted(self) -> bool:
+        """Whether its channels are chosen for each batch."""
+        return self.sparse and not self.mapped and not self.left
+
+    @property
+    def split(self) -> bool:
+        """Whether it tells output tokens from context."""
+        return self.sparse or self.left
+
+    @property
     def projections(self) -> tuple[Projection, ...]:
         """The projections that sparsity is about."""
         return tuple(each for each in self.site.projections if each.base not in self.without_context)
@@ -115,7 +125,7 @@ class SparsityPlan:
     @property
     def predicted_sites(self) -> tuple[SitePlan, ...]:
         """Those of them whose channels are chosen for each batch."""
-        return tuple(plan for plan in self.sparse_sites if not plan.mapped and not plan.left)
+        return tuple(plan for plan in self.sites if plan.predicted)
 
     @property
     def mapped_sites(self) -> tuple[SitePlan, ...]:
@@ -125,7 +135,7 @@ class SparsityPlan:
     @property
     def split_sites(self) -> tuple[SitePlan, ...]:
         """The sites that tell output tokens from context."""
-        return tuple(plan for plan in self.sites if plan.sparse or plan.left)
+        return tuple(plan for plan in self.sites if plan.split)
 
 
 @dataclass(frozen=True)
