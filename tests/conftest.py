@@ -128,6 +128,14 @@ def default_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def maps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have maps pay for the split of their tokens: blocks as narrow as a test's do not."""
+    from sparse_compile.graph.cost import Gain
+
+    monkeypatch.setattr("sparse_compile.passes.roles.plan_sparsity.map_gain", lambda *_: Gain(1.0, 0.0))
+
+
+@pytest.fixture
 def aot_eager_inductor(monkeypatch: pytest.MonkeyPatch) -> EagerCompiler:
     """Have the backend compile by AOTAutograd and the min-cut partitioner, but run the graphs op by op.
 

@@ -12,17 +12,10 @@ from torch import nn
 from models import DecoderConfig, batch, fp64_decoder
 from oracle import assert_same_step, train_step
 from sparse_compile import Recipe, recipe_of
-from sparse_compile.graph.cost import Gain
 
-pytestmark = pytest.mark.usefixtures("eager_inductor")
+pytestmark = pytest.mark.usefixtures("eager_inductor", "maps_pay")
 
 VOCAB = DecoderConfig().vocab
-
-
-@pytest.fixture(autouse=True)
-def maps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks this narrow do not pay for the split of their tokens."""
-    monkeypatch.setattr("sparse_compile.passes.roles.plan_sparsity.map_gain", lambda *_: Gain(1.0, 0.0))
 
 
 def trained_with_maps(steps: int, **options: Any) -> tuple[nn.Module, Any]:

@@ -14,7 +14,6 @@ import decoder
 from exited import ExitRun, trained
 from models import ALL_TARGETS, BATCHES, fp64_decoder, tiny_llama, with_lora
 from oracle import assert_same_step, kept_from, train_step
-from sparse_compile.graph.cost import Gain
 from sparse_compile.kernels.channel_selection import record_channels
 from sparse_compile.reference import output_mask_from_labels
 from sparse_compile.torch_private.inductor import compile_with_inductor
@@ -26,12 +25,6 @@ pytestmark = pytest.mark.usefixtures("eager_inductor")
 
 HF_FP64 = Tolerance(max=1e-5, rms=1e-5, why="Hugging Face's norms compute in fp32 whatever the dtype.")
 BF16 = Tolerance(max=0.16, rms=3e-2, why="twice the table's, for sqrt(40) roundings instead of sqrt(10)")
-
-
-@pytest.fixture
-def maps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks this narrow do not pay for the split of their tokens."""
-    monkeypatch.setattr("sparse_compile.passes.roles.plan_sparsity.map_gain", lambda *_: Gain(1.0, 0.0))
 
 
 def change(weight: Tensor) -> None:

@@ -14,7 +14,6 @@ from mapped import mapped_sites, mapped_step, random_recipe
 from models import DecoderConfig, Fp64Decoder, batch, fp64_decoder
 from oracle import assert_same_step, told, train_step
 from sparse_compile import Recipe, calibrate, explain
-from sparse_compile.graph.cost import Gain
 from sparse_compile.options.recipe import AffineMap, SiteRecipe
 from sparse_compile.reference import output_mask_from_labels
 from sparse_compile.surrogates.online import OnlineMap
@@ -22,17 +21,11 @@ from sparse_compile.training.schedule import DENSE, SPARSE
 from sparse_compile.training.session import Session, session_for
 from sweeps import slow
 
-pytestmark = pytest.mark.usefixtures("eager_inductor")
+pytestmark = pytest.mark.usefixtures("eager_inductor", "maps_pay")
 
 VOCAB = DecoderConfig().vocab
 MAPPED = ("layers.1.mlp",)
 """The sites of three blocks that preset `auto` maps: not the first, and of the last only rows of the loss are left."""
-
-
-@pytest.fixture(autouse=True)
-def maps_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks this narrow do not pay for the split of their tokens."""
-    monkeypatch.setattr("sparse_compile.passes.roles.plan_sparsity.map_gain", lambda *_: Gain(1.0, 0.0))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
