@@ -20,10 +20,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sparse_compile.kernels.dtypes import at_least_fp32
 from sparse_compile.options.recipe import AffineMap
 from sparse_compile.surrogates.moments import Moments
 
-__all__ = ["RIDGES", "FittedMap", "fit_maps", "held_out_error", "refit_map"]
+__all__ = ["RIDGES", "FittedMap", "error_on", "fit_maps", "held_out_error", "refit_map"]
 
 RIDGES: Final = tuple(10.0**power for power in range(-6, 2))
 """Ridges that are tried, in units of the mean variance of an input."""
@@ -121,9 +122,30 @@ def held_out_error(affine: AffineMap, moments: Moments) -> float:
     thin = q @ xx @ q.mT
     missed = moments.yy - 2 * float((u * (q @ xy).mT).sum()) + float(((u @ thin) * u).sum())
     missed = max(missed, 0.0) + moments.count * float(offset.square().sum())
-    if moments.yy <= 0:
+    return _relative(missed, moments.yy)
+
+
+def error_on(affine: AffineMap, x: Tensor, y: Tensor) -> float:
+    """Return the error of a map on some tokens, from their rows; see `held_out_error`.
+
+    Args:
+        affine: the map.
+        x: (n, in), n > 0.
+        y: (n, out).
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        dtype = at_least_fp32(affine.q)
+        x, y, q, u, bias = (each.to(dtype) for each in (x, y, affine.q, affine.u, affine.bias))
+        missed, varies = (
+            float(each.square().sum(dtype=torch.float64)) for each in (y - x @ q.mT @ u.mT - bias, y - y.mean(0))
+        )
+    return _relative(missed, varies)
+
+
+def _relative(missed: float, varies: float) -> float:
+    if varies <= 0:
         return 0.0 if missed <= 0 else math.inf
-    return math.sqrt(missed / moments.yy)
+    return math.sqrt(missed / varies)
 
 
 def _varies(moments: Moments) -> bool:

@@ -7,6 +7,7 @@ spread, whatever the number of batches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,13 @@ class Moments:
         result.add(x, y)
         return result
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, *, fade: float = 1.0) -> None:
         """Add some tokens; as for `of`.
+
+        Args:
+            x: as for `of`.
+            y: as for `of`.
+            fade: what the tokens so far count for from now on, so that older ones weigh less.
 
         Raises:
             NonFiniteActivation: as for `of`; the moments are what they were.
@@ -76,22 +82,28 @@ class Moments:
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, y = x.detach().to(self.xx.dtype), y.detach().to(self.xx.dtype)
-            mean_x, mean_y = x.mean(0), y.mean(0)
-            x, y = x - mean_x, y - mean_y
+            means = x.mean(0), y.mean(0)
+            x, y = x - means[0], y - means[1]
             # What the rounding of a mean has left.
-            means = (mean_x.double() + x.mean(0), mean_y.double() + y.mean(0))
-            batch = Moments(len(x), *means, x.mT @ x, x.mT @ y, float(y.square().sum(dtype=torch.float64)))
-            # A product with NaN or infinity is neither finite nor in range, and the diagonal holds a square of each x.
-            if not (bool(batch.xx.diagonal().isfinite().all()) and batch.yy < float("inf")):
+            mean_x, mean_y = means[0].double() + x.mean(0), means[1].double() + y.mean(0)
+            yy = float(y.square().sum(dtype=torch.float64))
+            if not (bool(x.square().sum(0).isfinite().all()) and yy < float("inf")):
                 raise NonFiniteActivation("activations of context tokens hold NaN or infinity")
-            self.merge(batch)
-
-    def fade(self, share: float) -> None:
-        """Have the tokens so far count for this share, so that those to come weigh more."""
-        self.count *= share
-        self.xx *= share
-        self.xy *= share
-        self.yy *= share
+            count = fade * self.count + len(x)
+            share = len(x) / count
+            step_x, step_y = mean_x - self.mean_x, mean_y - self.mean_y
+            # The distance of the means is one more row, so that each large matrix is read and written once.
+            weight = fade * self.count * share
+            x, y = (
+                torch.cat([rows, (math.sqrt(weight) * step).to(rows.dtype)[None]])
+                for rows, step in ((x, step_x), (y, step_y))
+            )
+            self.xx.addmm_(x.mT, x, beta=fade)
+            self.xy.addmm_(x.mT, y, beta=fade)
+            self.yy = fade * self.yy + yy + weight * float(step_y.square().sum())
+            self.mean_x = self.mean_x + share * step_x
+            self.mean_y = self.mean_y + share * step_y
+            self.count = count
 
     def merge(self, other: Moments) -> None:
         """Add the tokens of other moments."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.options.recipe import AffineMap
-from sparse_compile.surrogates.fit import FittedMap, fit_maps, held_out_error, refit_map
+from sparse_compile.surrogates.fit import FittedMap, error_on, fit_maps, refit_map
 from sparse_compile.surrogates.moments import Moments
 
 __all__ = ["OnlineMap"]
@@ -27,7 +27,7 @@ FADE: Final = 0.9
 
 _TOKENS_FOR_EACH: Final = 4
 _LEAST_ROWS: Final = 512
-_SHARE_OF_ROWS: Final = 0.5
+"""Of a batch, at least so many rows are taken, or one for two inputs: of ten dense steps then come five for each."""
 
 
 class OnlineMap:
@@ -94,19 +94,18 @@ class OnlineMap:
         """
         if not len(x):
             return
-        wanted = max(_LEAST_ROWS, int(_SHARE_OF_ROWS * len(x)))
+        wanted = max(_LEAST_ROWS, self.surrogate.q.shape[1] // 2)
         if wanted < len(x):
             picked = torch.arange(wanted, device=x.device) * len(x) // wanted
             x, y = x[picked], y[picked]
-        batch = Moments.of(x, y)
-        if self._last is not None:
+        if self._held_out is not None:
+            is_fourth = self._batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            (self._held_out if is_fourth else self._train).add(x, y)
+        else:
+            self._train.add(x, y, fade=1.0 if self.pending else FADE)  # once a step, of however many batches it is
             # The tokens of this step are none that the map has seen: its error on them is that of the steps since.
-            self.error = held_out_error(self.surrogate, batch)
-            if not self.pending:
-                self._train.fade(FADE)  # once a step, of however many batches it is
+            self.error = error_on(self.surrogate, x, y)
         self.pending = True
-        is_fourth = self._batches % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        (self._held_out if is_fourth and self._held_out is not None else self._train).merge(batch)
         self._batches += 1
 
     def fit(self) -> None:

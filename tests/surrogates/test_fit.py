@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import normal
 from sparse_compile.options.recipe import AffineMap
-from sparse_compile.surrogates.fit import RIDGES, FittedMap, fit_maps, held_out_error
+from sparse_compile.surrogates.fit import RIDGES, FittedMap, error_on, fit_maps, held_out_error
 from sparse_compile.surrogates.moments import Moments
 from tolerances import assert_close_rms
 
@@ -109,7 +109,9 @@ def test_rank_zero_is_the_constant(ranks: tuple[int, ...]) -> None:
 def test_the_error_is_that_of_the_rows(rank: int) -> None:
     anything = AffineMap(normal(rank, IN, seed=1), normal(OUT, rank, seed=2), normal(OUT, seed=3))
     some = rows(50, 0)
-    assert held_out_error(anything, Moments.of(*some)) == pytest.approx(evaluated(anything, some), rel=1e-9)
+    expected = pytest.approx(evaluated(anything, some), rel=1e-9)
+    assert held_out_error(anything, Moments.of(*some)) == expected
+    assert error_on(anything, *some) == expected
 
 
 def test_few_tokens_choose_a_stronger_ridge() -> None:

@@ -91,6 +91,23 @@ def test_merged_moments_are_those_of_both(left: int, right: int) -> None:
     assert_same_state(state(other), before)
 
 
+@pytest.mark.parametrize("fade", [0.9, 0.25])
+def test_faded_tokens_weigh_less(fade: float) -> None:
+    (x, y), later = rows(40), rows(30, mean=5.0, seed=7)
+    moments = Moments.of(x, y)
+    moments.add(*later, fade=fade)
+    weights = x.new_tensor([fade] * 40 + [1.0] * 30)[:, None]
+    x, y = torch.cat([x, later[0]]), torch.cat([y, later[1]])
+    count = float(weights.sum())
+    mean_x, mean_y = (weights * x).sum(0) / count, (weights * y).sum(0) / count
+    x, y = (x - mean_x) * weights.sqrt(), (y - mean_y) * weights.sqrt()
+    expected = {"mean_x": mean_x, "mean_y": mean_y, "xx": x.mT @ x, "xy": x.mT @ y, "yy": y.square().sum()}
+    assert moments.count == pytest.approx(count)
+    for name, value in expected.items():
+        actual = torch.as_tensor(getattr(moments, name), dtype=torch.float64)
+        assert_close_rms(actual, value, torch.float64, name=name)
+
+
 def test_a_constant_input_has_no_variance_however_large() -> None:
     x, y = rows(64, torch.float32)
     x[:, 2] = 12345.678

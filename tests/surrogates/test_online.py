@@ -96,10 +96,13 @@ def test_older_tokens_fade_only_once_there_is_a_map() -> None:
 def test_of_many_rows_evenly_spaced_ones_are_taken() -> None:
     online = OnlineMap(buffers())
     online.collect(*rows(3000, 0, block()))
-    assert online.tokens == 1500
+    assert online.tokens == 512
     few = OnlineMap(buffers())
     few.collect(*rows(500, 0, block()))
     assert few.tokens == 500
+    wide = OnlineMap(AffineMap(torch.zeros(4, 1300), torch.zeros(OUT, 4), torch.zeros(OUT)))
+    wide.collect(normal(3000, 1300), normal(3000, OUT))
+    assert wide.tokens == 650
 
 
 @pytest.mark.parametrize("batches", [0, 3])
