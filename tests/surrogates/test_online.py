@@ -101,7 +101,7 @@ def test_of_many_rows_evenly_spaced_ones_are_taken() -> None:
     few.collect(*rows(500, 0, block()))
     assert few.tokens == 500
     wide = OnlineMap(AffineMap(torch.zeros(4, 1300), torch.zeros(OUT, 4), torch.zeros(OUT)))
-    wide.collect(normal(3000, 1300), normal(3000, OUT))
+    wide.collect(torch.randn(3000, 1300), torch.randn(3000, OUT))
     assert wide.tokens == 650
 
 
