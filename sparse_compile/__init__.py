@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_compile.calibration.calibrate import calibrate
 from sparse_compile.calibration.run import recipe_of
+from sparse_compile.compiler.compile import compile  # noqa: A004  (the name that torch has for it)
 from sparse_compile.compiler.explain import explain
 from sparse_compile.ecosystem.gradient_start import gradient_guided_start
 from sparse_compile.ecosystem.merge import merge_masked
@@ -23,6 +24,7 @@ __all__ = [
     "SparseLoRACallback",
     "SparseLoRAConfig",
     "calibrate",
+    "compile",
     "explain",
     "gradient_guided_start",
     "merge_masked",
@@ -32,6 +34,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sparse-compile")
     # transformers is optional, and slow to import.
     if name == "SparseLoRACallback":
         from sparse_compile.ecosystem.callback import SparseLoRACallback

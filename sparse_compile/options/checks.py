@@ -13,6 +13,11 @@ from sparse_compile.options.recipe import Recipe
 
 _V = TypeVar("_V")
 
+_MODE = (
+    "mode is Inductor's, and no option beside others: give what the mode stands for as inductor={...}, such as "
+    "inductor={'max_autotune': True} (torch._inductor.list_mode_options() says what that is)"
+)
+
 
 class FrozenMapping(Mapping[str, _V], Generic[_V]):
     """Keep a mapping that compares like a dict, cannot change, and can be hashed (where its values can) and pickled."""
@@ -51,6 +56,8 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     known = list(known)
     for name in given:
         if name not in known:
+            if what == "option" and name == "mode":
+                raise ValueError(_MODE)
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"unknown {what} {name!r}{hint}. Known: {listed(known)}")
@@ -154,7 +161,8 @@ def layer_sparsity(value: object) -> FrozenMapping[float] | None:
         sparsity = number(f"layer_sparsity[{site!r}]", given)
         # NaN fails this comparison too.
         if not 0 <= sparsity < 1:
-            raise ValueError(f"layer_sparsity[{site!r}] must lie in [0, 1), got {given!r}")
+            percent = f": a fraction, so {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+            raise ValueError(f"layer_sparsity[{site!r}] must lie in [0, 1), got {given!r}{percent}")
         checked[site] = sparsity
     return FrozenMapping(checked)
 
