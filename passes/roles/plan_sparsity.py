@@ -39,6 +39,7 @@ from sparse_compile.predictor.published import load_upstream_factors
 from sparse_compile.predictor.store import FactorStore
 from sparse_compile.predictor.svd import LowRankFactors
 from sparse_compile.predictor.weight_state import fingerprint
+from sparse_compile.training.progress import stage
 
 
 class PlanSparsity(Pass):
@@ -59,7 +60,8 @@ class PlanSparsity(Pass):
         except Declined as declined:
             rejections.append(declined.by(f"{self.name}.exit"))
         plans = []
-        for site in sorted(ctx.facts.sites, key=lambda site: _position(gm.graph, site)):
+        for number, site in enumerate(sorted(ctx.facts.sites, key=lambda site: _position(gm.graph, site)), 1):
+            stage(f"plans {site.name}, site {number} of {len(ctx.facts.sites)}")
             plan = planner.plan(site, hinted_shape(nodes[site.source]))
             if not plan.sparse and plan.reason:
                 rejections.append(Rejection(self.name, site.name, plan.reason))

@@ -36,6 +36,7 @@ from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import RequestedFunctionError
 from sparse_compile.torch_private.dynamo import compile_id, frame_key
+from sparse_compile.training.progress import compiling, stage
 from sparse_compile.training.schedule import DENSE
 from sparse_compile.training.session import Session, session_for
 from sparse_compile.training.sharded import any_in_parts, is_sharded
@@ -75,7 +76,8 @@ def sparselora(
         return _in_parts(graph)
     trained = trained_parameters(gm, example_inputs, graph.ctx)
     if trained and torch.is_grad_enabled():
-        return _training(graph, trained)
+        with compiling():
+            return _training(graph, trained)
     if torch.is_grad_enabled():
         tell_untrained(gm, graph.ctx, None if part is None else part.model)
     return _evaluation(graph, trained)
@@ -165,6 +167,7 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
         _write(dump, ctx, report)
     install_guards(gm, ctx, session, path=graph.path, sparse=result.sparse is not None)
     rewritten = {"sparse": result.sparse, "optimised": result.exact}
+    stage("forward and backward, by Inductor")
     kind, compiled = compile_first(rewritten, graph.example_inputs, ctx, graph.mode)
     if compiled is not None and ctx.facts.loss_rows is not None:
         compiled = restored(compiled, gm, ctx.facts.loss_rows)

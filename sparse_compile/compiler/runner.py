@@ -22,6 +22,7 @@ from sparse_compile.graph.flops import StepFlops, step_flops
 from sparse_compile.graph.rewrite import copy_graph_module
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import InvalidOptionError, Numerics, Pass, PassOutcome, RequestedFunctionError
+from sparse_compile.training.progress import stage
 
 if TYPE_CHECKING:
     from sparse_compile.compiler.dump import GraphDump
@@ -148,6 +149,7 @@ class _Runner:
                 self._leave_out(each)
             self._record(PassRecord(each.name, each.numerics.value, False, 0.0, before, before, {}, reason))
             return
+        stage(f"pass {each.name}")
         start = time.perf_counter()
         outcome = self._run(each)
         elapsed = 1e3 * (time.perf_counter() - start)

@@ -14,7 +14,7 @@ from typing import Final
 
 from torch import distributed
 
-__all__ = ["LOG_VARIABLE", "say"]
+__all__ = ["LOG_VARIABLE", "is_silent", "say"]
 
 LOG_VARIABLE: Final = "SPARSELORA_LOG"
 """Environment variable: `0` for no such line, `1` for lines on stderr however logging is configured."""
@@ -29,13 +29,18 @@ def say(message: str) -> None:
         message: one line.
     """
     setting = os.environ.get(LOG_VARIABLE)
-    several = distributed.is_available() and distributed.is_initialized()
-    if setting == "0" or (several and distributed.get_rank() != 0):
+    if is_silent():
         return
     if setting != "1" and _LOGGER.hasHandlers():
         _LOGGER.info("sparselora: %s", message)
     elif setting == "1" or _LOGGER.level <= logging.INFO:  # the level that was set for it alone; none is 0
         _write(f"sparselora: {message}")
+
+
+def is_silent() -> bool:
+    """Tell whether this process says nothing: by `LOG_VARIABLE`, or because another one says it."""
+    several = distributed.is_available() and distributed.is_initialized()
+    return os.environ.get(LOG_VARIABLE) == "0" or (several and distributed.get_rank() != 0)
 
 
 def _write(line: str) -> None:
