@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import empty_caches, load_compiler, training_step
 from rows import append_rows, environment
 from workloads import WORKLOADS, adapted_model, base_model, make_batch
+
+from sparse_compile.cli.paired import empty_caches, load_compiler, training_step
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compile_time.jsonl"
 SIZES = {"hidden": 256, "ffn": 896, "heads": 4, "kv_heads": 1, "vocab": 1024, "batch": 1, "length": 256, "output": 64}

@@ -28,21 +28,18 @@ from measure import (
     DORA,
     PEERS,
     Alone,
-    ArmTimes,
     Flops,
-    Step,
     arm_model,
     check_arm,
     counted_flops,
     interleaved,
     measure_alone,
-    paired_ratio,
     rewritten_flops,
-    spread,
-    training_step,
 )
 from rows import Row, append_rows, environment, table
 from workloads import DTYPES, QUICK_SIZES, WORKLOADS, Workload, base_model, make_batch
+
+from sparse_compile.cli.paired import ArmTimes, Step, paired_ratio, spread, training_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = tuple(f.name for f in dataclasses.fields(Workload) if f.type == "int")

@@ -26,11 +26,13 @@ import torch
 from gpu_kernels import kernel_cases, launch_seconds, measure_kernel
 from gpu_plot import draw
 from liger import LIGER, liger_missing
-from measure import PEERS, Step, arm_model, check_arm, interleaved, paired_ratio, spread, training_step
+from measure import PEERS, arm_model, check_arm, interleaved
 from roofline import CASES, DEVICES
 from rows import append_rows, environment, read_rows
 from torch.autograd import DeviceType
 from workloads import WORKLOADS, Workload, base_model, make_batch
+
+from sparse_compile.cli.paired import Step, paired_ratio, spread, training_step
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "steps")

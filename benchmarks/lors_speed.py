@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from lors_models import SavedBytes, masked_by_autograd, prune, saved_tensors
-from measure import Spread, interleaved, paired_ratio, spread, step_bytes, training_step
+from measure import interleaved, step_bytes
 from rows import environment
 from torch import Tensor, nn
 from workloads import Workload, adapted_model, base_model, make_batch
+
+from sparse_compile.cli.paired import Spread, paired_ratio, spread, training_step
 
 PEERS = ("eager", "inductor")
 LORS = {"lors": "straight-through", "lors-exact": "exact"}

@@ -7,13 +7,11 @@ import gc
 import itertools
 import math
 import multiprocessing
-import os
 import resource
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,10 @@ from typing import Any
 
 import torch
 from liger import LIGER, with_liger
-from torch import Tensor, nn
+from torch import nn
 from workloads import Workload, adapted_model, base_model, make_batch
+
+from sparse_compile.cli.paired import ArmTimes, Step, empty_caches, take_turns, training_step
 
 PRESETS = ("none", "exact", "auto", "o1", "o2")
 PEERS = ("eager", "inductor")
@@ -36,34 +36,6 @@ DENSE = "dense/"
 """What an arm begins with whose schedule stays in its dense phase: `dense/o2` runs the graph of `o2`, densely."""
 
 _NEVER = 1_000_000_000
-
-Step = Callable[[], float]
-"""Takes one training step and returns the loss."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The middle of some figures, and the quantiles that a fifth of them stays below and a fifth exceeds."""
-
-    median: float
-    p20: float
-    p80: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Return median and quantiles; between two values, by linear interpolation."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
-    return Spread(statistics.median(values), p20, p80)
-
-
-def paired_ratio(peer: Sequence[float], arm: Sequence[float]) -> Spread:
-    """Return how many times faster than its peer an arm is, from the ratios within each round.
-
-    What else the machine did in a round it did to both, so that it falls out of their ratio.
-    """
-    return spread([p / a for p, a in zip(peer, arm, strict=True)])
 
 
 def options_of(arm: str) -> dict[str, Any]:
@@ -112,37 +84,6 @@ def arm_model(base: nn.Module, workload: Workload, arm: str) -> nn.Module:
     return model
 
 
-def training_step(model: nn.Module, batch: Mapping[str, Tensor]) -> Step:
-    """Return what takes one step: forward, backward, AdamW on the adapters, gradients dropped."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> float:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
-
-
-@dataclass(frozen=True)
-class ArmTimes:
-    """What one arm took, in seconds.
-
-    Attributes:
-        first_call: the first step, which compiles: caches are empty, the compiler itself is loaded.
-        steps: the measured steps, one for each round.
-        loss: of the first step.
-        graphs: graphs that were compiled.
-    """
-
-    first_call: float
-    steps: tuple[float, ...]
-    loss: float
-    graphs: int
-
-
 def interleaved(
     steps: Mapping[str, Step],
     caches: Path,
@@ -150,78 +91,9 @@ def interleaved(
     warm_up: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, ArmTimes]:
-    """Time the arms in turns: A B C A B C ...
-
-    Args:
-        steps: one training step of each arm.
-        caches: folder in which each arm's first call finds caches of its own, empty.
-        rounds: measured rounds.
-        warm_up: rounds between the first calls and the measured ones.
-        clock: what the measured steps are timed by, in seconds.
-
-    Raises:
-        RuntimeError: a compiled arm compiled nothing, or something was compiled after the first calls.
-    """
-    first, losses, graphs = {}, {}, {}
-    if set(steps) - {"eager"}:
-        load_compiler()
-    for name, step in steps.items():
-        before = compiled_graphs()
-        with empty_caches(caches / name):
-            start = time.perf_counter()
-            losses[name] = step()
-            first[name] = time.perf_counter() - start
-        graphs[name] = compiled_graphs() - before
-        if name.removeprefix(DORA) not in ("eager", LIGER) and not graphs[name]:
-            raise RuntimeError(f"{name} compiled nothing, so it ran eagerly")
-    known = compiled_graphs()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    gc.collect()
-    for index in range(warm_up + rounds):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if index >= warm_up:
-                seconds[name].append(clock() - start)
-    if compiled_graphs() != known:
-        raise RuntimeError("a graph was compiled again after the first calls, so step times contain a compilation")
-    return {name: ArmTimes(first[name], tuple(seconds[name]), losses[name], graphs[name]) for name in steps}
-
-
-def compiled_graphs() -> int:
-    """Return how many graphs Dynamo has handed to a backend in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-def load_compiler() -> None:
-    """Compile a trivial function: importing the compiler takes seconds, which are no arm's."""
-    # On a GPU for the GPU: a machine with one need not have the C++ compiler that code for a CPU asks for.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder, empty_caches(Path(folder)):
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-
-
-@contextlib.contextmanager
-def empty_caches(folder: Path) -> Iterator[None]:
-    """Let Inductor, Triton and the predictor keep their caches in `folder`, and forget what they hold in memory."""
-    from torch._inductor.utils import clear_caches
-
-    # Inductor sets Triton's folder once, where nothing else has: later arms would find what the first one compiled.
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SPARSELORA_CACHE_DIR")
-    before = {name: os.environ.get(name) for name in names}
-    clear_caches()
-    os.environ.update({name: str(folder / name) for name in names})
-    try:
-        yield
-    finally:
-        clear_caches()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    """Time the arms in turns, as `take_turns` does, of which those that run eagerly are known by their names."""
+    eager = [name for name in steps if name.removeprefix(DORA) in ("eager", LIGER)]
+    return take_turns(steps, caches, rounds, warm_up, eager=eager, clock=clock)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Alone, Flops, Spread
+from measure import Alone, Flops
 from tabulate import tabulate
 from workloads import Workload
+
+from sparse_compile.cli.paired import Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sparse-compile", "torch", "transformers", "peft", "triton")

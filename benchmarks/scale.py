@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from figures import save
-from measure import Spread, arm_model, interleaved, paired_ratio, spread, training_step
+from measure import arm_model, interleaved
 from rows import append_rows, environment, read_rows
 from workloads import WORKLOADS, Workload, adapted_model, base_model, make_batch
 
 import sparse_compile
+from sparse_compile.cli.paired import Spread, paired_ratio, spread, training_step
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scale.jsonl"
 LAYERS = 4

@@ -31,9 +31,10 @@ from finetuning.measure import (
     paired_step_times,
     step_work,
 )
-from finetuning.records import Collator, DataError, Example, Record, pad_token_id, read_records, tokenize
 from finetuning.report import Result, save, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_compile.cli.records import Collator, DataError, Example, Record, pad_token_id, read_records, tokenize
 
 TIMING_BATCHES = 4
 RECOMPILE_LIMIT = 64

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from finetuning.demo_model import DemoSize, as_records, pretrained
-from finetuning.records import Collator, Example, pad_token_id, tokenize
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -26,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_compile import Schedule, token_roles
+from sparse_compile.cli.records import Collator, Example, pad_token_id, tokenize
 
 BACKEND = "sparselora"
 

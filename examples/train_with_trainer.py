@@ -11,11 +11,11 @@ import argparse
 
 import torch
 from finetuning.demo_model import DemoSize, as_records, pretrained
-from finetuning.records import Collator, pad_token_id, read_records, tokenize
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from sparse_compile import SparseLoRACallback
+from sparse_compile.cli.records import Collator, pad_token_id, read_records, tokenize
 
 
 def main() -> None:

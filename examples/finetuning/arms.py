@@ -17,9 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sparse_compile import SparseLoRACallback, SparseLoRAConfig
+from sparse_compile.cli.records import Collator, Example
 from sparse_compile.training.schedule import sparse_window
-
-from .records import Collator, Example
 
 DENSE = "dense"
 ABLATIONS = ("all_sparse", "random_dense")

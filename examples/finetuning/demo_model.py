@@ -12,8 +12,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from sparse_compile.cli.records import Collator, Example, Record, tokenize
+
 from .muon import Muon
-from .records import Collator, Example, Record, tokenize
 from .word_problems import NUMBERS, Problem, generate
 
 MAX_LENGTH = 512

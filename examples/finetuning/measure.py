@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_compile
+from sparse_compile.cli.records import IGNORE_INDEX, Collator, Example, pad_token_id
 
 from .arms import TrainedArm, TrainingPlan, adapted, trained_parameters
-from .records import IGNORE_INDEX, Collator, Example, final_answer, pad_token_id
 
 Batch = dict[str, torch.Tensor]
 
@@ -88,6 +88,12 @@ def _greedy_answers(
         input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, use_cache=True, pad_token_id=pad
     )
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+def final_answer(text: str) -> str:
+    """Return what exact match compares: what follows `####` in the style of GSM8K, else the whole text."""
+    answer = text.rsplit("####", 1)[-1]
+    return " ".join(answer.replace(",", "").split())
 
 
 def paired_step_times(arms: Mapping[str, TrainedArm], batches: Sequence[Batch], rounds: int) -> dict[str, StepTime]:

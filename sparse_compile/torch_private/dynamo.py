@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx
+
+_CONTAINERS = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", "__closure__", "cell_contents"}
+"""What stands between the names of a path and is no part of it."""
 
 
 def source_of(node: fx.Node) -> Any:
@@ -63,8 +67,20 @@ def module_path(source: Any) -> tuple[str, ...]:
         elif isinstance(source, sources.AttrSource):
             names.append(source.member)
         source = source.base
-    containers = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", "__closure__", "cell_contents"}
-    return tuple(name for name in reversed(names) if name not in containers)
+    return tuple(name for name in reversed(names) if name not in _CONTAINERS)
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the dotted name of the innermost module in whose forward a node was captured; empty where that is unknown.
+
+    Dynamo notes modules as expressions from a local variable: `L['self'].__dict__['_modules']['model'].layers.0`.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    names = re.findall(r"\w+", re.sub(r"^L\[['\"]\w+['\"]\]", "", path))
+    return ".".join(name for name in names if name not in _CONTAINERS)
 
 
 def root_name(source: Any) -> str | None:
@@ -173,6 +189,13 @@ def is_control_flow_exception(error: Exception) -> bool:
     from torch._dynamo import exc
 
     return isinstance(error, exc.RestartAnalysis | exc.SkipFrame)
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs Dynamo has handed to a backend in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def without_recompile_limit() -> AbstractContextManager[Any]:

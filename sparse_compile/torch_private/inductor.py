@@ -38,6 +38,13 @@ def compile_with_inductor(
     return compiled
 
 
+def forget_compiled() -> None:
+    """Have Inductor forget what it holds in memory of its caches, so that it looks at their folders again."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
+
+
 def load_source(source: str) -> ModuleType:
     """Write the source of a module into Inductor's cache, where Triton can read it, and import it from there."""
     from torch._inductor.codecache import PyCodeCache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 import sparse_compile
+from sparse_compile.cli.paired import ArmTimes
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -47,86 +47,17 @@ def tiny(benchmarks: dict[str, ModuleType]) -> Any:
     return dataclasses.replace(benchmarks["workloads"].WORKLOADS["math10k-mini"], rank=4, **TINY)
 
 
-# --- Statistics -------------------------------------------------------------------------------------------------------
-
-
-def test_spread(measure: ModuleType) -> None:
-    assert measure.spread([5.0]) == measure.Spread(5.0, 5.0, 5.0)
-    assert measure.spread([6.0, 1.0, 3.0, 2.0, 5.0, 4.0]) == measure.Spread(3.5, 2.0, 5.0)
-
-
-def test_ratios_are_taken_within_rounds(measure: ModuleType) -> None:
-    # The machine slowed down tenfold within the third round; the ratio of the medians would be 0.2.
-    peer, arm = [2.0, 2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0, 10.0]
-    assert measure.paired_ratio(peer, arm) == measure.Spread(2.0, pytest.approx(1.64), 2.0)
-    with pytest.raises(ValueError, match="longer"):
-        measure.paired_ratio([1.0], [1.0, 1.0])
-
-
 # --- Turns ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def graphs(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Stand in for Dynamo's count of compiled graphs: the only element of the list."""
-    count = [0]
-    monkeypatch.setattr(measure, "load_compiler", lambda: None)
-    monkeypatch.setattr(measure, "compiled_graphs", lambda: count[0])
-    return count
-
-
-def recorder(name: str, order: list[str], compiles: Callable[[int], None] = lambda call: None) -> Callable[[], float]:
-    def step() -> float:
-        compiles(order.count(name))
-        order.append(name)
-        return float(order.count(name))
-
-    return step
-
-
-def test_arms_step_in_turns_and_warm_up_is_not_measured(measure: ModuleType, graphs: list[int], tmp_path: Path) -> None:
-    def compiles(call: int) -> None:
-        graphs[0] += call == 0
-
-    order: list[str] = []
-    steps = {"eager": recorder("eager", order), "o2": recorder("o2", order, compiles)}
-    times = measure.interleaved(steps, tmp_path, rounds=3, warm_up=2)
-    assert order == ["eager", "o2"] * (1 + 2 + 3)
-    assert [len(times[name].steps) for name in steps] == [3, 3]
-    assert [times[name].loss for name in steps] == [1.0, 1.0]  # of the first step
-    assert [times[name].graphs for name in steps] == [0, 1]
-
-
-def test_an_arm_that_was_not_compiled_is_an_error(measure: ModuleType, graphs: list[int], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="o2 compiled nothing"):
-        measure.interleaved({"o2": recorder("o2", [])}, tmp_path, rounds=1, warm_up=0)
-
-
-def test_a_recompilation_is_an_error(measure: ModuleType, graphs: list[int], tmp_path: Path) -> None:
-    def compiles(call: int) -> None:
-        graphs[0] += call in (0, 2)
-
-    with pytest.raises(RuntimeError, match="compiled again"):
-        measure.interleaved({"o2": recorder("o2", [], compiles)}, tmp_path, rounds=2, warm_up=0)
-
-
-def test_each_first_call_has_caches_of_its_own(
-    measure: ModuleType, graphs: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_eager_arms_are_known_by_their_names(
+    measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    monkeypatch.delenv("SPARSELORA_CACHE_DIR")
-    seen = []
-
-    def compiles(call: int) -> None:
-        graphs[0] += call == 0
-        names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SPARSELORA_CACHE_DIR")
-        seen.append(tuple(os.environ.get(name) for name in names))
-
-    steps = {name: recorder(name, [], compiles) for name in ("inductor", "o2")}
-    measure.interleaved(steps, tmp_path, rounds=1, warm_up=0)
-    assert len(set(seen[:2])) == 2 and all(str(tmp_path) in folder for pair in seen[:2] for folder in pair)
-    assert seen[2:] == [("before", None, None)] * 2
+    monkeypatch.setattr("sparse_compile.cli.paired.load_compiler", lambda: None)
+    steps: dict[str, Callable[[], float]] = {name: lambda: 1.0 for name in ("eager", "dora/eager", "liger")}
+    assert measure.interleaved(steps, tmp_path, rounds=1, warm_up=0).keys() == steps.keys()
+    with pytest.raises(RuntimeError, match="o2 compiled nothing"):
+        measure.interleaved({"o2": lambda: 1.0}, tmp_path, rounds=1, warm_up=0)
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -279,8 +210,8 @@ def test_bytes_of_a_step_are_those_alive_at_once(measure: ModuleType) -> None:
 def row(benchmarks: dict[str, ModuleType], tiny: Any) -> Any:
     measure, cpu = benchmarks["measure"], benchmarks["cpu"]
     times = {
-        "inductor": measure.ArmTimes(9.0, (2.0, 2.2, 1.8), 4.5, 1),
-        "o2": measure.ArmTimes(12.0, (1.0, 1.1, 0.9), 4.6, 1),
+        "inductor": ArmTimes(9.0, (2.0, 2.2, 1.8), 4.5, 1),
+        "o2": ArmTimes(12.0, (1.0, 1.1, 0.9), 4.6, 1),
     }
     flops = measure.Flops(before=3e9, after=1.2e9, weights_before=2e9, weights_after=1e9, sites=8, sparse_sites=2)
     alone = measure.Alone(12.0, 4.0, 3 * 2**20, 5 * 2**20, 2**20)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_compile.cli.paired import training_step
+
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
@@ -87,7 +89,7 @@ def test_an_arm_that_fails_does_not_stop_the_others(
             raise MemoryError("no room for it")
         return build(model, batch)
 
-    monkeypatch.setattr(benchmarks["measure"], "load_compiler", lambda: None)
+    monkeypatch.setattr("sparse_compile.cli.paired.load_compiler", lambda: None)
     monkeypatch.setattr(gpu, "training_step", training_step)
     monkeypatch.setattr(
         gpu, "arm_model", lambda base, workload, arm: benchmarks["measure"].arm_model(base, workload, "eager")
@@ -137,7 +139,7 @@ def test_liger_computes_its_own_arm_alone(
     base, batch = workloads.base_model(tiny), workloads.make_batch(tiny)
     losses = {}
     for arm in ("liger", "eager"):
-        losses[arm] = measure.training_step(measure.arm_model(base, tiny, arm), batch)()
+        losses[arm] = training_step(measure.arm_model(base, tiny, arm), batch)()
         assert len(rotated) == 1 and modeling_llama.apply_rotary_pos_emb is original
     assert type(given[0]).__name__ == "LlamaForCausalLM" and losses["liger"] == losses["eager"]
 

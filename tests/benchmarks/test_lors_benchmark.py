@@ -112,7 +112,7 @@ def test_one_run_of_the_step(
     benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
 ) -> None:
     """Masks by autograd save a weight and a mask for each layer; the masked op saves its input and no more."""
-    monkeypatch.setattr(benchmarks["measure"], "load_compiler", lambda: None)
+    monkeypatch.setattr("sparse_compile.cli.paired.load_compiler", lambda: None)
     sizes = {"layers": 1, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "vocab": 97, "length": 16, "output": 4}
     workload = dataclasses.replace(benchmarks["lors"].STEP, rank=4, **sizes)
     rows = benchmarks["lors_speed"].measure(

@@ -10,7 +10,7 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from checkpoints import write_rows
 from graphs import aot_eager
 
 peft = pytest.importorskip("peft")
@@ -230,11 +231,6 @@ def test_inspect_passes(tmp_path: Path) -> None:
     assert "no pass 'nonsense'" in unknown.stderr and "sparsify_attention" in unknown.stderr
 
 
-def write_rows(path: Path, rows: Sequence[object]) -> None:
-    """Write a .jsonl file; a string is written as it is."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,7 +243,7 @@ def write_rows(path: Path, rows: Sequence[object]) -> None:
     ],
 )
 def test_wrong_options_are_said(
-    records: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+    finetuning: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
     from finetune import main
 
@@ -258,129 +254,24 @@ def test_wrong_options_are_said(
 
 
 @pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the module that reads data."""
+def finetuning(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the package of what the examples share, with its modules."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from finetuning import records
+    import finetuning.demo_model
+    import finetuning.measure
 
-    return records
-
-
-@pytest.fixture
-def demo_model(records: Any) -> Any:
-    """Return the module that makes the demo's model."""
-    from finetuning import demo_model
-
-    return demo_model
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{nonsense", "not JSON"),
-        (["a"], "this is list"),
-        ({"text": "a"}, "expected 'prompt' and 'completion' or 'question' and 'answer' or 'messages', found ['text']"),
-        ({"prompt": "a", "completion": " "}, "'completion' is empty or no text"),
-        ({"question": 1, "answer": "b"}, "'question' is empty or no text"),
-        ({"messages": []}, "list of messages"),
-        ({"messages": [{"content": "a"}]}, "'role' and 'content'"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "the last message is the assistant's, this one is 'user'"),
-    ],
-)
-def test_bad_rows_are_named_by_their_line(records: Any, tmp_path: Path, row: object, message: str) -> None:
-    good = {"prompt": "a", "completion": "b"}
-    write_rows(tmp_path / "data.jsonl", [good, "", row, good])
-    with pytest.raises(records.DataError, match="1 bad rows") as caught:
-        records.read_records(str(tmp_path / "data.jsonl"))
-    assert "data.jsonl:3: " in str(caught.value)
-    assert message in str(caught.value)
-
-
-def test_many_bad_rows_are_counted(records: Any, tmp_path: Path) -> None:
-    write_rows(tmp_path / "data.jsonl", [{}] * 15)
-    with pytest.raises(records.DataError, match=r"(?s)15 bad rows.*data.jsonl:10: .*\.\.\. and 5 more") as caught:
-        records.read_records(str(tmp_path / "data.jsonl"))
-    assert "data.jsonl:11: " not in str(caught.value)
-
-
-def test_loss_lies_on_the_answer_only(records: Any, demo_model: Any) -> None:
-    problems = demo_model.generate("owners", 4, seed=0)
-    tokenizer = demo_model.build_tokenizer(problems)
-    examples, too_long = records.tokenize(demo_model.as_records(problems, "owners"), tokenizer, max_length=64)
-    assert too_long == 0
-    for example, problem in zip(examples, problems, strict=True):
-        learned = [label for label in example.labels if label != records.IGNORE_INDEX]
-        assert tokenizer.decode(learned) == f"{problem.answer} </s>"
-        assert tokenizer.decode(example.input_ids[: example.prompt_length]) == f"<s> {problem.question}"
-        assert example.labels[example.prompt_length :] == example.input_ids[example.prompt_length :]
-
-
-def test_chat_loss_lies_on_every_answer(records: Any, demo_model: Any) -> None:
-    tokenizer = demo_model.build_tokenizer([demo_model.Problem("user : assistant q1 q2", "a1 a2")])
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
-        "{% if add_generation_prompt %}assistant : {% endif %}"
-    )
-    messages = [
-        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["q1", "a1", "q2", "a2"], strict=True)
-    ]
-    record = records.Record("a2", "here:1", messages=tuple(messages))
-    (example,), _ = records.tokenize([record], tokenizer, max_length=64)
-    learned = [label for label in example.labels if label != records.IGNORE_INDEX]
-    assert tokenizer.decode(learned) == "a1 </s> a2 </s>"
-    assert tokenizer.decode(example.input_ids[: example.prompt_length]).endswith("user : q2 </s> assistant :")
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "no chat template"),
-        # Only the last answer is shown: what was said before is rewritten.
-        ("{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }} {% endfor %}", "only append"),
-    ],
-)
-def test_unusable_chat_template_is_said(records: Any, demo_model: Any, template: str | None, message: str) -> None:
-    tokenizer = demo_model.build_tokenizer([demo_model.Problem("q1 q2", "a1 a2")])
-    tokenizer.chat_template = template
-    messages = [
-        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["q1", "a1", "q2", "a2"], strict=True)
-    ]
-    with pytest.raises(records.DataError, match=message) as caught:
-        records.tokenize([records.Record("a2", "here:1", messages=tuple(messages))], tokenizer, max_length=64)
-    assert "here:1" in str(caught.value)
-
-
-def test_rows_that_are_too_long_are_left_out(records: Any, demo_model: Any) -> None:
-    tokenizer = demo_model.build_tokenizer([demo_model.Problem("a b c d e f", "g")])
-    rows = [records.Record("g", "here:1", prompt="a"), records.Record("g", "here:2", prompt="a b c d e f")]
-    examples, too_long = records.tokenize(rows, tokenizer, max_length=5)
-    assert (len(examples), too_long) == (1, 1)
-    with pytest.raises(records.DataError, match="none of 2 rows fits into 2 tokens"):
-        records.tokenize(rows, tokenizer, max_length=2)
-
-
-@pytest.mark.parametrize(("longest", "length"), [(1, 4), (4, 4), (5, 8), (9, 10)])
-def test_batches_are_padded_to_few_lengths(records: Any, longest: int, length: int) -> None:
-    short = records.Example((7,), (7,), prompt_length=0, answer="")
-    long = records.Example((7,) * longest, (records.IGNORE_INDEX,) * longest, prompt_length=0, answer="")
-    batch = records.Collator(pad_token_id=0, multiple_of=4, max_length=10)([short, long])
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
-        "input_ids": (2, length),
-        "attention_mask": (2, length),
-        "labels": (2, length),
-    }
-    assert batch["attention_mask"].sum(1).tolist() == [1, longest]
-    assert (batch["labels"] != records.IGNORE_INDEX).sum() == 1
+    return finetuning
 
 
 @pytest.mark.parametrize(
     ("text", "answer"), [("1 + 1 = 2 . #### 2", "2"), ("so\n#### 1,234 ", "1234"), (" It is\nParis. ", "It is Paris.")]
 )
-def test_final_answer(records: Any, text: str, answer: str) -> None:
-    assert records.final_answer(text) == answer
+def test_final_answer(finetuning: Any, text: str, answer: str) -> None:
+    assert finetuning.measure.final_answer(text) == answer
 
 
-def test_worked_answers_are_right(demo_model: Any) -> None:
+def test_worked_answers_are_right(finetuning: Any) -> None:
+    demo_model = finetuning.demo_model
     for kind in ("owners", "stories"):
         problems = demo_model.generate(kind, 200, seed=3)
         assert problems == demo_model.generate(kind, 200, seed=3)

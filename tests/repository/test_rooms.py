@@ -20,6 +20,7 @@ ROOMS = (
     "compiler",
     "calibration",
     "ecosystem",
+    "cli",
 )
 """From the lowest to the highest. `sparse_compile/__init__.py` and `backend.py` stand above all of them."""
 
@@ -123,6 +124,8 @@ def test_no_module_imports_itself_through_others(repo_root: Path) -> None:
         ("sparse_compile.passes.read.elementwise", "sparse_compile.passes.write.sparse_rows", False),
         ("sparse_compile.reference.criteria", "sparse_compile.graph.read", False),
         ("sparse_compile.options.config", "sparse_compile", False),
+        ("sparse_compile.cli.paired", "sparse_compile.torch_private.dynamo", True),
+        ("sparse_compile.calibration.calibrate", "sparse_compile.cli.paired", False),
     ],
 )
 def test_the_check_can_fail(importer: str, target: str, allowed: bool) -> None:

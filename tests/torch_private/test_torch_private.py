@@ -58,6 +58,8 @@ NAMES: dict[str, str] = {
     "torch.fx.Node._erased": "is_erased",
     "torch._inductor.config.reorder_for_peak_memory": "an option that backend.py gives to Inductor",
     "torch._inductor.list_mode_options": "compile_with_inductor",
+    "torch._inductor.utils.clear_caches": "forget_compiled",
+    "torch._dynamo.utils.counters": "compiled_graphs",
     "torch._inductor.codecache.PyCodeCache.load": "load_source",
     "torch._inductor.compile_fx.compile_fx": "compile_with_inductor",
     "torch.compiler.config.cache_key_tag": "compile_with_inductor",

@@ -18,7 +18,7 @@ IGNORE_INDEX = -100
 ERRORS_SHOWN = 10
 
 FIELDS = (("prompt", "completion"), ("question", "answer"))
-"""Names of the fields of a row without chat messages."""
+"""Names of the fields of a row that has a prompt and an answer."""
 
 
 class DataError(ValueError):
@@ -27,11 +27,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One row: a conversation that ends in an assistant's message, or a prompt with its answer.
+    """One row: a conversation that ends in an assistant's message, a prompt with its answer, or a text.
 
     Attributes:
         messages: chat messages (`role`, `content`), or None where the row has a prompt.
-        prompt: text before the answer; empty where there are messages.
+        prompt: text before the answer; empty where there are messages, and where all of a text is to be learned.
         answer: the text to learn; with messages the last of them.
         source: where the row stands, for error messages (`train.jsonl:17`).
     """
@@ -117,7 +117,7 @@ def _records(rows: Iterable[tuple[int, object]], origin: str) -> list[Record]:
 
 
 def _record(row: object, source: str) -> Record:
-    """Make a record of one row of data, in whichever of the three formats it is."""
+    """Make a record of one row of data, in whichever of the four formats it is."""
     if isinstance(row, json.JSONDecodeError):
         raise DataError(f"{source}: not JSON ({row.msg} at column {row.colno})")
     if not isinstance(row, Mapping):
@@ -130,8 +130,10 @@ def _record(row: object, source: str) -> Record:
             if prompt_field == "question":
                 prompt, answer = f"Question: {prompt}\nAnswer:", f" {answer}"
             return Record(answer, source, prompt=prompt)
+    if "text" in row:
+        return Record(_text(row, "text", source), source)
     expected = " or ".join(f"{a!r} and {b!r}" for a, b in FIELDS)
-    raise DataError(f"{source}: expected {expected} or 'messages', found {sorted(map(str, row))}")
+    raise DataError(f"{source}: expected {expected} or 'messages' or 'text', found {sorted(map(str, row))}")
 
 
 def _chat_record(messages: object, source: str) -> Record:
@@ -254,9 +256,3 @@ class Collator:
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that fills up batches; a tokenizer without one uses its end token, which is masked out."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def final_answer(text: str) -> str:
-    """Return what exact match compares: what follows `####` in the style of GSM8K, else the whole text."""
-    answer = text.rsplit("####", 1)[-1]
-    return " ".join(answer.replace(",", "").split())
