@@ -195,6 +195,7 @@ class _Maps:
                 f"{seconds:.1f} s; errors {span}"
             )
         elif not first:
+            self.session.note_renewal()
             # The tokens of this dense step are none that the maps had seen: this is how far they had drifted.
             step = self.session.schedule.step
             _LOG.info("sparselora: step %d: maps had errors %s, fitted anew in %.2f s", step, span, seconds)

@@ -127,6 +127,7 @@ def _renew(layers: list[_Predicted], store: FactorStore, session: Session) -> No
                     buffer.copy_(value)
         renewed.append(name)
     if renewed:
+        session.note_renewal()
         say(
             f"{_listed(renewed)} changed since the factors that predict their channels were computed. They were "
             f"computed again, in {time.perf_counter() - start:.1f} s"

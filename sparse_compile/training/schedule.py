@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from sparse_compile.options.presets import DEFAULT_START_FRACTION, DEFAULT_START_STEPS
 
-__all__ = ["DENSE", "SPARSE", "STATE_LOCK", "Phase", "Schedule", "phase_at", "sparse_window"]
+__all__ = ["DENSE", "SPARSE", "STATE_LOCK", "Phase", "Schedule", "phase_at", "sparse_positions", "sparse_window"]
 
 Phase: TypeAlias = Literal["dense", "sparse"]
 """Which function a training forward computes."""
@@ -74,6 +74,27 @@ def phase_at(
     inside = first <= step and (last is None or step < last)
     in_between = dense_every is not None and (step - first) % dense_every == dense_every - 1
     return SPARSE if inside and not in_between else DENSE
+
+
+def sparse_positions(
+    start: int, stop: int, window: tuple[int, int | None] | None, dense_every: int | None = None
+) -> int:
+    """Return how many positions from `start` up to but not including `stop` are sparse, by `phase_at`.
+
+    Args:
+        start: the first position, in optimizer steps.
+        stop: the first one after the last.
+        window: of `sparse_window`; None for no sparse position.
+        dense_every: as in `phase_at`.
+    """
+    if window is None:
+        return 0
+    first, last = window
+    begin, end = (max(each, first) - first for each in (start, stop if last is None else min(stop, last)))
+    if end <= begin:
+        return 0
+    in_between = 0 if dense_every is None else end // dense_every - begin // dense_every
+    return end - begin - in_between
 
 
 def _in_steps(position: float, total: int | None, rounding: str) -> int:

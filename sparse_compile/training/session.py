@@ -27,7 +27,15 @@ from sparse_compile.torch_private.autograd import running_backward
 from sparse_compile.training.forwards import ForwardCount
 from sparse_compile.training.phase import PHASES, PublishedPhase
 from sparse_compile.training.registry import Registry
-from sparse_compile.training.schedule import DENSE, STATE_LOCK, Phase, Schedule, phase_at, sparse_window
+from sparse_compile.training.schedule import (
+    DENSE,
+    STATE_LOCK,
+    Phase,
+    Schedule,
+    phase_at,
+    sparse_positions,
+    sparse_window,
+)
 from sparse_compile.training.schedule_notices import tell_about_missing_steps, tell_about_start
 from sparse_compile.training.site_names import SiteNames, check_site_names
 from sparse_compile.training.told import Told
@@ -108,6 +116,7 @@ class Session:
         self._map_watches: dict[Hashable, WeightWatch] = {}
         self._between_steps: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._called_at: int | None = None
+        self._renewals = 0
         self._published = PublishedPhase(self.id)
         self._schedule: ScheduleHandle = Schedule()
         self._schedule.subscribe(self._refresh)
@@ -127,6 +136,23 @@ class Session:
         """The first sparse step and the first dense one after it, as in `sparse_window`."""
         root = self._root()
         return sparse_window(root._schedule.total_steps, *root._start_and_end())
+
+    @property
+    def sparse_steps_left(self) -> int | None:
+        """How many of the steps to come are sparse, by the schedule; None where the length of the run is not known."""
+        root = self._root()
+        step, total = root._schedule.step, root._schedule.total_steps
+        every = None if root._config is None else root._config.dense_period
+        return None if total is None else sparse_positions(step, total, self.window, every)
+
+    @property
+    def renewals(self) -> int:
+        """How often maps or a predictor's factors were fitted anew in place, as weights or adapters changed."""
+        return self._root()._renewals
+
+    def note_renewal(self) -> None:
+        """Count one of `renewals`."""
+        self._root()._renewals += 1
 
     @property
     def phase(self) -> Phase:
@@ -278,6 +304,7 @@ class Session:
         self._online_maps |= other._online_maps
         self._map_watches |= other._map_watches
         self._between_steps += other._between_steps
+        self._renewals += other._renewals
         if self._config is None and other._config is not None:
             self._take(other._config)
         other._schedule.unsubscribe(other._refresh)

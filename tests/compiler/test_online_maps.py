@@ -77,6 +77,7 @@ def test_each_refit_is_logged_with_the_errors_of_the_maps_before_it(caplog: pyte
     (online,) = run.session.online_maps.values()
     (line,) = [each.getMessage() for each in caplog.records if "fitted anew" in each.getMessage()]
     assert line.startswith(f"sparselora: step 8: maps had errors {online.error:.2f} to {online.error:.2f} of a")
+    assert run.session.renewals == 1, "the first fit renews nothing"
 
 
 def test_without_a_dense_start_steps_are_dense_until_there_are_tokens_enough(monkeypatch: pytest.MonkeyPatch) -> None:

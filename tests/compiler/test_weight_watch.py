@@ -18,6 +18,7 @@ from models import ATTENTION_TARGETS, batch, fp64_decoder, with_lora
 from oracle import train_step
 from sparse_compile import Schedule
 from sparse_compile.kernels.channel_selection import record_channels
+from sparse_compile.training.session import session_for
 
 SITE = {"body.0": 0.5}
 
@@ -61,6 +62,7 @@ def test_each_change_is_told_once(eager_inductor: Any, caplog: pytest.LogCapture
             call(*inputs).backward()
     told = [each.message for each in caplog.records if "changed since the factors" in each.message]
     assert len(told) == 2 and "the frozen weight of body.0.up" in told[0]
+    assert session_for([each for each in model.parameters() if each.requires_grad]).renewals == 2
 
 
 def test_weights_that_are_not_finite_keep_their_factors_and_are_told_of(eager_inductor: Any) -> None:

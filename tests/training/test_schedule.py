@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from noting_model import DENSE, NO_UNEXPECTED_WARNING, SPARSE, NotingModel
-from sparse_compile.training.schedule import Schedule, phase_at, sparse_window
+from sparse_compile.training.schedule import Schedule, phase_at, sparse_positions, sparse_window
 
 pytestmark = NO_UNEXPECTED_WARNING
 
@@ -56,6 +56,15 @@ class TestPhaseAt:
         phases = [phase_at(step, None, 2, 9, 3) for step in range(11)]
         assert phases == [DENSE] * 2 + [SPARSE, SPARSE, DENSE] * 2 + [SPARSE] + [DENSE] * 2, "the last of each three"
         assert {phase_at(step, 7, 0.5, 0.5) for step in range(8)} == {DENSE}
+
+    @pytest.mark.parametrize("every", [None, 2, 3, 8])
+    @pytest.mark.parametrize(("start", "end"), [(0, None), (2, 9), (5, 3), (7, 30), (0.1, None)])
+    def test_sparse_positions_are_counted(self, start: float, end: float | None, every: int | None) -> None:
+        window = sparse_window(None, start, end)
+        for begin in range(12):
+            for stop in range(20):
+                phases = [phase_at(step, None, start, end, every) for step in range(begin, stop)]
+                assert sparse_positions(begin, stop, window, every) == phases.count(SPARSE)
 
     def test_a_whole_run(self) -> None:
         phases = [phase_at(step, 20, None, None) for step in range(20)]
