@@ -24,6 +24,7 @@ from sparse_compile.calibration.search import pareto
 from sparse_compile.calibration.taps import TappedModel
 from sparse_compile.calibration.timing import STEP_FORWARDS, Untimed
 from sparse_compile.options.config import SparseLoRAConfig
+from sparse_compile.options.presets import AUTO_DENSE_EVERY
 from sparse_compile.options.recipe import Recipe, SiteRecipe
 from sparse_compile.torch_private.modules import original_module
 from sparse_compile.training.news import say
@@ -78,7 +79,8 @@ def calibrate(
         progress: Whether to show a progress bar.
 
     Returns:
-        The recipe, with what it was chosen from. It is empty where the goal is out of reach: then `reason` says how far
+        The recipe, with what it was chosen from. It has its maps fitted anew as preset `"auto"` does, by a dense step
+        now and then (`dense_every`). It is empty where the goal is out of reach: then `reason` says how far
         one can get, and so does a line.
 
     Raises:
@@ -198,7 +200,7 @@ class _Run:
             for name, level in chosen.items()
         }
         return Calibration(
-            recipe=Recipe(sites, origin),
+            recipe=Recipe(sites, origin, dense_every=AUTO_DENSE_EVERY if sites else None),
             goal=self.goal,
             reason=found.reason,
             loss=loss,

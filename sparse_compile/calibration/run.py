@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
 from sparse_compile.calibration.origin import versions
 from sparse_compile.options.recipe import AffineMap, ExitRecipe, Recipe, SiteRecipe
 from sparse_compile.surrogates.online import OnlineMap
-from sparse_compile.training.session import known_sessions
+from sparse_compile.training.session import Session, known_sessions
 
 __all__ = ["recipe_of"]
 
@@ -25,13 +26,15 @@ def recipe_of(model: nn.Module) -> Recipe:
             ``dense_every``.
 
     Returns:
-        A recipe with the maps of its feed-forward blocks, and of the blocks behind the exit where context leaves.
+        A recipe with the maps of its feed-forward blocks, of the blocks behind the exit where context leaves, and with
+        the schedule of the run.
 
     Raises:
         ValueError: The model fits no maps, or none is fitted yet.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = {name: each for session in known_sessions(trained) for name, each in session.online_maps.items()}
+    sessions = known_sessions(trained)
+    found = {name: each for session in sessions for name, each in session.online_maps.items()}
     if not found:
         raise ValueError(
             "no run of this model fits maps: compile it with preset='auto' and take a training step, or use calibrate()"
@@ -47,8 +50,17 @@ def recipe_of(model: nn.Module) -> Recipe:
             "tokens": round(min(each.tokens for each in found.values())),
             **versions(),
         },
-        exit=ExitRecipe(exits.pop(), behind) if exits else None,
+        None,
+        ExitRecipe(exits.pop(), behind) if exits else None,
+        *_schedule(sessions),
     )
+
+
+def _schedule(sessions: Sequence[Session]) -> tuple[int | None, float | int | None]:
+    """Return of how many steps one is dense in a run, and the first dense step at its end."""
+    config = next(session.config for session in sessions if session.online_maps)
+    assert config is not None, "a run that fits maps was compiled"
+    return config.dense_period, config.dense_from
 
 
 def _site(identity: str) -> str:

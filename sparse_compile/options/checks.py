@@ -9,7 +9,6 @@ from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
 from sparse_compile.options.pass_names import pass_names
-from sparse_compile.options.recipe import Recipe
 
 _V = TypeVar("_V")
 
@@ -94,6 +93,11 @@ def optional_integer(name: str, value: object, minimum: int) -> int | None:
     return None if value is None else integer(name, value, minimum=minimum)
 
 
+def dense_every(value: object) -> int | None:
+    """Accept of how many steps one is dense, or None."""
+    return optional_integer("dense_every", value, minimum=2)
+
+
 def path(name: str, value: object) -> str | None:
     """Accept a path, or None."""
     if value is None:
@@ -165,15 +169,6 @@ def layer_sparsity(value: object) -> FrozenMapping[float] | None:
             raise ValueError(f"layer_sparsity[{site!r}] must lie in [0, 1), got {given!r}{percent}")
         checked[site] = sparsity
     return FrozenMapping(checked)
-
-
-def recipe(value: object) -> Recipe | None:
-    """Accept a recipe, the folder of one, which is read, or None."""
-    if value is None or isinstance(value, Recipe):
-        return value
-    folder = path("recipe", value)
-    assert folder is not None, "only None is no path"
-    return Recipe.load(folder)
 
 
 def disable(value: object) -> frozenset[str]:

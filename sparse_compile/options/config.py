@@ -14,7 +14,7 @@ from sparse_compile.options import checks as check
 from sparse_compile.options import release as upstream
 from sparse_compile.options.checks import FrozenMapping
 from sparse_compile.options.presets import AUTO_DENSE_EVERY, AUTO_EXIT, DEFAULT_START_FRACTION, PRESETS
-from sparse_compile.options.recipe import Recipe
+from sparse_compile.options.recipe import Recipe, recipe_option
 from sparse_compile.options.schedule_handle import ScheduleHandle
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ class SparseLoRAConfig:
         start_step: First sparse step: a ``float`` in [0, 1] is a fraction of the run, an ``int`` a number of optimizer
             steps. Default ``None``: 0.05 where the length of the run is known (the paper keeps the first 5-10% dense),
             else 20 steps.
-        end_step: First dense step after the sparse phase, in the same units. Default ``None``: never.
+        end_step: First dense step after the sparse phase, in the same units. Default ``None``: what the recipe says,
+            else never.
         dense_every: Of how many steps of the sparse phase one is dense, at least 2. Maps are fitted anew to its tokens,
-            with adapters as they are by then. Default ``None``: 8 with preset ``"auto"`` or a ``context_exit``, else no
-            step; a recipe's maps stay as they are without it.
+            with adapters as they are by then. Default ``None``: what the recipe says; else 8 with preset ``"auto"`` or
+            a ``context_exit``, else no step. A recipe's maps stay as they are without it.
         schedule: Handle that knows the length of the run (``total_steps``, in optimizer steps), which fractions need.
             Default ``None``: :class:`SparseLoRACallback` may still supply it.
         keep_logits: Compute every row of the logits a training forward returns, those that the loss ignores too.
@@ -147,7 +148,7 @@ class SparseLoRAConfig:
         normalised = {
             "preset": check.choice("preset", self.preset, PRESETS),
             "layer_sparsity": check.layer_sparsity(self.layer_sparsity),
-            "recipe": check.recipe(self.recipe),
+            "recipe": recipe_option(self.recipe),
             "surrogate_gradient": check.choice("surrogate_gradient", self.surrogate_gradient, SURROGATE_GRADIENTS),
             "context_exit": check.depth("context_exit", self.context_exit),
             "predictor_rank": check.integer("predictor_rank", self.predictor_rank, minimum=1),
@@ -155,7 +156,7 @@ class SparseLoRAConfig:
             "predictor_tokens": check.predictor_tokens(self.predictor_tokens),
             "start_step": check.step("start_step", self.start_step),
             "end_step": check.step("end_step", self.end_step),
-            "dense_every": check.optional_integer("dense_every", self.dense_every, minimum=2),
+            "dense_every": check.dense_every(self.dense_every),
             "keep_logits": check.boolean("keep_logits", self.keep_logits),
             "merge_low_precision": check.boolean("merge_low_precision", self.merge_low_precision),
             "token_bucket": check.optional_integer("token_bucket", self.token_bucket, minimum=1),
@@ -193,7 +194,7 @@ class SparseLoRAConfig:
 
     def _check_order(self) -> None:
         """Reject an end before the start, where the two can be compared without knowing the length of the run."""
-        start, end = self.start_step, self.end_step
+        start, end = self.start_step, self.dense_from
         if end is None:
             return
         if start is None:
@@ -203,7 +204,8 @@ class SparseLoRAConfig:
         comparable = type(start) is type(end) or 0 in (start, end)
         if comparable and end < start:
             default = " (the default)" if self.start_step is None else ""
-            raise ValueError(f"end_step {end} lies before start_step {start}{default}")
+            source = " of the recipe" if self.end_step is None else ""
+            raise ValueError(f"end_step {end}{source} lies before start_step {start}{default}")
 
     @property
     def requested(self) -> frozenset[str]:
@@ -212,9 +214,18 @@ class SparseLoRAConfig:
 
     @property
     def dense_period(self) -> int | None:
-        """Of how many steps of the sparse phase one is dense; None where none is."""
+        """Of how many steps of the sparse phase one is dense, by option, recipe or preset; None where none is."""
+        if self.dense_every is not None:
+            return self.dense_every
+        if self.recipe is not None and self.recipe.dense_every is not None:
+            return self.recipe.dense_every
         fits_maps = (self.preset == "auto" and not self.site_option) or self.exit_depth < 1
-        return AUTO_DENSE_EVERY if self.dense_every is None and fits_maps else self.dense_every
+        return AUTO_DENSE_EVERY if fits_maps else None
+
+    @property
+    def dense_from(self) -> float | int | None:
+        """First dense step after the sparse phase, by the option or the recipe, as in `end_step`; None for never."""
+        return self.recipe.end_step if self.end_step is None and self.recipe is not None else self.end_step
 
     @property
     def exit_depth(self) -> float:

@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-__all__ = ["AffineMap", "ExitRecipe", "Recipe", "SiteRecipe"]
+from sparse_compile.options import checks as check
+
+__all__ = ["AffineMap", "ExitRecipe", "Recipe", "SiteRecipe", "recipe_option"]
 
 FORMAT: Final = 1
 """Version of the files: raised whenever older ones can no longer be read as they were meant."""
@@ -126,15 +128,21 @@ class Recipe:
         origin: What the recipe was made from and what was expected of it, for people: plain data.
         folder: Where it was read from; None for one that was made here.
         exit: Where context tokens leave the residual stream; None where they stay to the end.
+        dense_every: Of how many steps of the sparse phase one is dense, at least 2, for the maps to be fitted anew to;
+            None where the recipe says nothing of it.
+        end_step: First dense step after the sparse phase: a fraction of the run, or a number of optimizer steps; None
+            where the recipe says nothing of it. The options of these two names come before what a recipe says.
 
     Raises:
-        ValueError: What stands at a name is no `SiteRecipe`.
+        ValueError: What stands at a name is no `SiteRecipe`, or `dense_every` or `end_step` is none.
     """
 
     sites: Mapping[str, SiteRecipe]
     origin: Mapping[str, Any] = field(default_factory=dict)
     folder: str | None = None
     exit: ExitRecipe | None = None
+    dense_every: int | None = None
+    end_step: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.exit is not None and not isinstance(self.exit, ExitRecipe):
@@ -145,6 +153,8 @@ class Recipe:
         # Copies: what the caller does to its own afterwards changes no recipe.
         object.__setattr__(self, "sites", dict(self.sites))
         object.__setattr__(self, "origin", dict(self.origin))
+        object.__setattr__(self, "dense_every", check.dense_every(self.dense_every))
+        object.__setattr__(self, "end_step", check.step("end_step", self.end_step))
 
     @cached_property
     def digest(self) -> str:
@@ -186,7 +196,16 @@ class Recipe:
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"the recipe has no site {unknown[0]!r}; it has {', '.join(known) or 'none'}")
         kept = {name: site for name, site in self.sites.items() if name not in names}
-        return Recipe(kept, self.origin, exit=self.exit if self.exit and self.exit.site not in names else None)
+        exit_ = self.exit if self.exit and self.exit.site not in names else None
+        return Recipe(kept, self.origin, None, exit_, self.dense_every, self.end_step)
+
+    def with_schedule(self, dense_every: int | None = None, end_step: float | int | None = None) -> Recipe:
+        """Return the recipe with another schedule, or with none; the arguments are the attributes.
+
+        Raises:
+            ValueError: A value that is none of the attribute.
+        """
+        return Recipe(self.sites, self.origin, None, self.exit, dense_every, end_step)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `recipe.safetensors` and `recipe.json` into a folder, which is made where it is absent.
@@ -229,7 +248,9 @@ class Recipe:
         data = {"format": FORMAT, "origin": dict(self.origin), "sites": _listed(self.sites)}
         if self.exit is not None:
             data["exit"] = {"site": self.exit.site, "maps": _listed(self.exit.maps)}
-        return data
+        # What is not said is not written: a recipe without a schedule is the file that it was before there were any.
+        schedule = {"dense_every": self.dense_every, "end_step": self.end_step}
+        return data | {name: value for name, value in schedule.items() if value is not None}
 
     def _tensors(self) -> dict[str, Tensor]:
         groups = ("", self.sites), (_EXIT, self.exit.maps if self.exit else {})
@@ -265,7 +286,12 @@ def _read(file: Path, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         raise ValueError(f"{file} has format {data.get('format')!r}, and this version reads {FORMAT}: calibrate again")
     leaves = data.get("exit")
     exit_ = None if leaves is None else ExitRecipe(leaves["site"], _read_sites(file, leaves["maps"], tensors, _EXIT))
-    return Recipe(_read_sites(file, data["sites"], tensors, ""), data["origin"], str(file.parent), exit_)
+    sites = _read_sites(file, data["sites"], tensors, "")
+    schedule = data.get("dense_every"), data.get("end_step")
+    try:
+        return Recipe(sites, data["origin"], str(file.parent), exit_, *schedule)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _read_sites(
@@ -282,6 +308,15 @@ def _read_sites(
         except ValueError as error:
             raise ValueError(f"{file}: {name}: {error}") from None
     return sites
+
+
+def recipe_option(value: object) -> Recipe | None:
+    """Accept a recipe, the folder of one, which is read, or None."""
+    if value is None or isinstance(value, Recipe):
+        return value
+    folder = check.path("recipe", value)
+    assert folder is not None, "only None is no path"
+    return Recipe.load(folder)
 
 
 def _compare(copy: Path, text: str) -> None:

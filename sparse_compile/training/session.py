@@ -368,7 +368,7 @@ class Session:
         self._published.withdraw()
 
     def _start_and_end(self) -> tuple[float | None, float | None]:
-        return (None, None) if self._config is None else (self._config.start_step, self._config.end_step)
+        return (None, None) if self._config is None else (self._config.start_step, self._config.dense_from)
 
 
 def _count_step(sessions: list[Session]) -> None:

@@ -21,6 +21,7 @@ from sparse_compile import Recipe
 from sparse_compile.calibration import costs, timing
 from sparse_compile.calibration.losses import batch_loss
 from sparse_compile.calibration.taps import TappedModel
+from sparse_compile.options.presets import AUTO_DENSE_EVERY
 from sparse_compile.options.recipe import AffineMap, SiteRecipe
 from sparse_compile.reference import output_mask_from_labels
 from sweeps import sweep
@@ -135,6 +136,7 @@ def test_where_it_was_made_is_kept(tmp_path: Path) -> None:
     assert origin | expected == origin
     found.recipe.save(tmp_path)
     assert Recipe.load(tmp_path).origin == origin
+    assert (found.recipe.dense_every, found.recipe.end_step) == (AUTO_DENSE_EVERY, None)
     assert all(len(site.weights) == 32 for site in found.recipe.sites.values())
     mask = [~output_mask_from_labels(each["labels"]) for i, each in enumerate(batches) if i % 4 != 1]
     assert found.tokens == sum(int(each.sum()) for each in mask)
@@ -212,7 +214,7 @@ def test_a_goal_that_is_out_of_reach_leaves_the_model_dense(
         monkeypatch.setattr(costs, "map_seconds", lambda *_, **__: 0.1)
         model.layers[2].mlp.up_proj.base_layer.weight.requires_grad_(True)
     found = run(model, batches, **goal)
-    assert found.recipe.sites == {} and found.rise == 0 and found.expected_cost == found.dense_cost
+    assert found.recipe == Recipe({}) and found.rise == 0 and found.expected_cost == found.dense_cost
     assert [point.sites for point in found.curve if point.chosen] == [{}]
     (line,) = said
     assert line.endswith(found.reason)

@@ -11,7 +11,9 @@ from torch import nn
 
 from models import DecoderConfig, batch, fp64_decoder
 from oracle import assert_same_step, train_step
-from sparse_compile import Recipe, recipe_of
+from sparse_compile import Recipe, Schedule, recipe_of
+from sparse_compile.training.schedule import DENSE
+from sparse_compile.training.session import session_for
 
 pytestmark = pytest.mark.usefixtures("eager_inductor", "maps_pay")
 
@@ -43,6 +45,7 @@ def test_a_run_that_starts_from_the_recipe_takes_the_same_step(depth: float, tmp
     again = torch.compile(model, backend="sparselora", dynamic=False, options=options)
     assert_same_step(train_step(model, again, inputs), expected, torch.float64)
     assert (found.exit is None) == (depth == 1.0)
+    assert (found.dense_every, found.end_step) == (4, None)
     if found.exit is not None:
         assert (found.exit.site, *found.exit.maps) == ("layers.2.self_attn", "layers.3.self_attn")
 
@@ -54,6 +57,30 @@ def test_the_recipe_keeps_what_the_run_fits_later_out() -> None:
         call(**batch(VOCAB, rows=8, seed=seed))[0].backward()
         torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.05).step()
     assert recipe_of(model) != before
+
+
+def test_a_run_follows_the_schedule_of_its_recipe() -> None:
+    model, _ = trained_with_maps(6, end_step=30)
+    found = recipe_of(model)
+    assert (found.dense_every, found.end_step) == (4, 30)
+    torch.compiler.reset()
+    recipe = found.with_schedule(dense_every=3, end_step=7)
+    assert dense_steps(model, {"recipe": recipe, "start_step": 0, "strict": True}, 8) == [2, 5, 7]
+
+
+def dense_steps(model: nn.Module, options: dict[str, Any], steps: int) -> list[int]:
+    """Take some steps of a run that begins; return the dense ones."""
+    schedule = Schedule()
+    call = torch.compile(model, backend="sparselora", dynamic=False, options={**options, "schedule": schedule})
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer, found = torch.optim.SGD(trained, lr=0.0), []
+    for step in range(steps):
+        call(**batch(VOCAB, rows=8, seed=step))[0].backward()
+        if session_for(trained).phase == DENSE:
+            found.append(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
 
 
 def test_a_recipe_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from oracle import told
 from sparse_compile import Recipe, SparseLoRAConfig
+from sparse_compile.options.presets import AUTO_DENSE_EVERY
 from sparse_compile.options.recipe import DATA_FILE, TENSORS_FILE, AffineMap, SiteRecipe
 
 FILES = (TENSORS_FILE, DATA_FILE)
@@ -337,3 +338,94 @@ class TestOption:
 def test_what_is_no_recipe_is_refused_at_once(wrong: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="site"):
         wrong()
+
+
+SCHEDULES: list[tuple[int | None, float | int | None]] = [
+    (None, None),
+    (2, None),
+    (None, 0),
+    (8, 0.85),
+    (3, 1.0),
+    (16, 400),
+]
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+    def test_it_is_saved_and_read(self, schedule: tuple[Any, Any], tmp_path: Path) -> None:
+        recipe = rich().with_schedule(*schedule)
+        recipe.save(tmp_path)
+        found = Recipe.load(tmp_path)
+        assert_same_recipe(found, rich())
+        assert (found.dense_every, found.end_step) == schedule and type(found.end_step) is type(schedule[1])
+        assert found == recipe and (found == rich()) == (schedule == (None, None))
+        (copy_for_people,) = [json.loads((tmp_path / DATA_FILE).read_text())]
+        said = {"dense_every": schedule[0], "end_step": schedule[1]}
+        assert said.items() & copy_for_people.items() == {each for each in said.items() if each[1] is not None}
+        assert len(said.keys() & copy_for_people.keys()) == sum(each is not None for each in schedule)
+
+    def test_a_file_that_says_nothing_of_it_is_read(self, tmp_path: Path) -> None:
+        """Recipes of before had no such fields, and have the digest that they had."""
+        data = metadata_of(Recipe.of_sparsities({"mlp": 0.5}), tmp_path)
+        assert data == {
+            "format": 1,
+            "origin": {},
+            "sites": {"mlp": {"rank": None, "sparsity": 0.5, "error": None, "weights": ""}},
+        }
+        found = Recipe.load(save_raw(tmp_path / "old", {"recipe": json.dumps(data)}))
+        assert (found.dense_every, found.end_step) == (None, None) and found == Recipe.of_sparsities({"mlp": 0.5})
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"dense_every": 1}, "dense_every must be at least 2, got 1"),
+            ({"dense_every": 2.5}, "dense_every must be an integer, got 2.5"),
+            ({"dense_every": "8"}, "dense_every must be an integer, got '8'"),
+            ({"dense_every": True}, "dense_every must be an integer, got True"),
+            ({"end_step": -1}, "end_step must be at least 0, got -1"),
+            ({"end_step": 1.5}, r"end_step as a float is a fraction in \[0, 1\]"),
+            ({"end_step": "never"}, "end_step must be a number, got 'never'"),
+            ({"end_step": float("nan")}, r"end_step as a float is a fraction in \[0, 1\]"),
+        ],
+        ids=str,
+    )
+    def test_what_is_none_is_refused(self, change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=f"^{reason}"):
+            rich().with_schedule(**change)
+        data = metadata_of(Recipe.of_sparsities({"mlp": 0.5}), tmp_path) | change
+        folder = save_raw(tmp_path / "damaged", {"recipe": json.dumps(data)})
+        with pytest.raises(ValueError, match=f"^{folder / TENSORS_FILE}: {reason}"):
+            Recipe.load(folder)
+
+    def test_a_recipe_without_a_site_keeps_it(self) -> None:
+        recipe = rich().with_schedule(8, 0.5).without("layers.0.mlp")
+        assert (recipe.dense_every, recipe.end_step) == (8, 0.5)
+
+    @pytest.mark.parametrize(
+        ("recipe", "options", "expected"),
+        [
+            ((None, None), {}, (None, None)),
+            ((4, 0.75), {}, (4, 0.75)),
+            ((4, 0.75), {"dense_every": 2}, (2, 0.75)),
+            ((4, 0.75), {"end_step": 0.5}, (4, 0.5)),
+            ((4, 0.75), {"end_step": 0, "start_step": 0}, (4, 0)),
+            ((None, None), {"dense_every": 2, "end_step": 30}, (2, 30)),
+            ((None, None), {"context_exit": 0.5}, (AUTO_DENSE_EVERY, None)),
+            ((4, None), {"context_exit": 0.5}, (4, None)),
+            ((4, 0.75), {"preset": "auto"}, (4, 0.75)),
+            ((None, None), {"preset": "auto"}, (None, None)),
+        ],
+        ids=str,
+    )
+    def test_the_option_comes_first_then_the_recipe_then_the_preset(
+        self, recipe: tuple[Any, Any], options: dict[str, Any], expected: tuple[Any, Any]
+    ) -> None:
+        config = SparseLoRAConfig(recipe=rich().with_schedule(*recipe), **options)
+        assert (config.dense_period, config.dense_from) == expected
+
+    def test_an_end_before_the_start_is_refused(self) -> None:
+        recipe = rich().with_schedule(end_step=10)
+        SparseLoRAConfig(recipe=recipe, start_step=10)
+        SparseLoRAConfig(recipe=recipe, start_step=20, end_step=30)
+        with pytest.raises(ValueError, match="end_step 10 of the recipe lies before start_step 20"):
+            SparseLoRAConfig(recipe=recipe, start_step=20)
