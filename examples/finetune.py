@@ -1,13 +1,15 @@
 """Fine-tune one model with LoRA several times from the same start, dense and sparse, and compare.
 
 Without arguments it needs no download: it makes a small Llama, pre-trains it on short word problems for about a minute,
-and fine-tunes it on longer ones with plain Inductor and with the presets o1 and o2 of the `sparselora` backend.
+and fine-tunes it on longer ones with plain Inductor and with the presets o2 and auto of the `sparselora` backend, three
+times each.
 
     python examples/finetune.py
     python examples/finetune.py --model DIR_OR_HUB_ID --data train.jsonl --eval-data test.jsonl --preset o2 --steps 300
 
 Rows of data have the fields prompt and completion, or question and answer, or chat messages. The output folder gets a
-PEFT adapter for each arm, `results.json`, `losses.csv` and `loss_curves.png`.
+PEFT adapter for each arm, `results.json`, `losses.csv`, a picture `comparison.png`, and for each kind of sparse step a
+page that shows what it computes.
 """
 
 from __future__ import annotations
@@ -31,19 +33,29 @@ from finetuning.measure import (
     paired_step_times,
     step_work,
 )
-from finetuning.report import Result, save, table
+from finetuning.report import Result, pages, save, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_compile.cli.records import Collator, DataError, Example, Record, pad_token_id, read_records, tokenize
 
 TIMING_BATCHES = 4
+FOLLOWED = 32
+"""Held-out examples on which the loss of the dense function is followed while an arm trains."""
+
 RECOMPILE_LIMIT = 64
 """All arms run the same `forward`, for which Dynamo counts compilations; its default of 8 is meant for one arm."""
 
 # A model this small has hardly a channel to spare, so adapters learn to lean on the sparse function and lose much of
 # what they learned where the dense one is evaluated; a dense end of the run mends that.
-DEMO_DEFAULTS = {"steps": 200, "max_length": 96, "lr": 3e-3, "pad_to_multiple_of": 96, "end_step": 0.85}
-OWN_DEFAULTS = {"steps": 300, "max_length": 512, "lr": 1e-3, "pad_to_multiple_of": 32}
+DEMO_DEFAULTS = {
+    "steps": 200,
+    "max_length": 96,
+    "lr": 3e-3,
+    "pad_to_multiple_of": 96,
+    "end_step": 0.85,
+    "seeds": (0, 1, 2),
+}
+OWN_DEFAULTS = {"steps": 300, "max_length": 512, "lr": 1e-3, "pad_to_multiple_of": 32, "seeds": (0,)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": {"train": len(task.train), "held_out": len(task.held_out), "too_long": task.too_long},
     }
     save(results, run, out)
-    print(f"\n{table(results)}\n\nadapters, results.json, losses.csv and loss_curves.png: {out}")
+    print(f"\n{table(results)}\n\nadapters, results.json, losses.csv and comparison.png: {out}")
+    for page in pages(results):
+        print(f"what each sparse step computes, and why: {page}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,16 +121,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     arms = parser.add_argument_group("arms")
     which = arms.add_mutually_exclusive_group()
-    which.add_argument("--presets", type=names, default=("dense", "o1", "o2"), help="default: dense,o1,o2")
+    which.add_argument("--presets", type=names, default=("dense", "o2", "auto"), help="default: dense,o2,auto")
     which.add_argument("--preset", help="one preset against dense")
     arms.add_argument("--start-step", type=step_or_fraction, help="first sparse step: 20 (steps) or 0.1 (of the run)")
     arms.add_argument(
         "--end-step", type=step_or_fraction, help="first dense step after them (default: none; demo: 0.85)"
     )
     arms.add_argument("--ablations", action="store_true", help="add the two wrong choices of tokens (Table 8)")
-    seeds = arms.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="of adapters and data order (default: %(default)s)")
-    seeds.add_argument("--seeds", type=integers, help="several, for the dense arm; the first is everybody's")
+    arms.add_argument(
+        "--seeds", type=integers, help="of adapters and data order; each arm runs with each (default: 0; demo: 0,1,2)"
+    )
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive, help="of each arm (default: 300)")
@@ -151,7 +165,6 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
             setattr(options, name, value)
     if options.preset is not None:
         options.presets = (DENSE, options.preset)
-    options.seeds = options.seeds or (options.seed,)
     return options
 
 
@@ -237,17 +250,19 @@ def compare(task: Task, arms: Sequence[Arm], options: argparse.Namespace, out: P
     trained: list[TrainedArm] = []
     qualities: list[Quality] = []
     for arm in arms:
-        trained.append(train_arm(task.base, arm, plan, task.train, collate, out))
+        trained.append(train_arm(task.base, arm, plan, task.train, task.held_out[:FOLLOWED], collate, out))
         plain = reload_plain(task.base, trained[-1])
         qualities.append(held_out_quality(plain, task.held_out, collate, task.tokenizer))
         print(f"{arm.name}: held-out loss {qualities[-1].loss:.4f}, exact match {qualities[-1].exact_match:.1%}")
     batches = sample_batches(task.train, plan.batch_size, collate)
-    # Other seeds of an arm run the very same code.
-    timed = {t.arm.name: t for t in trained if t.arm.seed == options.seeds[0]}
-    times = paired_step_times(timed, batches, options.timing_rounds)
-    work = measure_work(task.base, trained, plan, batches[0])
+    # Other seeds of a kind run the very same code.
+    timed = {t.arm.kind: t for t in reversed(trained)}
+    times = paired_step_times(
+        {kind: timed[kind] for kind in dict.fromkeys(arm.kind for arm in arms)}, batches, options.timing_rounds
+    )
+    work = measure_work(task.base, list(timed.values()), plan, batches[0], out)
     return [
-        Result(t, quality, times.get(t.arm.name), work.get(t.arm.name))
+        Result(t, quality, times[t.arm.kind], work.get(t.arm.kind))
         for t, quality in zip(trained, qualities, strict=True)
     ]
 
@@ -259,13 +274,17 @@ def sample_batches(examples: Sequence[Example], batch_size: int, collate: Collat
 
 
 def measure_work(
-    base: PreTrainedModel, trained: Sequence[TrainedArm], plan: TrainingPlan, batch: Batch
+    base: PreTrainedModel, trained: Sequence[TrainedArm], plan: TrainingPlan, batch: Batch, out: Path
 ) -> dict[str, StepWork]:
-    """Measure the work of a step of each arm; a dense arm's is what a sparse one started from."""
-    measured = {t.arm.name: step_work(base, plan, t.arm.config, batch) for t in trained if t.arm.config is not None}
+    """Measure the work of a step of each kind of arm; a dense one's is what a sparse one started from."""
+    measured = {
+        t.arm.kind: step_work(base, plan, t.arm.config, batch, out / f"{t.arm.kind}.html")
+        for t in trained
+        if t.arm.config is not None
+    }
     dense = next(iter(measured.values()), None)
     if dense is not None:
-        measured |= {t.arm.name: dense for t in trained if t.arm.config is None}
+        measured |= {t.arm.kind: dense for t in trained if t.arm.config is None}
     return measured
 
 

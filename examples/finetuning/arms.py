@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,27 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from sparse_compile import SparseLoRACallback, SparseLoRAConfig
 from sparse_compile.cli.records import Collator, Example
-from sparse_compile.training.schedule import sparse_window
+from sparse_compile.training.schedule import SPARSE, phase_at
 
 DENSE = "dense"
 ABLATIONS = ("all_sparse", "random_dense")
 """The two wrong choices of tokens in the SparseLoRA paper's Table 8 (values of `SparseLoRAConfig.token_selection`)."""
+
+DENSE_LOSSES = 20
+"""How often in a run the loss of the dense function is computed."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +42,19 @@ class Arm:
     """One way to fine-tune.
 
     Attributes:
-        name: what tables and folders call it.
+        kind: what tables call it; runs that differ by their seed alone are of one kind.
         config: configuration of the `sparselora` backend; None compiles with plain Inductor.
         seed: seed of the adapters' start, of the order of the data and of dropout.
     """
 
-    name: str
+    kind: str
     config: SparseLoRAConfig | None
     seed: int
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return f"{self.kind}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,8 @@ class TrainedArm:
     Attributes:
         arm: what it was.
         model: the trained model, compiled; its frozen weights are those of the base model, not copies.
-        losses: training loss of each step, in nats per answer token.
+        losses: training loss of each step, in nats per answer token; of the sparse function in sparse steps.
+        dense_losses: by step, the loss of the dense function on some held-out examples.
         step_seconds: duration of each step in the `Trainer` loop; the first ones contain the compilation.
         seconds: duration of the whole training.
         adapter: folder of the saved PEFT adapter.
@@ -79,11 +97,12 @@ class TrainedArm:
     arm: Arm
     model: PeftModel
     losses: tuple[float, ...]
+    dense_losses: Mapping[int, float]
     step_seconds: tuple[float, ...]
     seconds: float
     adapter: Path
     trainer: Trainer
-    sparse_steps: range
+    sparse_steps: tuple[int, ...]
 
 
 def list_arms(
@@ -93,11 +112,11 @@ def list_arms(
     end_step: float | int | None,
     ablations: bool,
 ) -> list[Arm]:
-    """List the arms to run; only dense ones repeat for every seed, which tells how large the noise is.
+    """List the arms to run: each kind with each seed.
 
     Args:
         presets: `dense` or presets of `SparseLoRAConfig`, in order.
-        seeds: the first is everybody's, the others are for dense alone.
+        seeds: of adapters and data order; runs of one seed differ by nothing but their kind.
         start_step: as in `SparseLoRAConfig`.
         end_step: as in `SparseLoRAConfig`.
         ablations: add the wrong choices of tokens, on the last sparse preset.
@@ -105,20 +124,18 @@ def list_arms(
     Raises:
         ValueError: an unknown preset, or ablations without any sparse preset.
     """
-    arms = []
-    for preset in dict.fromkeys(presets):
-        if preset == DENSE:
-            arms += [Arm(DENSE if i == 0 else f"{DENSE}-seed{seed}", None, seed) for i, seed in enumerate(seeds)]
-        else:
-            config = SparseLoRAConfig(preset=preset, start_step=start_step, end_step=end_step)
-            arms.append(Arm(preset, config, seeds[0]))
+    kinds: dict[str, SparseLoRAConfig | None] = {
+        preset: None if preset == DENSE else SparseLoRAConfig(preset=preset, start_step=start_step, end_step=end_step)
+        for preset in presets
+    }
     if ablations:
-        sparse = [arm.config for arm in arms if arm.config is not None]
+        sparse = [config for config in kinds.values() if config is not None]
         if not sparse:
             raise ValueError("ablations need a sparse preset beside them")
-        wrong = [dataclasses.replace(sparse[-1], token_selection=selection) for selection in ABLATIONS]
-        arms += [Arm(f"{c.preset}-{c.token_selection.replace('_', '-')}", c, seeds[0]) for c in wrong]
-    return arms
+        for selection in ABLATIONS:
+            config = dataclasses.replace(sparse[-1], token_selection=selection)
+            kinds[f"{config.preset}-{selection.replace('_', '-')}"] = config
+    return [Arm(kind, config, seed) for kind, config in kinds.items() for seed in seeds]
 
 
 def adapted(base: PreTrainedModel, plan: TrainingPlan, seed: int) -> PeftModel:
@@ -138,16 +155,32 @@ def shallow_copy(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def train_arm(
-    base: PreTrainedModel, arm: Arm, plan: TrainingPlan, examples: Sequence[Example], collate: Collator, out: Path
+    base: PreTrainedModel,
+    arm: Arm,
+    plan: TrainingPlan,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    collate: Collator,
+    out: Path,
 ) -> TrainedArm:
-    """Fine-tune one arm with `transformers.Trainer` and save its adapter in `out/<arm>/adapter`."""
+    """Fine-tune one arm with `transformers.Trainer` and save its adapter in `out/<arm>/adapter`.
+
+    Args:
+        base: the model.
+        arm: how.
+        plan: what all arms have in common.
+        examples: to learn.
+        held_out: on which the loss of the dense function is followed.
+        collate: makes a batch.
+        out: folder of all arms.
+    """
     model = adapted(base, plan, arm.seed)
     if arm.config is None:
         model.compile(backend="inductor")
     else:
         model.compile(backend="sparselora", options=arm.config.to_options())
     with tqdm(total=plan.steps, desc=f"{arm.name:<16}", unit="step") as bar:
-        recorder = Recorder(bar)
+        recorder = Recorder(bar, {name: tensor.to(base.device) for name, tensor in collate(held_out).items()})
         trainer = Trainer(
             model=model,
             args=_arguments(plan, arm.seed, out / arm.name),
@@ -166,6 +199,7 @@ def train_arm(
         arm,
         model,
         losses=tuple(recorder.losses),
+        dense_losses=recorder.dense_losses,
         step_seconds=tuple(recorder.step_seconds),
         seconds=seconds,
         adapter=adapter,
@@ -174,13 +208,12 @@ def train_arm(
     )
 
 
-def sparse_steps(config: SparseLoRAConfig | None, steps: int) -> range:
+def sparse_steps(config: SparseLoRAConfig | None, steps: int) -> tuple[int, ...]:
     """Return the steps (from 0) of a run of so many that a configuration makes sparse."""
-    window = None if config is None else sparse_window(steps, config.start_step, config.end_step)
-    if window is None:
-        return range(0)
-    first, last = window
-    return range(first, steps if last is None else min(last, steps))
+    if config is None:
+        return ()
+    schedule = steps, config.start_step, config.dense_from, config.dense_period
+    return tuple(step for step in range(steps) if phase_at(step, *schedule) == SPARSE)
 
 
 def _arguments(plan: TrainingPlan, seed: int, folder: Path) -> TrainingArguments:
@@ -205,10 +238,17 @@ def _arguments(plan: TrainingPlan, seed: int, folder: Path) -> TrainingArguments
 
 @dataclass
 class Recorder(TrainerCallback):
-    """Note the loss and the duration of every step, and show them in a progress bar."""
+    """Note the losses and the duration of every step, and show them in a progress bar.
+
+    Attributes:
+        bar: the progress bar.
+        held_out: a batch on which the loss of the dense function is followed.
+    """
 
     bar: tqdm
+    held_out: Mapping[str, torch.Tensor]
     losses: list[float] = field(default_factory=list)
+    dense_losses: dict[int, float] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
     _start: float = 0.0
 
@@ -216,9 +256,15 @@ class Recorder(TrainerCallback):
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PeftModel, **_: Any
+    ) -> None:
         """Stop the clock. Losses are read at every step, so the device is never far behind."""
         self.step_seconds.append(time.perf_counter() - self._start)
+        if state.global_step == 1:
+            self.bar.unpause()  # the first step compiles, which is no measure of those that are left
+        if state.global_step % max(1, state.max_steps // DENSE_LOSSES) == 0:
+            self.dense_losses[state.global_step] = self._dense_loss(model)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         """Note the loss; the summary at the end of the run has none."""
@@ -226,6 +272,13 @@ class Recorder(TrainerCallback):
             self.losses.append(logs["loss"])
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update()
+
+    @torch.no_grad()
+    def _dense_loss(self, model: PeftModel) -> float:
+        model.eval()
+        loss = model.forward(**self.held_out).loss  # not `model(...)`, which is compiled
+        model.train()
+        return float(loss)
 
 
 def reload_plain(base: PreTrainedModel, trained: TrainedArm) -> PeftModel:

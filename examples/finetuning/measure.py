@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -161,24 +162,28 @@ class StepWork:
         rewritten: of the step as the backend runs it.
         sites: FFN and attention blocks that were found.
         sparse_sites: those of them that are computed sparsely.
+        page: where all else is to be seen, in a browser.
     """
 
     dense: int
     rewritten: int
     sites: int
     sparse_sites: int
+    page: Path
 
 
 def step_work(
-    base: PreTrainedModel, plan: TrainingPlan, config: sparse_compile.SparseLoRAConfig, batch: Batch
+    base: PreTrainedModel, plan: TrainingPlan, config: sparse_compile.SparseLoRAConfig, batch: Batch, page: Path
 ) -> StepWork:
-    """Ask `sparse_compile.explain` for the work of a step, without running one."""
+    """Ask `sparse_compile.explain` for the work of a step, without running one, and write its report as a page."""
     model = adapted(base, plan, seed=0).train()
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     report = sparse_compile.explain(model, config=config, **inputs)
+    report.save(page)
     return StepWork(
         dense=int(report.flops_before),
         rewritten=int(report.flops_after),
         sites=len(report.sites),
-        sparse_sites=sum(site.sparsity > 0 for site in report.sites),
+        sparse_sites=sum(site.sparse for site in report.sites),
+        page=page,
     )

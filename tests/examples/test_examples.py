@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -41,7 +42,8 @@ TINY = (
     "3",
 )
 TINY += ("--hidden", "128", "--eval-examples", "8", "--timing-rounds", "2")
-SPARSE_ARMS = ("o2", "o2-all-sparse", "o2-random-dense")
+SPARSE_KINDS = ("o2", "o2-all-sparse", "o2-random-dense")
+SPARSE_ARMS = tuple(f"{kind}-seed{seed}" for kind in SPARSE_KINDS for seed in (0, 1))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
@@ -116,13 +118,14 @@ def settings_of_transformers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the demo with two dense seeds, o2 and its two ablations; return its output folder."""
+    """Run the demo with two seeds: dense, o2 and its two ablations; return its output folder."""
     folder = tmp_path_factory.mktemp("demo")
     done = run_here(
         "finetune.py", *TINY, "--preset", "o2", "--seeds", "0,1", "--ablations", "--out", "out", folder=folder
     )
     assert done.returncode == 0, done.stderr
-    assert "vs dense" in done.stdout and "dense over 2 seeds" in done.stdout
+    assert "above dense" in done.stdout and "standard deviation of 2 seeds" in done.stdout
+    assert f"what each sparse step computes, and why: {Path('out') / 'o2.html'}" in done.stdout
     return folder / "out"
 
 
@@ -136,39 +139,51 @@ def arms(demo: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_demo_reports_every_arm(demo: Path, arms: Mapping[str, dict[str, Any]]) -> None:
-    assert list(arms) == ["dense", "dense-seed1", *SPARSE_ARMS]
-    for name, arm in arms.items():
+    assert list(arms) == ["dense-seed0", "dense-seed1", *SPARSE_ARMS]
+    for arm in arms.values():
         assert 0 < arm["held_out_loss"] < 10
         assert 0 <= arm["exact_match"] <= 1
-        # Other seeds of an arm run the same code and are not timed again.
-        assert (arm["step_seconds"] is None) == (name == "dense-seed1")
-    assert arms["dense"]["step_seconds"]["speedup"] == 1.0
-    assert (demo / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+        # Other seeds of a kind run the same code, and are not timed again.
+        assert arm["step_seconds"] == arms[f"{arm['kind']}-seed0"]["step_seconds"]
+        assert set(arm["training"]["dense_losses"]) == {"1", "2", "3"}
+    assert arms["dense-seed0"]["step_seconds"]["speedup"] == 1.0
+    assert (demo / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert all("<html" in (demo / f"{kind}.html").read_text().lower() for kind in SPARSE_KINDS)
     with (demo / "losses.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows if row["arm"] == "o2"] == ["1", "2", "3"]
+    assert [row["step"] for row in rows if row["arm"] == "o2-seed0"] == ["1", "2", "3"]
 
 
 @pytest.mark.slow
-def test_demo_arms_start_alike_and_part_where_sparsity_starts(demo: Path) -> None:
+def test_demo_arms_start_alike_and_part_where_sparsity_starts(demo: Path, arms: Mapping[str, dict[str, Any]]) -> None:
     with (demo / "losses.csv").open(newline="") as file:
         losses = {(row["arm"], row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
     for name in SPARSE_ARMS:
-        assert losses[name, "1"] == pytest.approx(losses["dense", "1"], rel=1e-5)
-        assert losses[name, "2"] != pytest.approx(losses["dense", "2"], rel=1e-6)
+        dense = f"dense-seed{arms[name]['seed']}"
+        assert losses[name, "1"] == pytest.approx(losses[dense, "1"], rel=1e-5)
+        assert losses[name, "2"] != pytest.approx(losses[dense, "2"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_dense_loss_of_a_sparse_run_is_that_of_the_dense_function(arms: Mapping[str, dict[str, Any]]) -> None:
+    # The first step is dense in every arm.
+    for name in SPARSE_ARMS:
+        of_dense = arms[f"dense-seed{arms[name]['seed']}"]["training"]["dense_losses"]
+        assert arms[name]["training"]["dense_losses"]["1"] == pytest.approx(of_dense["1"], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_demo_sparse_arms_save_work(arms: Mapping[str, dict[str, Any]]) -> None:
-    assert arms["dense"]["sparse_sites"] == arms["dense"]["sparse_steps"] == 0
+    dense = arms["dense-seed0"]
+    assert dense["sparse_sites"] == dense["sparse_steps"] == 0
     for name in SPARSE_ARMS:
         assert arms[name]["sparse_steps"] == 1
         assert arms[name]["sparse_sites"] > 0
-        assert arms[name]["flops_of_step"] < arms[name]["flops_of_dense_step"] == arms["dense"]["flops_of_step"]
+        assert arms[name]["flops_of_step"] < arms[name]["flops_of_dense_step"] == dense["flops_of_step"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "o2"])
+@pytest.mark.parametrize("name", ["dense-seed0", "o2-seed1"])
 def test_demo_adapter_loads_into_plain_peft(demo: Path, name: str) -> None:
     from safetensors.torch import load_file
 
@@ -259,8 +274,25 @@ def finetuning(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import finetuning.demo_model
     import finetuning.measure
+    import finetuning.report
 
     return finetuning
+
+
+def test_figures_are_summarised_over_seeds_and_compared_by_seed(finetuning: Any) -> None:
+    def result(kind: str, seed: int, loss: float) -> Any:
+        config = None if kind == "dense" else object()
+        arm = SimpleNamespace(kind=kind, seed=seed, config=config)
+        return finetuning.report.Result(
+            SimpleNamespace(arm=arm), SimpleNamespace(loss=loss, exact_match=0.5), None, None
+        )
+
+    losses = {("dense", 0): 1.0, ("dense", 1): 3.0, ("o2", 0): 1.5, ("o2", 1): 4.5}
+    dense, sparse = finetuning.report.by_kind([result(*arm, loss) for arm, loss in losses.items()])
+    assert f"{dense.loss:.2f}" == "2.00 ± 1.41" and dense.above_dense is None
+    assert f"{sparse.above_dense:+.2f}" == "+1.00 ± 0.71" and f"{sparse.exact_match:.0%}" == "50% ± 0%"
+    (alone,) = finetuning.report.by_kind([result("o2", 0, 1.5)])
+    assert f"{alone.loss:.1f}" == "1.5" and alone.above_dense is None
 
 
 @pytest.mark.parametrize(
