@@ -161,7 +161,8 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
         # The sizes that were planned are those of a sparse step.
         fresh = capture_context(gm, graph.example_inputs, graph.config, graph.part)
         return _training(replace(graph, ctx=fresh), trained)
-    report = graph_report(result, ctx, compile_id(gm), count_tokens(result.canonical, graph.example_inputs, ctx))
+    tokens = count_tokens(result.canonical, graph.example_inputs, ctx)
+    report = graph_report(result, ctx, compile_id(gm), tokens, graph.path)
     _tell(graph, session, result, report)
     if dump is not None:
         _write(dump, ctx, report)
@@ -197,3 +198,4 @@ def _write(dump: GraphDump, ctx: PassContext, report: GraphReport) -> None:
         dump.kernel(name, source)
     dump.data("plan", plan_data(ctx.facts.plan, ctx.facts.product_orders))
     dump.data("manifest", report.to_dict())
+    dump.page(report, ctx.env.config)

@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import fx
 
+from sparse_compile.compiler.graph_texts import GraphTexts
+from sparse_compile.compiler.report import GraphReport, report_of
 from sparse_compile.graph.sites import Parameter
-from sparse_compile.graph.text import render_graph
+from sparse_compile.options.config import SparseLoRAConfig
 
 
-class GraphDump:
-    """The folder of one compiled graph: a text for each pass, `kernels/`, `plan.json`, `manifest.json`.
+class GraphDump(GraphTexts):
+    """The folder of one compiled graph: a text for each pass, `kernels/`, `plan.json`, `manifest.json`, `index.html`.
 
     Args:
         root: folder of all dumps, made if need be.
@@ -27,6 +29,7 @@ class GraphDump:
     """
 
     def __init__(self, root: str | os.PathLike[str], compile_id: str) -> None:
+        super().__init__()
         stem = re.sub(r"[^\w.-]", "_", compile_id)
         folder, count = Path(root) / stem, 1
         # A folder of an earlier run is left as it is.
@@ -35,15 +38,16 @@ class GraphDump:
             count += 1
         folder.mkdir(parents=True)
         self.folder = folder
-        self._count = 0
 
     def graph(self, name: str, graph: fx.Graph, parameters: Mapping[str, Parameter]) -> None:
         """Write the graph as it stands after the step `name`."""
-        (self.folder / f"{self._count:02d}_{name}.txt").write_text(render_graph(graph, parameters), encoding="utf-8")
-        self._count += 1
+        number = len(self.steps)
+        super().graph(name, graph, parameters)
+        (self.folder / f"{number:02d}_{name}.txt").write_text(self.steps[name], encoding="utf-8")
 
     def kernel(self, name: str, source: str) -> None:
         """Write the source of a generated kernel as `kernels/<name>`."""
+        super().kernel(name, source)
         folder = self.folder / "kernels"
         folder.mkdir(exist_ok=True)
         (folder / re.sub(r"[^\w.-]", "_", name)).write_text(source, encoding="utf-8")
@@ -52,6 +56,10 @@ class GraphDump:
         """Write `<name>.json`."""
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (self.folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+    def page(self, report: GraphReport, config: SparseLoRAConfig) -> None:
+        """Write `index.html`, to look through the report of this graph with its texts and kernels."""
+        report_of([report], [self], config, "the compiled model").save(self.folder / "index.html")
 
 
 def dump_root(dump_dir: str | None) -> str | None:

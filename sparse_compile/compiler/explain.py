@@ -10,9 +10,10 @@ from torch import fx, nn
 
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.compiler.capture import capture_context, count_tokens, trained_parameters
+from sparse_compile.compiler.graph_texts import GraphTexts
 from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.peft_support import make_dora_traceable
-from sparse_compile.compiler.report import GraphReport, Report, graph_report
+from sparse_compile.compiler.report import GraphReport, Report, graph_report, report_of
 from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.graph.read import hinted_shape, tensor_value, value_of
 from sparse_compile.options.config import SparseLoRAConfig
@@ -21,6 +22,9 @@ from sparse_compile.torch_private.fake import size_hint
 from sparse_compile.torch_private.modules import backend_name, backend_options, uncompiled
 from sparse_compile.training.session import known_config
 from sparse_compile.training.sharded import any_in_parts
+
+_UNTRAINED = "no parameter that is trained takes part in it. Add an adapter, for example with peft.get_peft_model"
+_IN_PARTS = "its parameters are DTensors, of which each rank holds a part (tensor parallel)"
 
 
 def explain(
@@ -49,13 +53,19 @@ def explain(
     """
     options, origin = _options_of(model, config)
     graphs: list[GraphReport] = []
+    texts: list[GraphTexts] = []
+    untrained: list[str] = []
     make_dora_traceable()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        ctx = capture_context(gm, example_inputs, options, part_of(gm))
+        part = part_of(gm)
+        ctx = capture_context(gm, example_inputs, options, part)
+        in_parts = any_in_parts(example_inputs)
         trains = torch.is_grad_enabled() and bool(trained_parameters(gm, example_inputs, ctx))
-        trains = trains and not any_in_parts(example_inputs)
-        result = run_pipeline(gm, ctx) if trains else None
+        if in_parts or not trains:
+            untrained.append(_IN_PARTS if in_parts else _UNTRAINED)
+        text = GraphTexts()
+        result = run_pipeline(gm, ctx, text) if trains and not in_parts else None
         seen = False
 
         def stand_in(*inputs: Any) -> list[Any]:
@@ -63,14 +73,18 @@ def explain(
             if result is not None and not seen:
                 seen = True
                 tokens = count_tokens(result.canonical, inputs, ctx)
-                graphs.append(graph_report(result, ctx, compile_id(gm), tokens))
+                path = "" if part is None else part.path
+                graphs.append(graph_report(result, ctx, compile_id(gm), tokens, path))
+                for name, source in ctx.results.kernel_sources.items():
+                    text.kernel(name, source)
+                texts.append(text)
             return [_zeros(node) for node in _outputs(gm)]
 
         return stand_in
 
     with uncompiled(model), torch.enable_grad(), without_recompile_limit():
         torch.compile(model, backend=backend)(*args, **kwargs)
-    return Report(tuple(graphs), _chosen(options), origin)
+    return report_of(graphs, texts, options, origin, *untrained[:1])
 
 
 def _options_of(
@@ -98,12 +112,6 @@ def _compiled_with(model: nn.Module | Callable[..., Any]) -> SparseLoRAConfig | 
     """Return the options of what was compiled with this backend; None for anything else."""
     given = backend_options(model) if backend_name(model) == "sparselora" else None
     return None if given is None else SparseLoRAConfig.from_options(given)
-
-
-def _chosen(options: SparseLoRAConfig) -> Mapping[str, Any]:
-    """Return the options as the user would write them, the preset too where it decides."""
-    written = options.to_options()
-    return written if options.site_option else {"preset": options.preset, **written}
 
 
 def _outputs(gm: fx.GraphModule) -> Sequence[Any]:

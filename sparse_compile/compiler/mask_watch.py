@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import fx
 
-from sparse_compile.compiler.report import summary_of
+from sparse_compile.compiler.report_words import summary_of
 from sparse_compile.compiler.weight_watch import StoredWeight
 from sparse_compile.kernels.masked_linear.pattern import zero_fraction
 from sparse_compile.passes.context import PassContext

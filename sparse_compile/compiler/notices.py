@@ -11,7 +11,8 @@ from torch import fx, nn
 from sparse_compile.compiler.capture import is_whole_step
 from sparse_compile.compiler.peft_support import are_disabled
 from sparse_compile.compiler.pipeline import PASSES
-from sparse_compile.compiler.report import GraphReport, counted_adapters, summary_of
+from sparse_compile.compiler.report import GraphReport
+from sparse_compile.compiler.report_words import ALL_TRAINED, counted_adapters, summary_of
 from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.options.presets import match_site
@@ -79,7 +80,8 @@ def _tell_declined(session: Session, report: GraphReport) -> None:
     lines = [f"  {name}: {reason}" for name, reason in sites.items() if session.once(("declined", name))]
     if lines:
         if not report.roles:
-            lines += summary_of(tuple(each for each in report.rejections if each.rule == "trace_roles"), most=2)
+            roles = (each for each in report.rejections if each.rule == "trace_roles")
+            lines += summary_of(roles, most=2, places=report.places)
         warnings.warn("\n".join(["sparselora: sites that were asked for stay dense:", *lines]), stacklevel=2)
 
 
@@ -111,7 +113,10 @@ def _tell_if_nothing_matched(session: Session, config: SparseLoRAConfig) -> None
     # What an exact pass leaves alone is no reason for a site to stay dense.
     optimising = {each.name for each in PASSES if each.optimises}
     declined = (rejection for graph in graphs for rejection in graph.rejections)
-    reasons = summary_of(tuple(rejection for rejection in declined if rejection.rule not in optimising), most=6)
+    places = {node: place for graph in graphs for node, place in graph.places.items()}
+    reasons = summary_of((each for each in declined if each.rule not in optimising), most=6, places=places)
+    if graphs and all(graph.all_trained for graph in graphs):
+        reasons = [f"  {ALL_TRAINED}"]
     skipped = {
         each.record.name: each.record.skipped for graph in graphs for each in graph.passes if each.record.skipped
     }

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from sparse_compile.compiler.capture import TokenCounts
+from sparse_compile.compiler.graph_texts import GraphTexts
+from sparse_compile.compiler.page.render import page_of
 from sparse_compile.compiler.pipeline import PASSES
+from sparse_compile.compiler.report_reasons import places_of, why_not_asked
+from sparse_compile.compiler.report_text import graph_text, report_text
+from sparse_compile.compiler.report_words import summary
 from sparse_compile.compiler.runner import PassRecord, PipelineResult
 from sparse_compile.compiler.unmatched import unmatched_of
 from sparse_compile.graph.cost import LOSS, OUTPUT, saved_flops
 from sparse_compile.graph.facts import MaskedLayer, ProductOrder, Rejection, SitePlan, SparsityPlan
+from sparse_compile.options.config import SparseLoRAConfig
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.exact.select_loss_rows import ON_LOSS_ROWS
 
@@ -40,6 +43,7 @@ class SiteReport:
         reason: why it stays dense although it was asked for, or a note.
         adapters: number of LoRA branches at the site.
         left: whether context tokens have left the residual stream before it.
+        why_dense: why it is dense, asked for or not; empty where it is sparse.
     """
 
     name: str
@@ -51,6 +55,7 @@ class SiteReport:
     reason: str
     adapters: int
     left: bool = False
+    why_dense: str = ""
 
     @property
     def sparse(self) -> bool:
@@ -82,6 +87,8 @@ class GraphReport:
         masks: the pruned layers with an adapter, where their zeros are to be kept.
         orders: the order of the products of each layer that could have another.
         rejections: every place where a pass looked and did not apply.
+        places: where in the model the nodes stand that rejections name; nodes without a place there are left out.
+        all_trained: whether every parameter is trained, so that no layer is frozen.
         flops_before, flops_after: FLOPs of the matrix products of a training step, as captured and as it will run.
         weight_flops_before, weight_flops_after: those of the products with frozen weights alone.
     """
@@ -97,6 +104,8 @@ class GraphReport:
     masks: tuple[MaskedLayer, ...]
     orders: tuple[ProductOrder, ...]
     rejections: tuple[Rejection, ...]
+    places: Mapping[str, str]
+    all_trained: bool
     flops_before: float
     flops_after: float
     weight_flops_before: float
@@ -106,8 +115,13 @@ class GraphReport:
         """Return the report as plain data for JSON."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        return graph_text(self)
 
-def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, tokens: TokenCounts) -> GraphReport:
+
+def graph_report(
+    result: PipelineResult, ctx: PassContext, compile_id: str, tokens: TokenCounts, path: str = ""
+) -> GraphReport:
     """Summarise a run of the pipeline.
 
     Args:
@@ -115,6 +129,7 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
         ctx: its facts.
         compile_id: Dynamo's name of the compilation.
         tokens: numbers of tokens to give FLOPs for.
+        path: where in its model the captured part stands; empty for a whole model.
     """
     counts = {OUTPUT: tokens.output, LOSS: tokens.loss}
     before, of_weights_before = result.flops_before.at(counts)
@@ -122,6 +137,9 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
     totals = [before, *(flops.at(counts)[0] for flops in result.flops)]
     passes = [PassReport(record, *pair) for record, pair in zip(result.records, pairwise(totals), strict=True)]
     adapters = [branch for projection in ctx.facts.projections.values() for branch in projection.adapters]
+    rejections = (*result.rejections, *unmatched_of(result, ctx))
+    graphs = [graph for graph in (result.sparse, result.exact, result.canonical) if graph is not None]
+    trained = [parameter.trained for parameter in ctx.env.parameters.values()]
     return GraphReport(
         compile_id=compile_id,
         roles=ctx.facts.roles.origin if ctx.facts.roles else None,
@@ -133,7 +151,9 @@ def graph_report(result: PipelineResult, ctx: PassContext, compile_id: str, toke
         passes=tuple(passes),
         masks=ctx.facts.masked_layers,
         orders=ctx.facts.product_orders,
-        rejections=(*result.rejections, *unmatched_of(result, ctx)),
+        rejections=rejections,
+        places=places_of(rejections, graphs, ctx, path),
+        all_trained=bool(trained) and all(trained),
         flops_before=before,
         flops_after=after,
         weight_flops_before=of_weights_before,
@@ -146,6 +166,8 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
     for plan in ctx.facts.plan.sites:
         kind = "exit" if plan.left else plan.site.kind
         left_out = plan.split and kind not in result.made_sparse
+        reason = f"{_rewrites(kind)} did not run" if left_out else plan.reason
+        dense = left_out or not plan.split
         sites.append(
             SiteReport(
                 name=plan.site.name,
@@ -154,9 +176,10 @@ def _sites(result: PipelineResult, ctx: PassContext) -> tuple[SiteReport, ...]:
                 kept=plan.total if left_out else plan.kept,
                 total=plan.total,
                 provider=_provider(plan, ctx),
-                reason=f"{_rewrites(kind)} did not run" if left_out else plan.reason,
+                reason=reason,
                 adapters=sum(len(projection.adapters) for projection in plan.site.projections),
                 left=plan.left and not left_out,
+                why_dense=(reason or why_not_asked(plan, ctx)) if dense else "",
             )
         )
     return tuple(sites)
@@ -195,11 +218,18 @@ class Report:
         graphs: one report per graph.
         options: the options that it is for, those that differ from the defaults, and the preset.
         options_from: where they come from: `"config"` (the argument), `"the compiled model"`, `"the defaults"`, ...
+        texts: of each graph, its text after each pass.
+        expected_seconds: what the calibration of a recipe says of a step: of a dense one as it was measured, and of a
+            sparse one as it is expected; None where nothing was measured.
+        untrained: why there is no graph, where there is none.
     """
 
     graphs: tuple[GraphReport, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     options_from: str = "the defaults"
+    texts: tuple[GraphTexts, ...] = field(default=(), repr=False, compare=False)
+    expected_seconds: tuple[float, float] | None = None
+    untrained: str = "no graph was captured"
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -225,6 +255,7 @@ class Report:
         """Return the report as plain data for JSON."""
         # A schedule, or a value for Inductor, need not be plain data.
         return {
+            "summary": summary(self),
             "options": json.loads(json.dumps(self.options, default=repr)),
             "options_from": self.options_from,
             "flops_before": self.flops_before,
@@ -233,87 +264,50 @@ class Report:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report: `.json` as data, `.txt` as the table.
+        """Write the report: `.html` as one page to look through, `.json` as data, `.txt` as text.
 
         Raises:
             ValueError: for another suffix.
         """
         target = Path(path)
-        if target.suffix == ".json":
-            target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if target.suffix == ".html":
+            text = page_of(self)
+        elif target.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
         elif target.suffix == ".txt":
-            target.write_text(str(self) + "\n", encoding="utf-8")
+            text = f"{self}\n"
         else:
-            raise ValueError(f"a report is saved as .json or .txt, not as {target.suffix or 'a file without suffix'!r}")
+            suffix = repr(target.suffix) if target.suffix else "a file without suffix"
+            raise ValueError(f"a report is saved as .html, .json or .txt, not as {suffix}")
+        target.write_text(text, encoding="utf-8")
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        graphs = [_graph_text(graph) for graph in self.graphs] or ["no graph was captured"]
-        return "\n\n".join([f"options, from {self.options_from}: {chosen}", *graphs])
+        return report_text(self)
 
 
-def _graph_text(graph: GraphReport) -> str:
-    counts = (
-        f"{graph.tokens.context} context, {graph.tokens.output} output tokens, {graph.tokens.loss} rows of the loss"
-    )
-    adapters = counted_adapters(graph.adapters, graph.frozen_adapters)
-    lines = [
-        f"graph {graph.compile_id}: roles from {graph.roles or 'nowhere'}, {counts}",
-        f"{graph.projections} frozen linear layers with {adapters}",
-        "",
-        table(
-            ("site", "kind", "sparsity", "kept", "adapters", "provider", "note"),
-            [
-                (s.name, s.kind, f"{s.sparsity:g}", f"{s.kept}/{s.total}", str(s.adapters), s.provider, s.reason)
-                for s in graph.sites
-            ],
-        ),
-        "",
-        table(
-            ("pass", "changed", "nodes", "ms", "GFLOPs a step"),
-            [
-                (
-                    each.record.name,
-                    each.record.skipped or ("yes" if each.record.changed else "no"),
-                    f"{each.record.nodes_before} -> {each.record.nodes_after}",
-                    f"{each.record.milliseconds:.0f}",
-                    f"{each.flops_before / 1e9:.3f} -> {each.flops_after / 1e9:.3f}",
-                )
-                for each in graph.passes
-            ],
-        ),
-    ]
-    if graph.masks:
-        layers: list[tuple[str, ...]] = [
-            (m.projection, f"{m.sparsity:.1%}", m.pattern, m.reason or "kept") for m in graph.masks
-        ]
-        lines += ["", table(("pruned layer", "zeros", "pattern", "mask"), layers)]
-    if graph.orders:
-        groups = Counter((order.order, order.break_even) for order in graph.orders)
-        rows: list[tuple[str, ...]] = [(order, str(count), condition) for (order, condition), count in groups.items()]
-        lines += ["", table(("products", "layers", "merging pays for"), rows)]
-    if graph.rejections:
-        lines += ["", "declined:", *summary_of(graph.rejections)]
-    return "\n".join(lines)
+def report_of(
+    graphs: Iterable[GraphReport],
+    texts: Iterable[GraphTexts],
+    config: SparseLoRAConfig,
+    options_from: str,
+    untrained: str = "no graph was captured",
+) -> Report:
+    """Put the reports of graphs together.
+
+    Args:
+        graphs: of one training step.
+        texts: of each graph, its text after each pass.
+        config: the options that it is for.
+        options_from: where they come from.
+        untrained: why there is no graph, where there is none.
+    """
+    written = config.to_options()
+    options = written if config.site_option else {"preset": config.preset, **written}
+    return Report(tuple(graphs), options, options_from, tuple(texts), _expected_seconds(config), untrained)
 
 
-def counted_adapters(adapters: int, frozen: int) -> str:
-    """Return a number of adapters in words, with how many of them are not trained."""
-    return f"{adapters} adapters" + (f", {frozen} of them frozen" if frozen else "")
-
-
-def summary_of(rejections: tuple[Rejection, ...], most: int = 12) -> list[str]:
-    """Return a line for each reason, with how often it was met and the first place."""
-    counts = Counter((rejection.rule, rejection.reason) for rejection in rejections)
-    first: Mapping[tuple[str, str], str] = {(r.rule, r.reason): r.node for r in reversed(rejections)}
-    lines = [
-        f"  {rule}: {reason} ({first[rule, reason]}" + (f" and {count - 1} more)" if count > 1 else ")")
-        for (rule, reason), count in counts.most_common(most)
-    ]
-    left = len(counts) - most
-    return lines if left <= 0 else [*lines, f"  and {left} more reasons"]
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return aligned columns of text."""
-    return tabulate(rows, header, tablefmt="plain", disable_numparse=True)
+def _expected_seconds(config: SparseLoRAConfig) -> tuple[float, float] | None:
+    """Return the seconds of a dense step and of a sparse one, as the calibration of a recipe has them; else None."""
+    origin = {} if config.recipe is None else config.recipe.origin
+    dense, sparse = origin.get("step_seconds"), origin.get("expected_step_seconds")
+    return (dense, sparse) if isinstance(dense, float) and isinstance(sparse, float) else None

@@ -25,7 +25,7 @@ from sparse_compile.passes.protocol import InvalidOptionError, Numerics, Pass, P
 from sparse_compile.training.progress import stage
 
 if TYPE_CHECKING:
-    from sparse_compile.compiler.dump import GraphDump
+    from sparse_compile.compiler.graph_texts import GraphTexts
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PipelineResult:
 
 
 def run_pipeline(
-    captured: fx.GraphModule, ctx: PassContext, dump: GraphDump | None = None, order: Sequence[Pass] = PASSES
+    captured: fx.GraphModule, ctx: PassContext, dump: GraphTexts | None = None, order: Sequence[Pass] = PASSES
 ) -> PipelineResult:
     """Run passes over a captured graph.
 
@@ -100,7 +100,7 @@ def run_pipeline(
     Args:
         captured: the graph; it is not changed.
         ctx: the context, whose facts are filled in.
-        dump: where to write the graph after each pass.
+        dump: what keeps the text of the graph after each pass, or writes it.
         order: the passes.
 
     Raises:
@@ -117,7 +117,7 @@ def run_pipeline(
 
 
 class _Runner:
-    def __init__(self, captured: fx.GraphModule, ctx: PassContext, dump: GraphDump | None) -> None:
+    def __init__(self, captured: fx.GraphModule, ctx: PassContext, dump: GraphTexts | None) -> None:
         self.captured = captured
         self.ctx = ctx
         self.dump = dump

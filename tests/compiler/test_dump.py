@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ options = {"layer_sparsity": {"1.mlp": 0.5, "1.self_attn": 0.5}}
 torch.compile(fp64_decoder(layers=3), backend="sparselora", options=options)(**batch(61))
 """
 TIMES = {"milliseconds"}
+TIMES_IN_PAGES = re.compile(r"took [\d.]+ s|<td>\d+<td>")
 
 
 def dumped(folder: Path, cache: Path) -> Path:
@@ -59,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_file_for_each_pass(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     graphs = [f"{i:02d}_{name}.txt" for i, name in enumerate(("captured", *PASS_NAMES))]
-    assert names == sorted([*graphs, "manifest.json", "plan.json"])
+    assert names == sorted([*graphs, "index.html", "manifest.json", "plan.json"])
     assert folder.name == "0_0"
 
 
@@ -71,6 +73,9 @@ def test_equal_from_run_to_run(folder: Path, tmp_path: Path) -> None:
         if path.name == "manifest.json":
             manifests = [json.loads((each / path.name).read_text()) for each in (folder, other)]
             assert without_times(manifests[0]) == without_times(manifests[1])
+        elif path.name == "index.html":
+            pages = [TIMES_IN_PAGES.sub("", (each / path.name).read_text()) for each in (folder, other)]
+            assert pages[0] == pages[1]
         else:
             assert path.read_bytes() == (other / path.name).read_bytes(), path.name
 

@@ -148,7 +148,10 @@ def test_explain_answers_however_often_it_is_asked() -> None:
 def test_explain_without_a_trained_parameter_is_empty() -> None:
     model = fp64_decoder().requires_grad_(False)
     report = explain(model, **batch(61))
-    assert report.graphs == () and str(report).endswith("no graph was captured")
+    assert report.graphs == ()
+    assert str(report).startswith(
+        "Nothing was captured to train: no parameter that is trained takes part in it. Add an"
+    )
 
 
 def test_explain_turns_gradients_on() -> None:
@@ -176,7 +179,7 @@ def test_a_compiled_model_is_explained_with_its_own_options(in_place: bool) -> N
     report = explain(compiled, **batch(61))
     assert list(sparse_sites(report).values()) == [0.5]
     assert report.options == HALF and report.options_from == "the compiled model"
-    assert str(report).startswith("options, from the compiled model: layer_sparsity={'1.mlp': 0.5}\n")
+    assert "\noptions, from the compiled model: layer_sparsity={'1.mlp': 0.5}\n" in str(report)
     assert report.to_dict()["options"] == HALF
 
 
@@ -253,15 +256,63 @@ def test_several_graphs() -> None:
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def test_text() -> None:
-    text = str(report_of(layer_sparsity=SITES))
-    lines = text.splitlines()
-    assert lines[0].startswith("options, from config: layer_sparsity=")
-    assert "roles from cross_entropy" in lines[2]
-    row = next(line for line in lines if line.startswith("layers.1.mlp"))
-    assert row.split()[:4] == ["layers.1.mlp", "ffn", "0.75", "12/48"]
-    for name in PASS_NAMES:
-        assert any(line.startswith(name) for line in lines)
+def test_dense_sites_have_a_reason() -> None:
+    named = report_of(layer_sparsity={"1.mlp": 0.5, "2.mlp": 0.0, "1.self_attn": 0.01})
+    assert {site.name: site.why_dense for site in named.sites} == {
+        "layers.0.self_attn": "layer_sparsity does not name it",
+        "layers.0.mlp": "layer_sparsity does not name it",
+        "layers.1.self_attn": "a sparsity of 0.01 is less than one of its 16 channels",
+        "layers.1.mlp": "",
+        "layers.2.self_attn": "layer_sparsity does not name it",
+        "layers.2.mlp": "layer_sparsity keeps it dense",
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "reasons"),
+    [
+        ("exact", ["preset 'exact' keeps every site dense"] * 4),
+        (
+            "o2",
+            [
+                "first block, always dense",
+                "preset 'o2' has attention sparsity in blocks 2 to 2 of 4",
+                "saves ",
+                "last block, always dense",
+            ],
+        ),
+        (
+            "auto",
+            [
+                "first block, always dense",
+                "preset 'auto' leaves attention dense in the blocks that context runs through",
+                "",
+                "",
+            ],
+        ),
+    ],
+)
+def test_dense_sites_of_a_preset_have_a_reason(preset: str, reasons: list[str]) -> None:
+    report = explain(fp64_decoder(layers=4), **batch(61), config={"preset": preset})
+    found = [site.why_dense for site in report.sites if site.kind == "attention"]
+    assert len(found) == len(reasons)
+    for reason, expected in zip(found, reasons, strict=True):
+        assert reason.startswith(expected) and bool(reason) == bool(expected)
+
+
+def test_a_model_of_which_every_weight_trains_is_told_what_is_missing() -> None:
+    report = explain(tiny_llama(layers=1), **batch(97))
+    assert all(graph.all_trained for graph in report.graphs) and report.sites == ()
+    needed = "all weights are trained: this needs frozen layers with adapters (LoRA)"
+    assert str(report).startswith(f"No site can be sparse, because {needed}.\n")
+
+
+def test_rejections_have_a_place_in_the_model() -> None:
+    (graph,) = report_of(layer_sparsity=SITES).graphs
+    (stopped,) = (each for each in graph.rejections if each.rule == "select_loss_rows")
+    assert graph.places[stopped.node] == "layers.2.self_attn", "a node has the module that it was captured in"
+    text = str(graph)
+    assert f"select_loss_rows: {stopped.reason} (layers.2.self_attn)" in text and stopped.node not in text
 
 
 def test_save(tmp_path: Path) -> None:
@@ -272,8 +323,10 @@ def test_save(tmp_path: Path) -> None:
     assert data["graphs"][0]["sites"][3]["name"] == "layers.1.mlp"
     assert data["flops_before"] == report.flops_before > data["flops_after"]
     assert (tmp_path / "report.txt").read_text() == str(report) + "\n"
+    report.save(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
     for bad in ("report.pdf", "report"):
-        with pytest.raises(ValueError, match=r"\.json"):
+        with pytest.raises(ValueError, match=r"\.html, \.json or \.txt"):
             report.save(tmp_path / bad)
 
 

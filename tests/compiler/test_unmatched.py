@@ -153,4 +153,4 @@ def test_the_report_names_each_form_once() -> None:
     model = Head(*(Block(FORMS["a recurrence"][0]) for _ in range(5)), Block(FORMS["a feed-forward block"][0]))
     text = str(explain(model, *tokens()))
     (line,) = (line for line in text.splitlines() if "its output is read by a recurrence" in line)
-    assert line.endswith("(body.0.v and 4 more)")
+    assert line.endswith("(body.0-4.v)")

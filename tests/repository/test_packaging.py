@@ -60,7 +60,10 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path, repo_root: Path) ->
         f"{packaged}/{file.relative_to(repo_root / folder).as_posix()}"
         for folder, packaged in PACKAGE_FOLDERS.items()
         for file in (repo_root / folder).rglob("*")
-        if file.suffix == ".py" or file.name == "py.typed" or (file.suffix == ".json" and file.parent.name == "configs")
+        if file.suffix == ".py"
+        or file.name == "py.typed"
+        or (file.suffix == ".json" and file.parent.name == "configs")
+        or file.parent.name == "templates"
     }
     expected.add(f"sparse_compile/{TUNED}")
     with zipfile.ZipFile(wheel) as archive:
