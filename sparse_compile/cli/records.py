@@ -168,7 +168,7 @@ def tokenize(
     """
     examples, too_long = [], 0
     for record in records:
-        example = _prompt_example(record, tokenizer) if record.messages is None else _chat_example(record, tokenizer)
+        example = example_of(record, tokenizer)
         if len(example.input_ids) <= max_length:
             examples.append(example)
         else:
@@ -176,6 +176,15 @@ def tokenize(
     if not examples:
         raise DataError(f"none of {too_long} rows fits into {max_length} tokens (--max-length)")
     return examples, too_long
+
+
+def example_of(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Tokenise one record, however long.
+
+    Raises:
+        DataError: the chat template cannot be used (see `_chat_example`).
+    """
+    return _prompt_example(record, tokenizer) if record.messages is None else _chat_example(record, tokenizer)
 
 
 def _prompt_example(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -191,6 +191,17 @@ def is_control_flow_exception(error: Exception) -> bool:
     return isinstance(error, exc.RestartAnalysis | exc.SkipFrame)
 
 
+def registered_backend(name: str) -> object:
+    """Return what Dynamo finds by the name of a backend; None where it finds nothing."""
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        return lookup_backend(name)
+    except InvalidBackend:
+        return None
+
+
 def compiled_graphs() -> int:
     """Return how many graphs Dynamo has handed to a backend in this process."""
     from torch._dynamo.utils import counters

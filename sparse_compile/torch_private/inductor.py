@@ -38,6 +38,24 @@ def compile_with_inductor(
     return compiled
 
 
+def cpp_compiler() -> str | None:
+    """Return the C++ compiler that Inductor uses, None where it finds none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
+
+
+def cache_folders() -> Mapping[str, str]:
+    """Return the folders of Inductor's cache and of Triton's, by name."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
+
+    return {"Inductor": cache_dir(), "Triton": triton_cache_dir(0)}
+
+
 def forget_compiled() -> None:
     """Have Inductor forget what it holds in memory of its caches, so that it looks at their folders again."""
     from torch._inductor.utils import clear_caches
