@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -32,8 +34,39 @@ def graph_changes(steps: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _changes(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    codes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-    return [(start, end, first, last) for tag, start, end, first, last in codes if tag != "equal"]
+    """Return the changes between two texts, found apart between lines that both have once: difflib alone is slow."""
+    found = []
+    start = first = 0
+    for end, last in [*_anchors(before, after), (len(before), len(after))]:
+        if start < end or first < last:
+            codes = SequenceMatcher(None, before[start:end], after[first:last], autojunk=False).get_opcodes()
+            found += [(start + a, start + b, first + c, first + d) for tag, a, b, c, d in codes if tag != "equal"]
+        start, first = end + 1, last + 1
+    return found
+
+
+def _anchors(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where lines stand that both texts have once: as many of them as are in the same order in both."""
+    places = _places_of_single(after)
+    pairs = [(place, places[line]) for line, place in _places_of_single(before).items() if line in places]
+    ends: list[int] = []  # of the best chain of each length, the place of its last line in the second text
+    chains: list[int] = []  # of each pair, how many lines the longest chain has that ends with it
+    for _, place in pairs:
+        length = bisect_left(ends, place)
+        ends[length : length + 1] = [place]
+        chains.append(length + 1)
+    wanted, chosen = len(ends), []
+    for pair, length in zip(reversed(pairs), reversed(chains), strict=True):
+        if length == wanted and (not chosen or pair[1] < chosen[-1][1]):
+            chosen.append(pair)
+            wanted -= 1
+    return chosen[::-1]
+
+
+def _places_of_single(lines: Sequence[int]) -> dict[int, int]:
+    """Return the places of lines that stand once, in their order."""
+    counts = Counter(lines)
+    return {line: place for place, line in enumerate(lines) if counts[line] == 1}
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
