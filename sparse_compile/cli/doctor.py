@@ -24,7 +24,7 @@ def run_doctor(output: Output) -> bool:
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     found = list(checks(device))
-    output.note("a tiny model is trained in every way that this machine has; compiling it takes most of a minute")
+    output.note("a tiny model is trained in every way that this machine has; compiling it takes about half a minute")
     trials = self_test(device)
     faults = [f"{each.name}: {one_line(each.fault)}" for each in (*found, *trials) if each.fault]
     output.result(

@@ -62,9 +62,7 @@ class _Adapted(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(outputs, _RANK))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight) + nn.functional.linear(
-            nn.functional.linear(x, self.lora_a), self.lora_b
-        )
+        return nn.functional.linear(x, self.weight) + x @ self.lora_a.T @ self.lora_b.T
 
 
 class _Block(nn.Module):
