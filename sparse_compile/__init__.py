@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_compile.bank.adapter_bank import AdapterBank
 from sparse_compile.calibration.calibrate import calibrate
 from sparse_compile.calibration.run import recipe_of
 from sparse_compile.compiler.compile import compile  # noqa: A004  (the name that torch has for it)
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sparse_compile.ecosystem.callback import SparseLoRACallback
 
 __all__ = [
+    "AdapterBank",
     "Recipe",
     "Schedule",
     "SparseLoRACallback",

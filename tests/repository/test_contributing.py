@@ -23,7 +23,7 @@ from sparse_compile.passes.sites.find_projections import FindProjections
 
 NAME = "drop_unit_scales"
 LINES = 202
-COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+COUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 def block(repo_root: Path, language: str, has: str) -> str:
