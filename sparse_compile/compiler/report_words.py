@@ -54,6 +54,7 @@ _MERGED = {
 }
 """The orders of `kernels/merged_linear`, by what becomes of the adapter's factors."""
 
+_ANALYSES = {each.name for each in PASSES if each.analysis}
 _UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
 
 
@@ -256,7 +257,8 @@ def pass_words(name: str) -> str:
 
 def result_of(each: PassReport) -> str:
     """Return whether a pass changed the graph, or why it did not run."""
-    return each.record.skipped or ("changed" if each.record.changed else "nothing to change")
+    unchanged = "only looks" if each.record.name in _ANALYSES else "nothing to change"
+    return each.record.skipped or ("changed" if each.record.changed else unchanged)
 
 
 @dataclass(frozen=True)
