@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 import tempfile
@@ -31,18 +32,17 @@ from adapter_bank_tasks import Task, read_tasks
 from peft import LoraConfig, PeftModel, get_peft_model
 from predictor_text import load_encoder, pad
 from rows import append_rows, environment
-from safetensors.torch import load_file
 from surrogate_models import descend, load, target_modules
 from torch import Tensor, nn
 
 from sparse_compile.bank.adapter import open_adapter
-from sparse_compile.bank.adapter_bank import AdapterBank
+from sparse_compile.bank.adapter_bank import AdapterBank, Neighbours
+from sparse_compile.bank.compose import Composition
 from sparse_compile.bank.distances import DISTANCES
 from sparse_compile.bank.index import ADAPTERS
 from sparse_compile.bank.weighting import WEIGHTINGS
 from sparse_compile.calibration.losses import held_out_loss
 
-EVALUATION_BATCH = 12
 MARKS = (0, 2, 5, 10, 20)
 """Steps before which a curve notes the held-out loss; it also does at the end."""
 
@@ -55,7 +55,8 @@ class Settings:
         model: name of the folder.
         steps: optimizer steps of an adapter.
         batch_size: sequences of a step; an adapter sees each of its records once.
-        held_out: records that a task is judged by, at least.
+        held_out: records of a task that are kept from learning, at least.
+        judged: so many of them, the first, are what it is judged by.
         longest: tokens of a record; longer ones are left out.
         rank: of the adapters, on all linear layers; their scale is 2.
         lr: peak learning rate of AdamW; it rises over five steps and falls linearly to zero.
@@ -65,6 +66,7 @@ class Settings:
     steps: int = 30
     batch_size: int = 4
     held_out: int = 24
+    judged: int = 12
     longest: int = 160
     rank: int = 8
     lr: float = 2e-3
@@ -87,7 +89,8 @@ class Bench:
             longest=settings.longest,
         )
         self.tasks = {task.name: task for task in tasks}
-        key = "-".join(str(each) for each in dataclasses.astuple(settings))
+        learned = {name: each for name, each in dataclasses.asdict(settings).items() if name != "judged"}
+        key = "-".join(str(each) for each in learned.values())
         place = args.cache / f"bank-{key}-seed{seed}"
         self.bank = AdapterBank(place) if place.exists() else AdapterBank.create(place, args.model)
 
@@ -140,51 +143,60 @@ class Bench:
     def judge(self, model: nn.Module, task: Task) -> float:
         """Return the mean loss of the held-out answer tokens."""
         model.eval()
-        begins = range(0, len(task.held_out), EVALUATION_BATCH)
-        batches = [dict(vars(pad(task.held_out[begin : begin + EVALUATION_BATCH]))) for begin in begins]
-        return held_out_loss(lambda batch: model(**batch), batches)
+        batch = dict(vars(pad(task.held_out[: self.settings.judged])))
+        return held_out_loss(lambda each: model(**each), [batch])
 
-    def judge_folder(self, folder: Path, task: Task) -> float:
-        """Return the held-out loss of a PEFT adapter."""
-        model = PeftModel.from_pretrained(self.base, folder)
+    @torch.no_grad()
+    def judge_changes(self, changes: Mapping[str, Tensor], task: Task) -> float:
+        """Return the held-out loss of the base with changes of its weights, by layer."""
+        weights = {name: self.base.get_submodule(name).weight for name in changes}
+        before = {name: weight.clone() for name, weight in weights.items()}
         try:
-            return self.judge(model, task)
+            for name, weight in weights.items():
+                weight.add_(changes[name])
+            return self.judge(self.base, task)
         finally:
-            self.base = model.unload()
+            for name, weight in weights.items():
+                weight.copy_(before[name])
 
     def leave_out(self, task: Task) -> dict[str, Any]:
         """Compose adapters for a task of all others; return held-out losses by arm, and how the weights came about."""
         others = [record.name for record in self.bank.list() if record.name != task.name]
-        losses = {"base": self.judge(self.base, task), "trained": self.judge_folder(self._stored(task.name), task)}
+        losses = {
+            "base": self.judge(self.base, task),
+            "trained": self.judge_changes(products(self._stored(task.name)), task),
+        }
         chosen: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as made:
 
-            def judged(arm: str, weights: Mapping[str, float]) -> None:
-                folder = Path(made) / arm.replace("/", "-")
-                self.bank.combine(weights, folder, progress=False)
-                losses[arm] = self.judge_folder(folder, task)
+            def judged(arm: str, weights: Neighbours | Mapping[str, float]) -> Composition:
+                found = self.bank.combine(weights, Path(made) / arm.replace("/", "-"), progress=False)
+                losses[arm] = self.judge_changes(products(found.folder), task)
+                return found
 
             judged("uniform", {name: 1 / len(others) for name in others})
-            for distance in DISTANCES:
-                for weighting in WEIGHTINGS:
-                    arm = f"{weighting}/{distance}"
-                    near = self.bank.neighbours(
-                        task.sequences, distance=distance, weighting=weighting, without=[task.name]
-                    )
-                    judged(arm, near.weights)
-                    best = max(near.weights, key=lambda name: near.weights[name])
-                    chosen[arm] = {
-                        "temperature": near.temperature,
-                        "bank_error": near.error,
-                        "largest": [best, round(near.weights[best], 3)],
-                    }
+            for distance, weighting in itertools.product(DISTANCES, WEIGHTINGS):
+                arm = f"{weighting}/{distance}"
+                near = self.bank.neighbours(task.sequences, distance=distance, weighting=weighting, without=[task.name])
+                judged(arm, near)
+                best = max(near.weights, key=lambda name: near.weights[name])
+                chosen[arm] = {
+                    "temperature": near.temperature,
+                    "bank_error": near.error,
+                    "largest": [best, round(near.weights[best], 3)],
+                }
             near = self.bank.neighbours(task.sequences, without=[task.name])
             judged("nearest", {min(near.distances, key=lambda name: near.distances[name]): 1.0})
-            composed = Path(made) / "default"
-            found = self.bank.combine(near, composed, progress=False)
-            apart, difference = self._apart(near.weights, composed)
-            losses["apart"] = self.judge_folder(apart, task)
-        return {"losses": losses, "chosen": chosen, "rank_error": found.error, "apart_difference": difference}
+            found = judged("default", near)
+            exact, apart = products(found.folder), self._apart(near.weights)
+            losses["apart"] = self.judge_changes(apart, task)
+            del losses["default"]  # it stands among the others by its name
+        return {
+            "losses": losses,
+            "chosen": chosen,
+            "rank_error": found.error,
+            "apart_difference": _norm({name: apart[name] - exact[name] for name in exact}) / _norm(exact),
+        }
 
     def curves(self, task: Task) -> dict[str, dict[int, float]]:
         """Train with and without a composed start; return held-out losses by step."""
@@ -196,37 +208,26 @@ class Bench:
     def _stored(self, name: str) -> Path:
         return next(self.bank.folder / ADAPTERS / each.folder for each in self.bank.list() if each.name == name)
 
-    def _apart(self, weights: Mapping[str, float], composed: Path) -> tuple[Path, float]:
-        """Sum A and B each by itself, in the place of a composed adapter; return it, and how far it is from that.
-
-        The distance is |D' - D| / |D| over all layers, Frobenius.
-        """
-        exact = open_adapter(composed)
-        products = {name: exact.layers[name].scale * (b @ a) for name, (a, b) in _factors(exact).items()}
-        files = [
-            (weight, load_file(self._stored(name) / "adapter_model.safetensors")) for name, weight in weights.items()
-        ]
-        sums = {key: sum((weight * file[key] for weight, file in files), torch.zeros(())) for key in files[0][1]}
-        folder = composed.with_name("apart")
-        model = PeftModel.from_pretrained(self.base, self._stored(max(weights, key=lambda name: weights[name])))
-        model.load_state_dict({_in_model(key): each for key, each in sums.items()}, strict=False)
-        model.save_pretrained(folder)
-        self.base = model.unload()
-        other = open_adapter(folder)
-        square = difference = 0.0
-        for name, (a, b) in _factors(other).items():
-            product = other.layers[name].scale * (b @ a)
-            difference += float((product - products[name]).square().sum())
-            square += float(products[name].square().sum())
-        return folder, (difference / square) ** 0.5
+    def _apart(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the product of the sums of B and of A, each by itself."""
+        adapters = {name: open_adapter(self._stored(name)) for name in weights}
+        changes = {}
+        for layer, sizes in next(iter(adapters.values())).layers.items():
+            pairs = {name: adapter.factors(layer) for name, adapter in adapters.items()}
+            a, b = (torch.stack([weights[name] * pairs[name][k] for name in pairs]).sum(0) for k in (0, 1))
+            changes[layer] = sizes.scale * (b @ a)
+        return changes
 
 
-def _factors(adapter: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: adapter.factors(name) for name in adapter.layers}
+def products(folder: Path) -> dict[str, Tensor]:
+    """Return s B A of each layer of an adapter."""
+    adapter = open_adapter(folder)
+    factors = {name: adapter.factors(name) for name in adapter.layers}
+    return {name: adapter.layers[name].scale * (b @ a) for name, (a, b) in factors.items()}
 
 
-def _in_model(key: str) -> str:
-    return key.replace(".weight", ".default.weight")
+def _norm(changes: Mapping[str, Tensor]) -> float:
+    return sum(float(each.double().square().sum()) for each in changes.values()) ** 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
