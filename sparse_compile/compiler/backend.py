@@ -29,6 +29,7 @@ from sparse_compile.compiler.outputs import CompiledGraph, restored
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import EVALUATION_PASSES
 from sparse_compile.compiler.report import GraphReport, graph_report, plan_data
+from sparse_compile.compiler.report_text import graph_text
 from sparse_compile.compiler.run_notices import announced, noticing_evaluation_mode
 from sparse_compile.compiler.runner import PipelineResult, run_pipeline
 from sparse_compile.compiler.weight_watch import with_fresh_factors
@@ -187,7 +188,7 @@ def _training(graph: _Graph, trained: Sequence[Tensor]) -> CompiledGraph:
 def _tell(graph: _Graph, session: Session, result: PipelineResult, report: GraphReport) -> None:
     """Hand the report on: to the session, to the log, and in warnings to the user."""
     session.reports.append(report)
-    _LOG.info("sparselora: graph %s\n%s", report.compile_id, report)
+    _LOG.info("sparselora: graph %s\n%s", report.compile_id, graph_text(report))
     tell_about_sites(graph.gm, graph.ctx, session, report, failed=result.failed_to_approximate)
     tell_about_slots(session, report)
 

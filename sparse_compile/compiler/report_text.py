@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from sparse_compile.compiler.report_data import GraphReport, SiteReport, StepReport
 from sparse_compile.compiler.report_names import fold, shared_prefix
 from sparse_compile.compiler.report_reasons import KINDS
 from sparse_compile.compiler.report_words import (
@@ -20,15 +20,12 @@ from sparse_compile.compiler.report_words import (
     summary,
     summary_of,
 )
-
-if TYPE_CHECKING:
-    from sparse_compile.compiler.report import GraphReport, Report, SiteReport
-    from sparse_compile.graph.facts import MaskedLayer
+from sparse_compile.graph.facts import MaskedLayer
 
 __all__ = ["graph_text", "report_text"]
 
 
-def report_text(report: Report) -> str:
+def report_text(report: StepReport) -> str:
     """Return a report as text."""
     first, *rest = summary(report)
     head = [

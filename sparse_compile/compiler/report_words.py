@@ -8,16 +8,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sparse_compile.compiler.pipeline import PASSES
+from sparse_compile.compiler.report_data import GraphReport, PassReport, SiteReport, StepReport
 from sparse_compile.compiler.report_names import fold
 from sparse_compile.graph.cost_note import is_cost_note
 from sparse_compile.graph.facts import ProductOrder, Rejection
 from sparse_compile.passes.protocol import Numerics
-
-if TYPE_CHECKING:
-    from sparse_compile.compiler.report import GraphReport, PassReport, Report, SiteReport
 
 __all__ = [
     "ALL_TRAINED",
@@ -61,7 +58,7 @@ _UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
 # --- The summary ------------------------------------------------------------------------------------------------------
 
 
-def summary(report: Report) -> list[str]:
+def summary(report: StepReport) -> list[str]:
     """Return in sentences what will happen: the most important one first."""
     if not report.graphs:
         return [f"Nothing was captured to train: {report.untrained}."]
@@ -83,7 +80,7 @@ def summary(report: Report) -> list[str]:
     return [*lines, *_left_out(report)]
 
 
-def _headline(report: Report) -> str:
+def _headline(report: StepReport) -> str:
     if all(graph.all_trained for graph in report.graphs):
         return f"No site can be sparse, because {ALL_TRAINED}."
     sparse = sum(site.sparse for site in report.sites)
@@ -98,7 +95,7 @@ def _headline(report: Report) -> str:
     return f"{line} {'All are' if not others else f'{count} are'} dense because: {reason}."
 
 
-def _saved(report: Report) -> Iterable[str]:
+def _saved(report: StepReport) -> Iterable[str]:
     """Yield how much of what is saved is exact, where both kinds of passes save something."""
     saved = dict.fromkeys((each.value for each in Numerics), 0.0)
     for graph in report.graphs:
@@ -110,7 +107,7 @@ def _saved(report: Report) -> Iterable[str]:
         yield f"Exact rewrites save {exact} of the FLOPs, sparsity (an approximation) {sparsity}."
 
 
-def _left_out(report: Report) -> Iterable[str]:
+def _left_out(report: StepReport) -> Iterable[str]:
     """Yield the passes that did not run, with the reasons."""
     skipped: dict[str, dict[str, None]] = {}
     for graph in report.graphs:

@@ -15,6 +15,7 @@ from graphs import MLP, PASS_NAMES, Head, lora, tokens
 from models import batch, fp64_decoder, tiny_llama, with_lora
 from sparse_compile import Schedule, SparseLoRAConfig, explain
 from sparse_compile.compiler.report import Report
+from sparse_compile.compiler.report_text import graph_text
 
 SITES = {"1.mlp": 0.75, "2.mlp": 0.5, "2.self_attn": 0.5}
 
@@ -311,7 +312,7 @@ def test_rejections_have_a_place_in_the_model() -> None:
     (graph,) = report_of(layer_sparsity=SITES).graphs
     (stopped,) = (each for each in graph.rejections if each.rule == "select_loss_rows")
     assert graph.places[stopped.node] == "layers.2.self_attn", "a node has the module that it was captured in"
-    text = str(graph)
+    text = graph_text(graph)
     assert f"select_loss_rows: {stopped.reason} (layers.2.self_attn)" in text and stopped.node not in text
 
 

@@ -10,6 +10,7 @@ import pytest
 from reports import PREFIX, graph_report, pass_report, site
 from sparse_compile import Recipe, SparseLoRAConfig
 from sparse_compile.compiler.report import Report, report_of
+from sparse_compile.compiler.report_text import graph_text
 from sparse_compile.compiler.report_words import flops_words, note_of, pass_words, summary, summary_of
 from sparse_compile.graph.cost_note import cost_note
 from sparse_compile.graph.facts import MaskedLayer, ProductOrder, Rejection
@@ -106,7 +107,7 @@ def test_equal_blocks_are_one_line() -> None:
     ],
 )
 def test_what_becomes_of_context(changes: dict[str, object], words: str) -> None:
-    text = str(graph_report(replace(site("layers.1.mlp"), **changes)))  # type: ignore[arg-type]
+    text = graph_text(graph_report(replace(site("layers.1.mlp"), **changes)))  # type: ignore[arg-type]
     assert words in text and "computed by" not in text
 
 

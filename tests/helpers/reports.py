@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_compile.compiler.capture import TokenCounts
 from sparse_compile.compiler.graph_texts import GraphTexts
-from sparse_compile.compiler.report import GraphReport, PassReport, SiteReport
+from sparse_compile.compiler.report_data import GraphReport, PassReport, SiteReport
 from sparse_compile.compiler.runner import PassRecord
 
 PREFIX = "base_model.model.model."

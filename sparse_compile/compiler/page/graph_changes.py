@@ -55,7 +55,8 @@ def _anchors(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int
         length = bisect_left(ends, place)
         ends[length : length + 1] = [place]
         chains.append(length + 1)
-    wanted, chosen = len(ends), []
+    chosen: list[tuple[int, int]] = []
+    wanted = len(ends)
     for pair, length in zip(reversed(pairs), reversed(chains), strict=True):
         if length == wanted and (not chosen or pair[1] < chosen[-1][1]):
             chosen.append(pair)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparse_compile.compiler.page.graph_changes import graph_changes
 from sparse_compile.compiler.page.view import page_data
-
-if TYPE_CHECKING:
-    from sparse_compile.compiler.report import Report
+from sparse_compile.compiler.report_data import StepReport
 
 __all__ = ["page_of"]
 
 
-def page_of(report: Report) -> str:
+def page_of(report: StepReport) -> str:
     """Return the page of a report: HTML with its style, its script and all that it shows, and no reference elsewhere.
 
     Args:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparse_compile.compiler.graph_texts import GraphTexts
+from sparse_compile.compiler.report_data import GraphReport, SiteReport, StepReport
 from sparse_compile.compiler.report_names import at_block, shared_prefix
 from sparse_compile.compiler.report_reasons import KINDS
 from sparse_compile.compiler.report_words import (
@@ -22,13 +23,10 @@ from sparse_compile.compiler.report_words import (
     summary,
 )
 
-if TYPE_CHECKING:
-    from sparse_compile.compiler.report import GraphReport, Report, SiteReport
-
 __all__ = ["page_data"]
 
 
-def page_data(report: Report) -> dict[str, Any]:
+def page_data(report: StepReport) -> dict[str, Any]:
     """Return what the template of the page is filled with, but for the graphs."""
     headline, *sentences = summary(report)
     return {
