@@ -10,9 +10,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-CODE := setup.py sparse_compile passes kernels tests $(wildcard examples benchmarks)
+CODE := setup.py sparse_compile passes kernels tests $(wildcard docs examples benchmarks)
 
-.PHONY: help setup demo test test-all test-oldest lint typecheck support bench kernels-report clean
+.PHONY: help setup demo test test-all test-oldest lint typecheck support docs bench kernels-report dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 18
@@ -74,11 +74,40 @@ typecheck: $(STAMP)
 support: $(STAMP) ## write docs/support.md from the tests
 	$(BIN)/python tests/support/support_table.py
 
+# The tools of the site are in an environment of their own, so that `make setup` stays lean. The package is not in it:
+# the reference is read from the sources.
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.set-up
+
+docs: $(DOCS_STAMP) ## build the documentation as a site into build/site; a warning, such as a broken link, is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict $(ARGS)
+
+$(DOCS_STAMP): requirements-docs.lock
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement requirements-docs.lock
+	touch $@
+
 bench: $(STAMP) ## time a training step against eager PEFT and plain Inductor
 	$(BIN)/python benchmarks/cpu.py --quick $(ARGS)
 
 kernels-report: $(STAMP) ## compile the generated GPU kernels and print registers, shared memory and spills
 	$(BIN)/python benchmarks/kernels_report.py $(ARGS)
+
+# Tools of a release are no part of .venv: what they need would fix versions of what is tested.
+RELEASE := build/release
+RELEASE_STAMP := $(RELEASE)/.set-up
+
+dist: $(RELEASE_STAMP) ## build the sdist and the wheel into dist/, and check them and CITATION.cff
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+	$(RELEASE)/bin/cffconvert --validate
+
+$(RELEASE_STAMP): requirements-release.lock
+	$(PYTHON) -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --requirement requirements-release.lock
+	touch $@
 
 clean: ## remove build products and caches (not .venv)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

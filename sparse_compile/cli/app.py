@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparse_compile.cli.bank import bank
 from sparse_compile.cli.choices import config_of
 from sparse_compile.cli.group import OneLineErrors
 from sparse_compile.cli.models import DEFAULT_RANK, DEFAULT_TARGETS, ModelChoice
@@ -15,6 +16,7 @@ from sparse_compile.cli.output import writing
 __all__ = ["app"]
 
 app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(bank, name="bank")
 
 Model = Annotated[str, typer.Option(help="Folder or hub id of a causal language model, or a folder with its adapter.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder or hub id of a PEFT adapter of the model.")]

@@ -36,7 +36,8 @@ def run_calibrate(output: Output, model: ModelChoice, data: DataChoice, goal: Go
     output.note(told)
     batches, told = read_batches(data, load_tokenizer(model), next(loaded.parameters()).device, at_least=2)
     output.note(told)
-    found = calibrate(loaded, batches, **{goal.name: goal.value})
+    given: dict[str, Any] = {goal.name: goal.value}
+    found = calibrate(loaded, batches, **given)
     if found.reason:
         raise CommandError(f"no recipe is saved, for goal {goal} is not met: {found.reason}")
     found.recipe.save(out)

@@ -26,7 +26,8 @@ def run_doctor(output: Output) -> bool:
     found = list(checks(device))
     output.note("a tiny model is trained in every way that this machine has; compiling it takes about half a minute")
     trials = self_test(device)
-    faults = [f"{each.name}: {one_line(each.fault)}" for each in (*found, *trials) if each.fault]
+    looked_at: list[Check | Trial] = [*found, *trials]
+    faults = [f"{each.name}: {one_line(each.fault)}" for each in looked_at if each.fault]
     output.result(
         {
             "healthy": not faults,

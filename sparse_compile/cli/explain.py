@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sparse_compile.cli.batches import Batch, DataChoice, random_batch, read_batches
 from sparse_compile.cli.errors import CommandError, needs
@@ -32,6 +33,7 @@ def run_explain(
     needs("explain", ("transformers", "peft"))
     if html is not None and html.suffix != ".html":
         raise CommandError(f"--html {html}: a page is a file whose name ends in .html")
+    loaded: Any  # what else it is than a module, transformers and PEFT know
     loaded, told = load_model(model)
     output.note(told)
     device = next(loaded.parameters()).device

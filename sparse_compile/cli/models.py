@@ -67,7 +67,7 @@ def load_model(choice: ModelChoice) -> tuple[nn.Module, str]:
     _check_folder("--model", base, "config.json")
     # PEFT reads a deprecated attribute of transformers. The bar would stand before the commands' own.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=choice.dtype)
     except (OSError, ValueError, ImportError) as error:

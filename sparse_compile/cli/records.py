@@ -96,9 +96,10 @@ def _hub_rows(name: str) -> Iterable[object]:
         raise DataError(f"{name}: not a file; data from the hub needs `pip install datasets`") from error
     dataset, _, configuration = name.partition(":")
     try:
-        return load_dataset(dataset, configuration or None, split="train")
+        rows: Iterable[object] = load_dataset(dataset, configuration or None, split="train")
     except (ValueError, OSError) as error:
         raise DataError(f"{name}: neither a .jsonl file nor a dataset that can be loaded ({error})") from error
+    return rows
 
 
 def _records(rows: Iterable[tuple[int, object]], origin: str) -> list[Record]:
@@ -211,10 +212,12 @@ def _chat_example(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example
     if tokenizer.chat_template is None:
         raise DataError(f"{record.source}: chat messages, but the tokenizer has no chat template")
     assert record.messages is not None
-    messages = list(record.messages)
+    messages = [dict(message) for message in record.messages]
 
-    def tokens(count: int, **options: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, **options)
+    def tokens(count: int, *, add_generation_prompt: bool = False) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     input_ids = tokens(len(messages))
@@ -264,4 +267,4 @@ class Collator:
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that fills up batches; a tokenizer without one uses its end token, which is masked out."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)

@@ -79,7 +79,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        changed: Tensor = self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return x + changed
 
 
 class _TinyModel(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import save_adapter
+from sparse_compile.compiler.capture import TokenCounts
 
 
 def test_the_report_of_the_first_batch(run: Callable[..., Any], checkpoint: Path, rows: Path, tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_the_report_of_the_first_batch(run: Callable[..., Any], checkpoint: Path
     sparse = [site["name"] for graph in data["graphs"] for site in graph["sites"] if site["sparsity"]]
     assert sparse == ["base_model.model.model.layers.1.mlp"]
     (graph,) = data["graphs"]
-    assert graph["adapters"] == 3 * 7 and graph["tokens"]["loss"] == 2 * 3
+    assert graph["adapters"] == 3 * 7 and TokenCounts(*graph["tokens"]).loss == 2 * 3
     assert data["options"] == {"layer_sparsity": {"layers.1.mlp": 0.5}}
     assert any(note.startswith("the model has no adapter: it gets a LoRA of rank 16") for note in data["notes"])
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
