@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path, repo_root: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected
+
+
+def test_the_wheel_has_the_command_and_the_version_of_the_project(wheel: Path, repo_root: Path) -> None:
+    project = (repo_root / "pyproject.toml").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = archive.read(metadata).decode()
+        entry_points = archive.read(metadata.replace("METADATA", "entry_points.txt")).decode()
+    assert f"\nVersion: {version}\n" in about and "\nProvides-Extra: cli\n" in about
+    assert "[console_scripts]\nsparselora = sparse_compile.cli.main:main\n" in entry_points
+    # The version is written once.
+    assert not re.search("^version:", (repo_root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_folders_with_modules_are_packages(repo_root: Path) -> None:
