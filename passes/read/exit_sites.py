@@ -15,7 +15,7 @@ from sparse_compile.passes.read.row_wise import sizes_of
 
 
 def sites_behind_exit(graph: fx.Graph, ctx: PassContext, block: int) -> tuple[Site, ...]:
-    """Return the sites behind the exit, that of its own block first.
+    """Return the sites behind the exit, its own block included, in the order of the graph.
 
     Args:
         graph: the canonical graph.
@@ -44,4 +44,5 @@ def sites_behind_exit(graph: fx.Graph, ctx: PassContext, block: int) -> tuple[Si
         raise Declined(inputs[0].site.name, "the residual stream, or its norm, changes its width behind it")
     before = reach([inputs[0].stream], lambda node: node.all_input_nodes)
     ffn = (site for site in ctx.facts.ffn_sites if nodes[site.output.output] not in before)
-    return (*(each.site for each in inputs), *ffn)
+    places = {node.name: place for place, node in enumerate(graph.nodes)}
+    return tuple(sorted((*(each.site for each in inputs), *ffn), key=lambda site: places[site.output.base]))

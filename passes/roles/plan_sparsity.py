@@ -177,7 +177,7 @@ class _Planner:
         if block == len(blocks) and not in_parts:
             return
         nodes = nodes_by_name(graph)
-        sites = sorted(sites_behind_exit(graph, self.ctx, block), key=lambda site: _position(graph, site))
+        sites = sites_behind_exit(graph, self.ctx, block)
         for site in sites:
             self._check_tokens(site, hinted_shape(nodes[site.source]))
         maps = {site: self._exit_map(site, sites) for site in blocks[block + 1 :]}

@@ -246,7 +246,7 @@ class _Exiting:
         """Compute attention for the queries of output tokens alone, where an op does."""
         node = self.rows.nodes[block.site.attention]
         try:
-            provider = _provider(node, self.rows.autocast)
+            provider = queried_provider(node, self.rows.autocast)
         except Declined as declined:
             self.rejections.append(declined.by("exit_context"))
             return
@@ -277,7 +277,7 @@ class _Exiting:
         return self.narrowed.picked(inverse, rows, -1)
 
 
-def _provider(node: fx.Node, casts: Mapping[str, Mapping[str, torch.dtype | None]]) -> str:
+def queried_provider(node: fx.Node, casts: Mapping[str, Mapping[str, torch.dtype | None]]) -> str:
     """Return what computes an attention for some queries.
 
     Args:

@@ -1,4 +1,4 @@
-"""Cut a feed-forward block out of a captured graph, so that it can be run and timed alone."""
+"""Cut a block, or a layer, out of a captured graph, so that it can be run and timed alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sparse_compile.graph.read import hinted_shape, nodes_by_name, tensor_value
-from sparse_compile.graph.sites import FFNSite
+from sparse_compile.graph.sites import Site
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 
@@ -17,7 +17,7 @@ __all__ = ["Block", "cut_block", "gets_gradient"]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A feed-forward block as a function of what it reads.
+    """A block or a layer as a function of what it reads.
 
     Attributes:
         graph: Computes it from x and `weights`.
@@ -40,12 +40,13 @@ class Block:
         return returned
 
 
-def cut_block(gm: fx.GraphModule, site: FFNSite, ctx: PassContext) -> Block | None:
-    """Return the block of a site.
+def cut_block(gm: fx.GraphModule, source: str, end: str, ctx: PassContext) -> Block | None:
+    """Return what computes one tensor of a graph from another.
 
     Args:
         gm: A canonical graph, before anything is rewritten.
-        site: The site.
+        source: Name of the node that holds what it reads.
+        end: Name of the node that holds what it returns.
         ctx: The context of the graph.
 
     Returns:
@@ -53,27 +54,27 @@ def cut_block(gm: fx.GraphModule, site: FFNSite, ctx: PassContext) -> Block | No
         size that the graph was given.
     """
     nodes = nodes_by_name(gm.graph)
-    source, end = nodes[site.source], nodes[site.output.output]
-    needed = reach([end], lambda node: () if node is source else node.all_input_nodes)
+    x, y = nodes[source], nodes[end]
+    needed = reach([y], lambda node: () if node is x else node.all_input_nodes)
     graph = fx.Graph()
-    copies = {source: graph.placeholder("x")}
+    copies = {x: graph.placeholder("x")}
     weights: list[Tensor] = []
     signature: list[Any] = []
-    for node in (each for each in gm.graph.nodes if each in needed and each is not source and each.op == "placeholder"):
+    for node in (each for each in gm.graph.nodes if each in needed and each is not x and each.op == "placeholder"):
         value = ctx.env.values.get(node.name)
         if value is None or value.is_meta:
             return None
         copies[node] = graph.placeholder(node.name)
         weights.append(value)
         signature.append((tuple(value.shape), value.dtype, value.device, value.requires_grad))
-    for node in (each for each in gm.graph.nodes if each in needed and each is not source and each.op != "placeholder"):
+    for node in (each for each in gm.graph.nodes if each in needed and each is not x and each.op != "placeholder"):
         copies[node] = graph.node_copy(node, copies.__getitem__)
         signature.append((str(node.target), None if tensor_value(node) is None else hinted_shape(node)))
-    graph.output(copies[end])
+    graph.output(copies[y])
     return Block(fx.GraphModule(gm, graph), tuple(weights), tuple(signature))
 
 
-def gets_gradient(gm: fx.GraphModule, site: FFNSite, ctx: PassContext) -> bool:
+def gets_gradient(gm: fx.GraphModule, site: Site, ctx: PassContext) -> bool:
     """Tell whether what a block reads gets a gradient in training: whether it depends on a trained weight.
 
     What comes from another graph, an activation, may get one.

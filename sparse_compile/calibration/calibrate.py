@@ -1,8 +1,7 @@
-"""Fit maps to a model's feed-forward blocks, and choose which of them to use for a goal of loss, speed or FLOPs."""
+"""Fit maps to feed-forward blocks and to exits of context, and choose of them for a goal of loss, speed or FLOPs."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from tqdm.auto import tqdm
 
 from sparse_compile.calibration.choice import Choice, choose
 from sparse_compile.calibration.costs import StepCost, cost_in_flops, cost_in_seconds, samples_of
-from sparse_compile.calibration.fits import Fits, fit_sites, memory_groups
+from sparse_compile.calibration.exit_check import why_context_stays
+from sparse_compile.calibration.fits import Fits, fit_sites, passes_of
 from sparse_compile.calibration.goals import Goal, goal_of
 from sparse_compile.calibration.held_out import HeldOut
-from sparse_compile.calibration.levels import Level, worthwhile
+from sparse_compile.calibration.levels import EXIT, Level, exit_levels, worthwhile
 from sparse_compile.calibration.origin import data_digest, versions
-from sparse_compile.calibration.result import Calibration, CurvePoint, SiteCalibration
-from sparse_compile.calibration.search import pareto
+from sparse_compile.calibration.result import Calibration
+from sparse_compile.calibration.tables import curve_of, exits_of, sites_of
 from sparse_compile.calibration.taps import TappedModel
 from sparse_compile.calibration.timing import STEP_FORWARDS, Untimed
 from sparse_compile.options.config import SparseLoRAConfig
@@ -56,7 +56,7 @@ def calibrate(
     max_forwards: int = MAX_FORWARDS,
     progress: bool = True,
 ) -> Calibration:
-    """Fit maps to each feed-forward block of a model, and choose blocks and ranks for one goal.
+    """Fit maps to each feed-forward block of a model and to exits of context, and choose of them for one goal.
 
     The model is left as it is: its weights, gradients, modes and random generators too. It runs forwards without
     gradients, and four training steps whose gradients are thrown away, for their time. Every fourth batch is held out:
@@ -72,7 +72,8 @@ def calibrate(
         flops: FLOPs of a step's matrix products that may be left, as a share of the dense step's, between 0 and 1. The
             recipe is the one of least held-out loss among those that do not exceed it.
         ranks: Ranks to try, each at least 0.
-        config: The options that the model is to be trained with; `ignore_index` alone matters here.
+        config: The options that the model is to be trained with. `ignore_index` matters here, and all by which context
+            stays in a training: with `context_exit=1` no exit is tried.
         max_forwards: How many forwards of a batch the calibration may cost, at least 32; a training step counts as two.
             A third of them is for the fits. With few forwards, losses are searched by with fewer of the held-out
             batches, and more blocks are taken at once; with very few, fewer batches are used, and a line says so.
@@ -123,12 +124,15 @@ class _Run:
         typical = sorted(batches, key=_size)[len(batches) // 2]
         samples_of(self.tapped, typical)  # finds the sites
         self.spend()
+        if self.tapped.exits and (reason := why_context_stays(self.tapped, typical)):
+            self.tapped.keep_context(reason)
         if not self.tapped.taps and not self.tapped.declined:
             raise ValueError("this model has no feed-forward block of frozen layers: there is nothing to fit")
-        batches = self.affordable(batches)
+        passes = passes_of(self.tapped)
+        batches = self.affordable(batches, len(passes))
         held_out = HeldOut(self.tapped, batches[1::_HELD_OUT_EVERY], self.spend)
         train = [batch for place, batch in enumerate(batches) if place % _HELD_OUT_EVERY != 1]
-        fits = fit_sites(self.tapped, train, held_out.batches, self.ranks, self.spend)
+        fits = fit_sites(self.tapped, passes, train, held_out.batches, self.ranks, self.spend)
         cost = self.cost(typical, fits)
         levels = {
             name: [Level(rank, each.error, cost.saved[name][rank]) for rank, each in found.items()]
@@ -137,20 +141,36 @@ class _Run:
         hulls = {name: worthwhile(each) for name, each in levels.items()}
         for name in (name for name, hull in hulls.items() if not hull):
             self.tapped.declined[name] = "no map of it is cheaper than the block"
-        found = choose(self.goal, hulls, fits.affine(), held_out, self.max_forwards - self.forwards)
+        exits = self.exits(fits, cost)
+        found = choose(self.goal, {**hulls, EXIT: exits}, fits, held_out, self.max_forwards - self.forwards)
         if found.reason:
             say(f"the recipe is empty, for goal {self.goal} is not met: {found.reason}")
         sites = {name: hull for name, hull in hulls.items() if hull}
-        return self.result(found, sites, fits, cost, held_out.loss, data_digest(batches))
+        return self.result(found, {**sites, EXIT: exits}, fits, cost, held_out.loss, data_digest(batches))
 
     def spend(self, forwards: int = 1) -> None:
         """Count forwards that were made."""
         self.forwards += forwards
         self.bar.update(forwards)
 
-    def affordable(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+    def exits(self, fits: Fits, cost: StepCost) -> tuple[Level, ...]:
+        """Return the levels of the exit; where there is none, tell why."""
+        if reason := self.tapped.stays:
+            self.tapped.declined[EXIT] = reason
+            if self.tapped.config.context_exit != 1:
+                say(f"context is not to leave in this model: {reason}")
+        by_block = []
+        for name in fits.exits:
+            each = self.tapped.exits[name]
+            errors = fits.exit_errors(name, self.ranks if each.later else (0,))
+            by_block.append([
+                Level(rank, error, cost.exits[name][rank], len(each.later), name, each.covered)
+                for rank, error in errors.items()
+            ])  # fmt: skip
+        return exit_levels(by_block)
+
+    def affordable(self, batches: Sequence[Batch], passes: int) -> Sequence[Batch]:
         """Return as many batches as a third of the forwards can fit maps on."""
-        passes = len(memory_groups(self.tapped))
         most = self.max_forwards // (3 * passes)
         if most < 2:
             raise ValueError(f"max_forwards={self.max_forwards} is too few: the fits alone take {6 * passes} or more")
@@ -162,9 +182,10 @@ class _Run:
         """Return what a step costs: seconds, or FLOPs where they are the goal or nothing can be timed."""
         samples = samples_of(self.tapped, batch)
         self.spend()
+        exit_ranks = sorted({0, *self.ranks})  # an exit without maps has rank 0
         if self.goal.name != "flops":
             try:
-                found = cost_in_seconds(self.tapped, batch, samples, fits.affine())
+                found = cost_in_seconds(self.tapped, batch, samples, fits.affine(), exit_ranks)
                 self.spend(STEP_FORWARDS)
                 return found
             except Untimed as error:
@@ -173,7 +194,8 @@ class _Run:
                         f"the step of this model cannot be timed: {error}. Give flops=... instead"
                     ) from error
                 say(f"costs are counted in FLOPs, for the step cannot be timed: {error}")
-        return cost_in_flops(self.tapped, batch, samples, {name: list(each) for name, each in fits.maps.items()})
+        ranks = {name: list(each) for name, each in fits.maps.items()}
+        return cost_in_flops(self.tapped, batch, samples, ranks, exit_ranks)
 
     def result(
         self, found: Choice, hulls: Mapping[str, Sequence[Level]], fits: Fits, cost: StepCost, loss: float, digest: str
@@ -199,8 +221,11 @@ class _Run:
             name: SiteRecipe(fits.maps[name][level.rank].map, weights=self.tapped.taps[name].weights, error=level.error)
             for name, level in chosen.items()
         }
+        leaves = found.point.levels.get(EXIT)
+        exit_ = None if leaves is None else fits.exit_recipe(leaves, self.tapped.exits[leaves.leaves].weights)
+        every = AUTO_DENSE_EVERY if sites or exit_ else None
         return Calibration(
-            recipe=Recipe(sites, origin, dense_every=AUTO_DENSE_EVERY if sites else None),
+            recipe=Recipe(sites, origin, exit=exit_, dense_every=every),
             goal=self.goal,
             reason=found.reason,
             loss=loss,
@@ -208,36 +233,13 @@ class _Run:
             unit=cost.unit,
             dense_cost=dense,
             expected_cost=expected,
-            sites=_sites(found, hulls),
-            curve=_curve(found, dense),
+            sites=sites_of(found, hulls),
+            curve=curve_of(found, dense),
+            exits=exits_of(found, hulls),
             declined=dict(self.tapped.declined),
             tokens=fits.tokens,
             forwards=self.forwards,
         )
-
-
-def _sites(found: Choice, hulls: Mapping[str, Sequence[Level]]) -> tuple[SiteCalibration, ...]:
-    """Return what was found out about each site, those chosen first, and then those that alone cost least."""
-    chosen = found.point.levels
-    sites = [
-        SiteCalibration(name, level.rank, level.error, level.saved, found.alone.get(name), name in chosen)
-        for name, level in ((name, chosen.get(name, hull[0])) for name, hull in hulls.items())
-    ]
-    return tuple(sorted(sites, key=lambda site: (not site.chosen, math.inf if site.rise is None else site.rise)))
-
-
-def _curve(found: Choice, dense: float) -> tuple[CurvePoint, ...]:
-    """Return the recipes that no other beats; the dense model and what was chosen are there in any case."""
-    points = {id(each): each for each in (found.points[0], *pareto(found.points), found.point)}
-    return tuple(
-        CurvePoint(
-            dense * each.cost,
-            each.rise,
-            {name: level.rank for name, level in each.levels.items()},
-            each.levels == found.point.levels,
-        )
-        for each in sorted(points.values(), key=lambda each: -each.cost)
-    )
 
 
 def _labelled(batches: Sequence[Batch], ignore_index: int) -> list[Batch]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from sparse_compile.calibration.fits import Fits
 from sparse_compile.calibration.goals import Goal
 from sparse_compile.calibration.held_out import HeldOut
-from sparse_compile.calibration.levels import Level
+from sparse_compile.calibration.levels import EXIT, Level, ranks_of, without_covered
 from sparse_compile.calibration.search import Point, Search
-from sparse_compile.options.recipe import AffineMap
 
 __all__ = ["Choice", "choose"]
 
@@ -20,7 +20,6 @@ _MEASUREMENTS_PER_SITE: Final = 3
 """Alone, and about twice on the path."""
 
 Hulls = Mapping[str, Sequence[Level]]
-Maps = Mapping[str, Mapping[int, AffineMap]]
 
 
 @dataclass(frozen=True)
@@ -42,30 +41,30 @@ class Choice:
     alone: Mapping[str, float]
 
 
-def choose(goal: Goal, hulls: Hulls, maps: Maps, held_out: HeldOut, forwards: int) -> Choice:
+def choose(goal: Goal, hulls: Hulls, fits: Fits, held_out: HeldOut, forwards: int) -> Choice:
     """Choose a recipe.
 
     Args:
         goal: What for.
-        hulls: By site name, the levels that are worthwhile, in order.
-        maps: By site name and rank.
+        hulls: By site name, and for the exit, the levels that are worthwhile, in order.
+        fits: Their maps.
         held_out: Measures losses.
         forwards: How many forwards may be made.
     """
 
-    def placed(levels: Mapping[str, Level]) -> dict[str, AffineMap]:
-        return {name: maps[name][level.rank] for name, level in levels.items()}
+    def rise(levels: Mapping[str, Level], count: int | None = None) -> float:
+        return held_out.rise(*fits.placed(levels), count)
 
     hulls = {name: hull for name, hull in hulls.items() if hull}
     dense = Point({}, 0.0)
     if not hulls:
         return Choice(dense, 0.0, "no block has a map that is cheaper", [dense], {})
-    cheapest = Point({name: hull[-1] for name, hull in hulls.items()}, 0.0)
+    cheapest = Point(without_covered({name: hull[-1] for name, hull in hulls.items()}), 0.0)
     if cheapest.cost > goal.most_cost:
-        cheapest = Point(cheapest.levels, held_out.rise(placed(cheapest.levels)))
+        cheapest = Point(cheapest.levels, rise(cheapest.levels))
         return Choice(dense, 0.0, _too_far(goal, cheapest), [dense, cheapest], {})
     count, measurements, checks = _plan(forwards, len(hulls), len(held_out.batches))
-    search = Search(hulls, lambda levels: held_out.rise(placed(levels), count), goal, measurements)
+    search = Search(hulls, lambda levels: rise(levels, count), goal, measurements)
     search.run()
     candidates = [each for each in search.points if each.levels and goal.met_by(each.cost, each.rise)]
     candidates.sort(key=lambda each: goal.order(each.cost, each.rise))
@@ -75,12 +74,12 @@ def choose(goal: Goal, hulls: Hulls, maps: Maps, held_out: HeldOut, forwards: in
     failed: float | None = None
     while low < high and checks:
         middle = (low + high) // 2 if failed is not None else 0
-        rise = held_out.rise(placed(candidates[middle].levels))
+        rises = rise(candidates[middle].levels)
         checks -= 1
-        if goal.met_by(candidates[middle].cost, rise):
-            found, high = (candidates[middle], rise), middle
+        if goal.met_by(candidates[middle].cost, rises):
+            found, high = (candidates[middle], rises), middle
         else:
-            failed, low = rise, middle + 1
+            failed, low = rises, middle + 1
     if found is None:
         return Choice(search.points[0], 0.0, _too_dear(goal, search.points, failed), search.points, search.alone)
     return Choice(*found, "", search.points, search.alone)
@@ -96,7 +95,9 @@ def _plan(forwards: int, sites: int, held_out: int) -> tuple[int, int, int]:
 
 def _too_far(goal: Goal, cheapest: Point) -> str:
     reached = f"{1 / max(cheapest.cost, 1e-6):.2f}x" if goal.name == "speedup" else f"{cheapest.cost:.1%} of the FLOPs"
-    return f"the cheapest map in each of {len(cheapest.levels)} blocks gives {reached}, at {cheapest.rise:+.4f}"
+    leaves = f" and context leaving before {cheapest.levels[EXIT].leaves}" if EXIT in cheapest.levels else ""
+    blocks = len(ranks_of(cheapest.levels))
+    return f"the cheapest map in each of {blocks} blocks{leaves} gives {reached}, at {cheapest.rise:+.4f}"
 
 
 def _too_dear(goal: Goal, points: Sequence[Point], failed: float | None) -> str:
@@ -106,5 +107,12 @@ def _too_dear(goal: Goal, points: Sequence[Point], failed: float | None) -> str:
     if least is None or not math.isfinite(least.rise):
         return "with maps in place the loss is not finite"
     if goal.name == "loss_budget":
-        return f"of all that was measured, maps of {', '.join(least.levels)} cost least, {least.rise:+.4f}"
+        return f"of all that was measured, {_described(least.levels)} costs least, {least.rise:+.4f}"
     return f"every recipe that reaches it breaks the loss; {1 / max(least.cost, 1e-6):.2f}x costs {least.rise:+.4f}"
+
+
+def _described(levels: Mapping[str, Level]) -> str:
+    parts = [f"a map of {name}" for name in ranks_of(levels)]
+    if EXIT in levels:
+        parts.append(f"context leaving before {levels[EXIT].leaves}")
+    return " with ".join(parts)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from sparse_compile.calibration.goals import Goal
+from sparse_compile.calibration.levels import EXIT
 from sparse_compile.options.recipe import Recipe
 
 __all__ = ["Calibration", "CurvePoint", "SiteCalibration"]
@@ -17,15 +18,16 @@ __all__ = ["Calibration", "CurvePoint", "SiteCalibration"]
 
 @dataclass(frozen=True)
 class SiteCalibration:
-    """What was found out about one site.
+    """What was found out about one site, or about one exit of context.
 
     Attributes:
-        name: Site name.
-        rank: Rank of the map that was chosen for it, or of the one that would have come first; 0 is a constant.
-        error: Held-out error of that map, relative to the best constant's.
+        name: Site name; of an exit the attention block before which context leaves.
+        rank: Rank of the map that was chosen for it, or of the one that would have come first; 0 is a constant. Of an
+            exit, of the maps of all blocks behind.
+        error: Held-out error of that map, relative to the best constant's; of several maps the root of the mean square.
         saved: What that map is expected to save, as a share of the dense step's cost.
-        rise: Rise of the held-out loss with the first map of this site alone in place, nats a token; None where it was
-            not measured.
+        rise: Rise of the held-out loss with the first map of this site, or exit, alone in place, nats a token; None
+            where it was not measured.
         chosen: Whether the recipe has it.
     """
 
@@ -46,12 +48,14 @@ class CurvePoint:
         rise: Measured rise of the held-out loss, nats a token.
         sites: Rank of the map, by site name.
         chosen: Whether it is the recipe of the calibration.
+        exit: The attention block before which context leaves; empty where it stays to the end.
     """
 
     cost: float
     rise: float
     sites: Mapping[str, int]
     chosen: bool
+    exit: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Calibration:
     """A recipe, and what it was chosen from.
 
     Attributes:
-        recipe: The recipe; of no site where the goal is out of reach.
+        recipe: The recipe; of no site and without an exit where the goal is out of reach.
         goal: What it was chosen for.
         reason: Why the recipe is empty, and how far one can get; empty where the goal is met.
         loss: Held-out loss of the model as it is, nats a token.
@@ -70,7 +74,8 @@ class Calibration:
         sites: Every site that could be measured, those chosen first.
         curve: The recipes that no other beats, the dense model first. Rises are those of the search, which may have
             used some of the held-out batches alone.
-        declined: By site name, why a site has no map.
+        exits: Every exit that could be measured, the deepest first.
+        declined: By site name, why a site has no map; by `"context exit"`, why context is not to leave.
         tokens: Number of context tokens that maps were fitted on.
         forwards: What the calibration cost, in forwards of a batch; a measured training step counts as two.
     """
@@ -85,6 +90,7 @@ class Calibration:
     expected_cost: float
     sites: tuple[SiteCalibration, ...]
     curve: tuple[CurvePoint, ...]
+    exits: tuple[SiteCalibration, ...] = ()
     declined: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0
     forwards: int = 0
@@ -114,19 +120,25 @@ class Calibration:
         axes = figure.subplots()
         axes.plot([each.cost for each in self.curve], [each.rise for each in self.curve], marker="o", color="tab:gray")
         for each in self.curve:
-            axes.annotate(f"{len(each.sites)}", (each.cost, each.rise), xytext=(4, 4), textcoords="offset points")
+            exit_ = f", exit {each.exit}" if each.exit else ""
+            axes.annotate(
+                f"{len(each.sites)}{exit_}", (each.cost, each.rise), xytext=(4, 4), textcoords="offset points"
+            )
         chosen = [each for each in self.curve if each.chosen]
         axes.scatter([p.cost for p in chosen], [p.rise for p in chosen], s=120, zorder=3, label=f"chosen: {self.goal}")
         unit = "expected seconds of a step" if self.unit == "seconds" else "FLOPs of a step, share of the dense one"
-        axes.set(xlabel=unit, ylabel="rise of the held-out loss (nats a token)", title="Recipes, by number of maps")
+        axes.set(
+            xlabel=unit, ylabel="rise of the held-out loss (nats a token)", title="Recipes, by number of maps and exit"
+        )
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, dpi=150)
 
     def __str__(self) -> str:
         chosen = sum(site.chosen for site in self.sites)
+        leaves = f", which leave before {self.recipe.exit.site}" if self.recipe.exit else ""
         summary = (
-            f"{chosen} of {len(self.sites)} feed-forward blocks get a map for context tokens: held-out loss "
+            f"{chosen} of {len(self.sites)} feed-forward blocks get a map for context tokens{leaves}: held-out loss "
             f"{self.loss:.4f} -> {self.loss + self.rise:.4f} ({self.rise:+.4f}), fitted on {self.tokens} tokens"
         )
         lines = [
@@ -135,7 +147,7 @@ class Calibration:
             *([f"goal {self.goal} is not met: {self.reason}"] if self.reason else []),
             "",
             tabulate(
-                [_row(site) for site in self.sites],
+                [*map(_row, self.sites), *(_row(each, f"{EXIT} before ") for each in self.exits)],
                 ("site", "rank", "error", "loss alone", "saves", "chosen"),
                 tablefmt="plain",
                 disable_numparse=True,
@@ -155,6 +167,13 @@ class Calibration:
         return f"{cost}; goal {self.goal}; {self.forwards} forwards"
 
 
-def _row(site: SiteCalibration) -> tuple[Any, ...]:
+def _row(site: SiteCalibration, prefix: str = "") -> tuple[Any, ...]:
     alone = "-" if site.rise is None else f"{site.rise:+.4f}"
-    return (site.name, site.rank, f"{site.error:.3f}", alone, f"{site.saved:.1%}", "yes" if site.chosen else "no")
+    return (
+        prefix + site.name,
+        site.rank,
+        f"{site.error:.3f}",
+        alone,
+        f"{site.saved:.1%}",
+        "yes" if site.chosen else "no",
+    )

@@ -6,6 +6,9 @@ in the accelerated greedy algorithm (Minoux 1978): what was measured some steps 
 that looks best is measured anew, until one that was measured now looks best. Where fewer measurements are left than
 blocks, several of those that look best take a step at once.
 
+An exit of context goes its way as a block does: each step has context leave one block earlier, and takes the maps of
+the blocks behind with it.
+
 All that was measured is kept: the goal is met by the best of these points, and those that no other point beats in both
 respects are the curve.
 """
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparse_compile.calibration.goals import Goal
-from sparse_compile.calibration.levels import Level
+from sparse_compile.calibration.levels import Level, share_saved, without_covered
 
 __all__ = ["Point", "Search", "pareto"]
 
@@ -27,7 +30,8 @@ class Point:
     """A recipe that was measured as a whole.
 
     Attributes:
-        levels: By site name, the map in the place of the block; a site that is not named is dense.
+        levels: By site name, the map in the place of the block; a site that is not named is dense. The exit of context
+            is one of them, and there is no map behind it.
         rise: Of the held-out loss, nats a token; infinite where the loss is not finite.
     """
 
@@ -37,7 +41,7 @@ class Point:
     @property
     def cost(self) -> float:
         """Cost of a training step, over that of the dense one."""
-        return max(0.0, 1 - sum(each.saved for each in self.levels.values()))
+        return max(0.0, 1 - share_saved(self.levels))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -91,7 +95,7 @@ class Search:
             if self.goal.met_by(whole.cost, whole.rise):
                 self._move_to(whole)
         most = len(self._open)
-        while self._free and self._open and self._here.cost > self._target():
+        while self._free and self._names() and self._here.cost > self._target():
             count = min(most, max(1, math.ceil(self._dense / self._free)))
             if count == 1:
                 self._step()
@@ -111,7 +115,7 @@ class Search:
     @property
     def _dense(self) -> int:
         """How many of the blocks that may go further are dense yet."""
-        return sum(name not in self._here.levels for name in self._open)
+        return sum(name not in self._here.levels for name in self._names())
 
     def _target(self) -> float:
         """Return the cost at which the path ends."""
@@ -125,16 +129,16 @@ class Search:
 
     def _step(self) -> None:
         """Take the block that adds least loss for its saving one level further, or close those that cost too much."""
-        patience = max(1, self._free // (self._dense or len(self._open)))
+        patience = max(1, self._free // (self._dense or len(self._names())))
         tried: dict[str, Point] = {}
-        while self._open:
+        while self._names():
             best = min(self._names(), key=self._rate)
             if best in tried:
                 self._move_to(tried[best])
                 return
             if not self._free or len(tried) == patience:
                 break
-            tried[best] = self._try({**self._here.levels, best: self._next(best)})
+            tried[best] = self._try(self._with_next(best))
             self._added[best] = tried[best].rise - self._here.rise
             if not self._bearable(tried[best].rise):
                 self._open.discard(best)
@@ -149,7 +153,7 @@ class Search:
         for name in names:
             if Point(levels, 0.0).cost <= self._target():
                 break
-            levels[name] = self._next(name)
+            levels = without_covered({**levels, name: self._next(name)})
         found = self._try(levels)
         if self._bearable(found.rise):
             self._move_to(found)
@@ -169,9 +173,9 @@ class Search:
 
     def _go_on_unmeasured(self) -> None:
         """Where the measurements run out before the path ends, go on by what is believed, and measure its end."""
-        while self._open and self._here.cost > self._target():
+        while self._names() and self._here.cost > self._target():
             best = min(self._names(), key=self._rate)
-            self._move_to(Point({**self._here.levels, best: self._next(best)}, self._here.rise))
+            self._move_to(Point(self._with_next(best), self._here.rise))
         if self._left:
             self._here = self._try(self._here.levels)
 
@@ -194,8 +198,16 @@ class Search:
                 yield levels
 
     def _names(self) -> list[str]:
-        """Return the blocks that may go further, in the order of the model."""
-        return [name for name in self.hulls if name in self._open]
+        """Return the blocks that may go further, in the order of the model: those whose next step saves something."""
+        return [name for name in self.hulls if name in self._open and self._gain(name) > 0]
+
+    def _with_next(self, name: str) -> dict[str, Level]:
+        """Return the levels with a block one step further."""
+        return without_covered({**self._here.levels, name: self._next(name)})
+
+    def _gain(self, name: str) -> float:
+        """Return what a block's next step saves: of a block that context has left before, nothing."""
+        return share_saved(self._with_next(name)) - share_saved(self._here.levels)
 
     def _next(self, name: str) -> Level:
         hull = self.hulls[name]
@@ -203,18 +215,18 @@ class Search:
 
     def _rate(self, name: str) -> float:
         """Return the loss that a block's next step is believed to add, for the cost that it saves."""
-        now = self._here.levels.get(name)
-        return self._added[name] / (self._next(name).saved - (0.0 if now is None else now.saved))
+        return self._added[name] / self._gain(name)
 
     def _bearable(self, rise: float) -> bool:
         return rise <= self.goal.most_rise and math.isfinite(rise)
 
     def _try(self, levels: Mapping[str, Level]) -> Point:
+        levels = without_covered(levels)
         known = next((each for each in self.points if each.levels == levels), None)
         if known is not None:
             return known
         self._left -= 1
-        self.points.append(Point(dict(levels), self._measure(levels)))
+        self.points.append(Point(levels, self._measure(levels)))
         return self.points[-1]
 
     def _move_to(self, point: Point) -> None:
@@ -229,5 +241,14 @@ class Search:
                 continue
             energy = level.missed - (0.0 if before is None else before.missed)
             further = hull[hull.index(level) + 1].missed - level.missed
-            self._added[name] *= further / energy if energy > 0 else 1.0
+            if energy > 0:
+                self._added[name] *= further / energy
+            else:  # an exit without maps tells nothing of one with maps
+                self._added[name] = further * self._loss_of_energy()
         self._here = point
+
+    def _loss_of_energy(self) -> float:
+        """Return the loss that a unit of energy missed costs, in the mean of blocks alone; 1 where none is known."""
+        known = {name: rise for name, rise in self.alone.items() if math.isfinite(rise)}
+        energy = sum(self.hulls[name][0].missed for name in known)
+        return sum(known.values()) / energy if energy > 0 else 1.0

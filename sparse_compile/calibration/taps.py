@@ -1,7 +1,7 @@
-"""Run a model with a tap at each feed-forward site: it hands on what the block reads and returns, or puts a map there.
+"""Run a model with taps: they hand on what a feed-forward block reads and returns, or put a map there.
 
 The graphs that Dynamo captures are analysed as in training and run eagerly: sites are found by structure here too, and
-no module of the model is named or hooked.
+no module of the model is named or hooked. Taps on the residual stream (`stream.py`) let context tokens leave it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from torch import Tensor, fx, nn
 
 import sparse_compile.kernels  # noqa: F401  (registers torch.ops.sparselora)
 from sparse_compile.calibration.blocks import Block, cut_block, gets_gradient
+from sparse_compile.calibration.exits import AttentionPart, Exit, Exits, find_exits
+from sparse_compile.calibration.stream import Pair, Stream, tap_stream
 from sparse_compile.compiler.capture import capture_context
 from sparse_compile.compiler.model_part import part_of
 from sparse_compile.compiler.peft_support import make_dora_traceable
 from sparse_compile.compiler.pipeline import ANALYSIS_PASSES
 from sparse_compile.compiler.runner import run_pipeline
 from sparse_compile.graph.cost import projection_flops
+from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.read import nodes_by_name
 from sparse_compile.graph.rewrite import Rewriter, copy_graph_module
 from sparse_compile.graph.sites import FFNSite
 from sparse_compile.kernels.observed_rows.registry import Observer
 from sparse_compile.options.config import SparseLoRAConfig
-from sparse_compile.options.recipe import AffineMap
+from sparse_compile.options.recipe import AffineMap, ExitRecipe
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.read.token_space import token_space
 from sparse_compile.passes.roles.plan_sparsity import weights_fingerprint
@@ -100,6 +103,9 @@ class TappedModel:
         taps: by site name, in the order of the model; known once it has run.
         blocks: by site name, the block alone; only of sites whose weights are at hand.
         declined: by site name, why a site has no tap.
+        exits: by name of its attention block, where context may leave, the deepest first.
+        attention: by name, each attention block that context may have left.
+        stays: why there is no exit; empty where there are some.
     """
 
     def __init__(self, model: nn.Module, config: SparseLoRAConfig) -> None:
@@ -108,6 +114,10 @@ class TappedModel:
         self.taps: dict[str, Tap] = {}
         self.blocks: dict[str, Block] = {}
         self.declined: dict[str, str] = {}
+        self.exits: dict[str, Exit] = {}
+        self.attention: dict[str, AttentionPart] = {}
+        self.stays = ""
+        self._stream = Stream()
         make_dora_traceable()
         itself = weakref.ref(self)
 
@@ -126,16 +136,19 @@ class TappedModel:
             with calling(self.model, self._call), torch.no_grad(), without_recompile_limit():
                 return self.model(**batch)
         finally:
+            self._stream.forget()
             for module in training:
                 module.training = True
 
-    def put(self, surrogates: Mapping[str, AffineMap]) -> None:
-        """Have context tokens get these maps in place of the sites named, and of no others."""
+    def put(self, surrogates: Mapping[str, AffineMap], exit_: ExitRecipe | None = None) -> None:
+        """Have context get these maps in place of the sites named and of no others, and leave at an exit or none."""
+        self._stream.exit = exit_
         for name, tap in self.taps.items():
             tap.surrogate = surrogates.get(name)
 
-    def collect(self, collectors: Mapping[str, Observer]) -> None:
-        """Hand on rows of the sites named, and of no others."""
+    def collect(self, collectors: Mapping[str, Observer], changes: Mapping[Pair, Observer] | None = None) -> None:
+        """Hand on rows of the sites named and of no others, and changes of the stream between the blocks of pairs."""
+        self._stream.collect = changes or {}
         for name, tap in self.taps.items():
             tap.collect = collectors.get(name)
 
@@ -164,15 +177,34 @@ class TappedModel:
         self._tap(tapped, sites, ctx)
         return tapped.forward
 
+    def keep_context(self, reason: str) -> None:
+        """Try no exit, for a reason."""
+        self.exits.clear()
+        self.stays = reason
+
+    def _find_exits(self, gm: fx.GraphModule, ctx: PassContext) -> Exits | None:
+        """Return the exits of a graph; None where context stays. A graph for other sizes has those there are."""
+        if self.stays:
+            return None
+        try:
+            found = find_exits(gm, ctx)
+        except Declined as declined:
+            self.keep_context(declined.reason)
+            return None
+        if not self.exits:
+            self.exits, self.attention = dict(found.exits), dict(found.parts)
+        return found
+
     def _tap(self, gm: fx.GraphModule, sites: Sequence[FFNSite], ctx: PassContext) -> None:
-        """Put taps behind sites."""
+        """Put taps behind sites, and on the residual stream."""
+        exits = self._find_exits(gm, ctx)
         rewriter = Rewriter(gm, "calibration")
         nodes = nodes_by_name(gm.graph)
         for site in (
             each for each in sites if each.name not in self.taps
         ):  # a graph for other sizes has those there are
             self.taps[site.name] = Tap(site, ctx, differentiated=gets_gradient(gm, site, ctx))
-            if (block := cut_block(gm, site, ctx)) is not None:
+            if (block := cut_block(gm, site.source, site.output.output, ctx)) is not None:
                 self.blocks[site.name] = block
         top = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with rewriter.before(top):
@@ -186,4 +218,7 @@ class TappedModel:
                 tapped = gm.graph.call_module(f"sparselora_tap_{number}", (x, y, mask, attended))
             for reader in readers:
                 reader.replace_input_with(y, tapped)
+        if exits is not None:
+            dtypes = {name: part.dtype for name, part in exits.parts.items()}
+            tap_stream(gm, exits.inputs, self._stream, dtypes, (mask, attended))
         gm.recompile()

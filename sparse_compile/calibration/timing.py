@@ -15,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.calibration.blocks import Block
+from sparse_compile.calibration.exits import AttentionPart
 from sparse_compile.calibration.losses import loss_of
 from sparse_compile.options.recipe import AffineMap
 from sparse_compile.torch_private.modules import uncompiled
 
-__all__ = ["STEP_FORWARDS", "Untimed", "block_seconds", "map_seconds", "median_seconds", "step_seconds"]
+__all__ = [
+    "STEP_FORWARDS",
+    "Untimed",
+    "attention_seconds",
+    "block_seconds",
+    "map_seconds",
+    "median_seconds",
+    "step_seconds",
+]
 
 _STEP_RUNS: Final = 3
 _BLOCK_RUNS: Final = 9
@@ -129,6 +138,29 @@ def map_seconds(
 
     with torch.no_grad():
         return median_seconds(run, x.device, _BLOCK_RUNS, allowed)
+
+
+def attention_seconds(part: AttentionPart, like: Tensor, context: Tensor, *, allowed: float) -> float:
+    """Return how long attention takes for all queries, forward and backward.
+
+    Args:
+        part: The sizes of the block.
+        like: An activation, for the device and dtype.
+        context: Bool (B, S), for the sizes.
+        allowed: Seconds that may be spent.
+    """
+    rows, length = context.shape
+    query, key, value = (
+        like.new_empty(rows, part.heads, length, width).normal_().requires_grad_(part.differentiated)
+        for width in (part.head_dim, part.head_dim, part.value_head_dim)
+    )
+
+    def run() -> object:
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return torch.autograd.grad(y, (query, key, value), torch.ones_like(y)) if part.differentiated else y
+
+    with torch.enable_grad():
+        return median_seconds(run, like.device, _BLOCK_RUNS, allowed)
 
 
 def _wait(device: torch.device, _: object) -> None:

@@ -22,7 +22,7 @@ MAPS = {name: {rank: random_map(32, rank) for rank in (0, 4, 8)} for name in SIT
 
 
 def tapped(model: nn.Module) -> TappedModel:
-    run = TappedModel(model, SparseLoRAConfig())
+    run = TappedModel(model, SparseLoRAConfig(context_exit=1))
     run(batch(61))
     return run
 
@@ -39,7 +39,7 @@ def test_each_kind_of_block_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(costs, "map_seconds", seconds_of_map)
     run, inputs = tapped(fp64_decoder()), batch(61)
     samples = samples_of(run, inputs)
-    found = cost_in_seconds(run, inputs, samples, MAPS)
+    found = cost_in_seconds(run, inputs, samples, MAPS, (4,))
     assert timed == [(*inputs["input_ids"].shape, 32), 0, 4, 8]
     assert (found.unit, found.dense) == ("seconds", 40.0)
     share = float(samples[SITES[0]].context.double().mean())
@@ -57,7 +57,7 @@ def test_real_blocks_cost_some_of_the_step_and_a_constant_saves_most(monkeypatch
     maps = {name: {rank: random_map(64, rank) for rank in (0, 64)} for name in SITES[:2]}
     inputs = batch(61, rows=8, length=64)
     run = tapped(model)
-    found = cost_in_seconds(run, inputs, samples_of(run, inputs), maps)
+    found = cost_in_seconds(run, inputs, samples_of(run, inputs), maps, (4,))
     assert found.dense > 0
     for saved in found.saved.values():
         assert 0 < saved[64] <= saved[0] < 1
@@ -77,7 +77,8 @@ def test_a_block_that_runs_twice_saves_twice() -> None:
     (tied,), inputs = samples_of(run, batch(61)).values(), batch(61)
     assert tied.uses == 2
     counted = [
-        cost_in_flops(each, inputs, samples_of(each, inputs), {name: [4] for name in each.taps}) for each in (run, once)
+        cost_in_flops(each, inputs, samples_of(each, inputs), {name: [4] for name in each.taps}, (4,))
+        for each in (run, once)
     ]
     assert sum(each[4] for each in counted[0].saved.values()) == pytest.approx(
         sum(each[4] for each in counted[1].saved.values())
@@ -87,7 +88,7 @@ def test_a_block_that_runs_twice_saves_twice() -> None:
 def test_flops_are_those_that_a_report_of_the_recipe_has() -> None:
     model, inputs = fp64_decoder(adapters=("q_proj", "k_proj", "v_proj", "o_proj")), batch(61)
     run = tapped(model)
-    found = cost_in_flops(run, inputs, samples_of(run, inputs), {name: [4, 8] for name in SITES})
+    found = cost_in_flops(run, inputs, samples_of(run, inputs), {name: [4, 8] for name in SITES}, (4,))
     recipe = Recipe({SITES[0]: SiteRecipe(random_map(32, 8)), SITES[2]: SiteRecipe(random_map(32, 4))})
     dense, mapped = (explain(model, config={"preset": "none", **each}, **inputs) for each in ({}, {"recipe": recipe}))
     assert found.unit == "flops" and found.dense == dense.flops_before
@@ -100,14 +101,14 @@ def test_weights_that_are_not_at_hand_cannot_be_timed() -> None:
     samples = samples_of(run, inputs)
     del run.blocks[SITES[1]]
     with pytest.raises(Untimed, match=SITES[1]):
-        cost_in_seconds(run, inputs, samples, MAPS)
+        cost_in_seconds(run, inputs, samples, MAPS, (4,))
 
 
 def test_a_model_that_trains_nothing_has_no_step() -> None:
     model = fp64_decoder().requires_grad_(False)
     run, inputs = tapped(model), batch(61)
     with pytest.raises(ValueError, match="nothing of the model is trained"):
-        cost_in_flops(run, inputs, samples_of(run, inputs), {SITES[0]: [4]})
+        cost_in_flops(run, inputs, samples_of(run, inputs), {SITES[0]: [4]}, (4,))
 
 
 def test_samples_are_what_blocks_read_and_one_tensor_for_all_of_a_kind() -> None:

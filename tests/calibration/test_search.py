@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from sparse_compile.calibration.goals import Goal
-from sparse_compile.calibration.levels import Level
+from sparse_compile.calibration.levels import EXIT, Level
 from sparse_compile.calibration.search import Point, Search, pareto
 
 LEVELS = (Level(32, 0.5, 0.08), Level(0, 1.0, 0.1))
@@ -145,6 +145,66 @@ def test_what_breaks_the_loss_is_in_no_recipe() -> None:
         found, _ = search(loss, goal)
         assert "block 3" not in best(found).levels and len(best(found).levels) >= 5
         assert found.alone["block 3"] == math.inf
+
+
+EXITS = tuple(
+    Level(
+        16,
+        0.1 * maps,
+        0.13 * (maps + 1),
+        maps,
+        f"block {7 - maps}",
+        frozenset(f"block {i}" for i in range(7 - maps, 8)),
+    )
+    for maps in range(7)
+)
+"""Exits of eight blocks: each saves a feed-forward block more than the one before, and some beside it."""
+
+
+def exit_added(levels: Levels) -> float:
+    """A loss that adds up, also of an exit."""
+    blocks = {name: level for name, level in levels.items() if name != EXIT}
+    return added(blocks) + (2.0 * levels[EXIT].missed if EXIT in levels else 0.0)
+
+
+@pytest.mark.parametrize("goal", [Goal("loss_budget", 0.5), Goal("loss_budget", 4.0), Goal("flops", 0.4)], ids=str)
+def test_an_exit_goes_its_way_beside_the_blocks_and_takes_their_maps_with_it(goal: Goal) -> None:
+    found = Search({**HULLS, EXIT: EXITS}, exit_added, goal, 100)
+    found.run()
+    chosen = best(found)
+    assert EXIT in chosen.levels and found.alone[EXIT] == 0.0
+    assert not chosen.levels.keys() & chosen.levels[EXIT].covered, "no map is behind the exit"
+    assert chosen.cost == pytest.approx(1 - sum(each.saved for each in chosen.levels.values()))
+    for point in found.points:
+        covered = point.levels[EXIT].covered if EXIT in point.levels else frozenset()
+        assert not covered & point.levels.keys()
+    # Of all recipes with one level of each kind there is none that is much better.
+    least = min(
+        (
+            Point({**{name: level for name in HULLS if name not in each.covered and name in some}, EXIT: each}, 0.0)
+            for each in EXITS
+            for level in LEVELS
+            for count in range(9)
+            for some in itertools.combinations(HULLS, count)
+        ),
+        key=lambda point: (
+            goal.order(point.cost, exit_added(point.levels))
+            if goal.met_by(point.cost, exit_added(point.levels))
+            else (math.inf, math.inf)
+        ),
+    )
+    assert goal.order(chosen.cost, chosen.rise)[0] <= goal.order(least.cost, exit_added(least.levels))[0] + 0.1
+
+
+def test_a_block_that_context_has_left_before_takes_no_step() -> None:
+    """The exit is free and saves all: nothing is left to measure but it."""
+    free = Level(0, 0.0, 0.9, 0, "block 0", frozenset(HULLS))
+    calls: list[Levels] = []
+    found = Search(
+        {**HULLS, EXIT: (free,)}, lambda levels: calls.append(levels) or exit_added(levels), Goal("flops", 0.5), 9
+    )
+    found.run()
+    assert best(found).levels == {EXIT: free} and calls == [{EXIT: free}]
 
 
 def test_no_point_of_the_curve_beats_another() -> None:

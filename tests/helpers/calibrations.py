@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exited import context_exit
 from mapped import mapped_sites
 from models import batch, fp64_decoder
 from sparse_compile import Recipe
@@ -39,18 +40,33 @@ def batches_of(model: nn.Module, count: int = 6, vocab: int = 61, **shape: Any) 
     return found
 
 
+STAYING = {"context_exit": 1.0}
+"""Options with which no exit is tried."""
+
+
 def run(model: nn.Module, batches: Batches, **arguments: Any) -> Calibration:
-    """Calibrate for a budget that everything meets, unless another goal is given."""
+    """Calibrate for a budget that everything meets and without an exit, unless something else is given."""
     goal = {} if arguments.keys() & {"speedup", "flops"} else {"loss_budget": 100.0}
-    return calibrate(model, batches, progress=False, **{"ranks": (4, 32), **goal, **arguments})
+    return calibrate(model, batches, progress=False, **{"ranks": (4, 32), "config": STAYING, **goal, **arguments})
 
 
 def oracle_loss(model: nn.Module, recipe: Recipe, batches: Batches) -> float:
     """Loss of the eager model over the batches that a calibration holds out."""
+    sites = recipe_sites(model, recipe)
 
     @torch.no_grad()
     def call(inputs: Mapping[str, Tensor]) -> Any:
-        with masked_dense(mapped_sites(model, recipe), output_mask_from_labels(inputs["labels"])):
+        with masked_dense(sites, output_mask_from_labels(inputs["labels"])):
             return model(**inputs)
 
     return held_out_loss(call, [each for place, each in enumerate(batches) if place % 4 == 1])
+
+
+def recipe_sites(model: nn.Module, recipe: Recipe) -> list[Any]:
+    """Describe the maps of a recipe and its exit to the oracle."""
+    sites: list[Any] = list(mapped_sites(model, recipe))
+    if recipe.exit is not None:
+        block = int(recipe.exit.site.split("layers.")[1].split(".")[0])
+        maps = {name: each.surrogate for name, each in recipe.exit.maps.items() if each.surrogate is not None}
+        sites.append(context_exit(model, maps, block))
+    return sites
