@@ -99,6 +99,18 @@ def test_manifest_and_plan(folder: Path) -> None:
     assert "layers.1.mlp" in text and "layers.1.self_attn" in text
 
 
+def test_the_page_has_the_graph_after_each_pass(folder: Path) -> None:
+    page = (folder / "index.html").read_text()
+    (data,) = re.findall(r'<script type="application/json" id="graphs">(.*?)</script>', page, re.DOTALL)
+    (graph,) = json.loads(data)
+    assert [step["name"] for step in graph["steps"]] == ["captured", *PASS_NAMES]
+    (path,) = folder.glob("*_sparsify_ffn.txt")
+    step = graph["steps"][1 + PASS_NAMES.index("sparsify_ffn")]
+    lines = [line for first, count in step["runs"] for line in graph["lines"][first : first + count]]
+    assert lines == path.read_text().splitlines() and step["changes"]
+    assert "<h1>2 of 6 sites sparse, " in page and "layers.1" in page
+
+
 def test_diffs_show_what_a_pass_did(folder: Path) -> None:
     def lines(name: str) -> set[str]:
         (path,) = folder.glob(f"*_{name}.txt")

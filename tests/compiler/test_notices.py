@@ -96,6 +96,15 @@ def test_nothing_is_said_where_nothing_was_to_be_sparse(preset: str, said: list[
     assert said == []
 
 
+def test_a_model_of_which_every_weight_trains_is_told_what_is_missing(eager_inductor: Any) -> None:
+    model = fp64_decoder(layers=1).requires_grad_(True)
+    model.compile(backend="sparselora", options={"preset": "o1"})
+    with told() as messages:
+        model(**batch(61))[0].backward()
+    (message,) = messages
+    assert message.endswith("Declined:\n  all weights are trained: this needs frozen layers with adapters (LoRA)")
+
+
 @pytest.mark.slow
 def test_where_the_sparse_graph_does_not_compile_nothing_is_said_of_it(
     said: list[str], monkeypatch: pytest.MonkeyPatch
