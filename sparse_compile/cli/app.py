@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,7 @@ def sparselora(
 ) -> None:
     """Faster LoRA fine-tuning: look at a model, calibrate it, time it, and see whether all is well on this machine."""
     if version:
-        import sparse_compile
-
-        typer.echo(f"sparse_compile {sparse_compile.__version__}")
+        typer.echo(f"sparse_compile {metadata.version('sparse-compile')}")
     elif ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 

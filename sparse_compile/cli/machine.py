@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from packaging.requirements import Requirement
 
-from sparse_compile.backend import sparselora
+from sparse_compile.compiler.backend import sparselora
 from sparse_compile.compiler.compile import BACKEND
 from sparse_compile.predictor.store import default_cache_dir
 from sparse_compile.torch_private.dynamo import registered_backend
