@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -159,7 +160,7 @@ class Bench:
             for name, weight in weights.items():
                 weight.copy_(before[name])
 
-    def leave_out(self, task: Task) -> dict[str, Any]:
+    def leave_out(self, task: Task, distances: Sequence[str]) -> dict[str, Any]:
         """Compose adapters for a task of all others; return held-out losses by arm, and how the weights came about."""
         others = [record.name for record in self.bank.list() if record.name != task.name]
         losses = {
@@ -175,7 +176,7 @@ class Bench:
                 return found
 
             judged("uniform", {name: 1 / len(others) for name in others})
-            for distance, weighting in itertools.product(DISTANCES, WEIGHTINGS):
+            for distance, weighting in itertools.product(distances, WEIGHTINGS):
                 arm = f"{weighting}/{distance}"
                 near = self.bank.neighbours(task.sequences, distance=distance, weighting=weighting, without=[task.name])
                 judged(arm, near)
@@ -246,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(args, settings, seed)
         bench.fill()
         for kind, names in (("leave-one-out", args.tasks or list(bench.tasks)), ("curve", args.curves)):
-            run: Callable[[Task], dict[str, Any]] = bench.leave_out if kind == "leave-one-out" else bench.curves
+            leave_out = functools.partial(bench.leave_out, distances=args.distances)
+            run: Callable[[Task], dict[str, Any]] = leave_out if kind == "leave-one-out" else bench.curves
             for name in names:
                 same = {"kind": kind, "settings": dataclasses.asdict(settings), "task": name, "seed": seed}
                 if any(same.items() <= row.items() for row in rows_of(args.out)):
@@ -272,6 +274,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, help="folder for banks of trained adapters")
     add("--seeds", type=lambda text: [int(each) for each in text.split(",")], default=[0, 1])
     add("--tasks", type=names, help="tasks to leave out (default: each)")
+    add(
+        "--distances",
+        type=names,
+        default=list(DISTANCES),
+        help="to compose by, each with each weighting (default: all)",
+    )
     add("--curves", type=names, default=[], help="tasks to train on from a composed adapter")
     add("--steps", type=int, default=Settings.steps, help="optimizer steps of an adapter (default: %(default)s)")
     add("--table", action="store_true", help="print the tables of the rows, and run nothing")

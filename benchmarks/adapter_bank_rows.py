@@ -20,31 +20,26 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the held-out losses by arm and by task, and the curves."""
-    left_out = [row for row in rows if row["kind"] == "leave-one-out"]
-    curves = [row for row in rows if row["kind"] == "curve"]
-    parts = [_by_arm(left_out), _by_task(left_out)] if left_out else []
-    return "\n\n".join([*parts, *([_curves(curves)] if curves else [])])
+    """Return the held-out losses by arm and by task, the curves, and what large banks take."""
+    makers = {"leave-one-out": (_by_arm, _by_task), "curve": (_curves,), "scale": (_scale,)}
+    parts = []
+    for kind, each in makers.items():
+        found = [row for row in rows if row["kind"] == kind]
+        parts += [make(found) for make in each if found]
+    return "\n\n".join(parts)
 
 
 def _by_arm(rows: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     lines = []
-    for arm in rows[0]["losses"]:
-        by_seed = [_mean(row["losses"][arm] for row in rows if row["seed"] == seed) for seed in seeds]
-        won = _mean(float(row["losses"][arm] < row["losses"]["uniform"]) for row in rows)
-        gaps = [_gap(row["losses"], arm) for row in rows]
-        lines.append(
-            (arm, *(f"{each:.3f}" for each in by_seed), f"{_mean(by_seed):.3f}", f"{_mean(gaps):.0%}", f"{won:.0%}")
-        )
-    first, last = lines[:2], sorted(lines[2:], key=lambda line: line[-3])
-    head = (
-        "arm",
-        *(f"seed {seed}" for seed in seeds),
-        "mean",
-        "of the gap from base to trained",
-        "better than uniform",
-    )
+    for arm in dict.fromkeys(arm for row in rows for arm in row["losses"]):
+        having = [row for row in rows if arm in row["losses"]]
+        by_seed = {seed: [row["losses"][arm] for row in having if row["seed"] == seed] for seed in seeds}
+        won = _mean(float(row["losses"][arm] < row["losses"]["uniform"]) for row in having)
+        cells = [f"{_mean(found):.3f}" if found else "-" for found in by_seed.values()]
+        lines.append((arm, *cells, f"{_mean(_gap(row['losses'], arm) for row in having):.0%}", f"{won:.0%}"))
+    first, last = lines[:2], sorted(lines[2:], key=lambda line: line[1])
+    head = ("arm", *(f"seed {seed}" for seed in seeds), "of the gap from base to trained", "better than uniform")
     return table(head, [*first, *last])
 
 
@@ -75,6 +70,21 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
         for (task, start), found in by_start.items()
     ]
     return table(("held-out loss after steps", *steps), lines)
+
+
+def _scale(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = (
+        "adapters",
+        "rank",
+        "blocks",
+        "weigh_seconds",
+        "compose_seconds",
+        "model_minutes",
+        "weigh_mb",
+        "compose_mb",
+    )
+    lines = [tuple(f"{row[name]:.1f}" if isinstance(row[name], float) else row[name] for name in names) for row in rows]
+    return table([name.replace("_", " ") for name in names], lines)
 
 
 def _mean(values: Iterable[float]) -> float:

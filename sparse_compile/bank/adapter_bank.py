@@ -83,7 +83,7 @@ class AdapterBank:
         Raises:
             BankError: the folder holds something, or the base cannot be read.
         """
-        place, model = Path(folder), read_base(Path(base))
+        place, model = Path(folder), read_base(Path(base), ground=True)
         place.mkdir(parents=True, exist_ok=True)
         bank = cls(place)
         with bank._lock():

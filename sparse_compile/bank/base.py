@@ -31,7 +31,8 @@ class Base:
         fingerprint: 32 hexadecimal digits that tell its weights from those of another model, in bf16 or fp32 alike.
         name: of the folder.
         vocabulary: rows of its input embedding.
-        points: (vocabulary, 32), fp32: the input embeddings on random directions; None where they are not found.
+        points: (vocabulary, 32), fp32: the input embeddings on random directions; None where they are not found, or
+            were not asked for.
         shapes: of each matrix, by the path of its layer.
     """
 
@@ -42,11 +43,12 @@ class Base:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def read_base(folder: Path) -> Base:
-    """Read what a bank needs of a model folder: a few elements of each weight, and the input embedding.
+def read_base(folder: Path, *, ground: bool = False) -> Base:
+    """Read what a bank needs of a model folder: a few elements of each weight, and if need be the input embedding.
 
     Args:
         folder: as `save_pretrained` writes it, with `config.json` and `*.safetensors`.
+        ground: whether to lay the input embedding out, which reads all of it.
 
     Raises:
         BankError: it is no such folder, or a file in it is damaged.
@@ -57,7 +59,7 @@ def read_base(folder: Path) -> Base:
         weights = {name: tensors[name].get_tensor(name) for name in names}
         identity = fingerprint(weights[name] for name in names)
         found = [each for name, each in weights.items() if _is_input_embedding(name, each, vocabulary)]
-        points = _laid_out(found[0]) if found else None
+        points = _laid_out(found[0]) if found and ground else None
         shapes = {name.removesuffix(".weight"): tuple(each.shape) for name, each in weights.items() if each.dim() == 2}
     return Base(identity, folder.resolve().name, vocabulary, points, shapes)
 
