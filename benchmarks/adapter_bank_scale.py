@@ -3,7 +3,7 @@
     python benchmarks/adapter_bank_scale.py [--adapters 500] [--rank 16] [--blocks 1] [--folder DIR]
 
 The bank is synthetic: each adapter has normal factors in bf16 on the seven linear layers of so many blocks of Llama 3
-8B, and the token counts of a data set of its own among 16 kinds. What is timed reads files and weights alone, so values do
+8B, and the token counts of a data set of its own among 16 kinds. What is timed reads files and weights, so values do
 not matter, but for one thing: the spectrum of a sum of random adapters is flat, which is the most that the iteration
 of `sparse_compile/bank/lowrank.py` can have to do. Blocks are all alike; a model of 32 takes 32 times as long, and has
 one adapter's tensors more to keep. A row is appended to `benchmarks/results/adapter_bank.jsonl`.
