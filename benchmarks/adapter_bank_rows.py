@@ -30,17 +30,35 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _by_arm(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of the arms that all rows have, and one of all arms over the rows that have them all."""
+    arms = dict.fromkeys(arm for row in rows for arm in row["losses"])
+    in_all = [arm for arm in arms if all(arm in row["losses"] for row in rows)]
+    with_all = [row for row in rows if len(row["losses"]) == len(arms)]
+    parts = [_compared(rows, in_all)]
+    if len(in_all) < len(arms) and with_all:
+        parts.append(_compared(with_all, list(arms)))
+    return "\n\n".join(parts)
+
+
+def _compared(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     lines = []
-    for arm in dict.fromkeys(arm for row in rows for arm in row["losses"]):
-        having = [row for row in rows if arm in row["losses"]]
-        by_seed = {seed: [row["losses"][arm] for row in having if row["seed"] == seed] for seed in seeds}
-        won = _mean(float(row["losses"][arm] < row["losses"]["uniform"]) for row in having)
-        cells = [f"{_mean(found):.3f}" if found else "-" for found in by_seed.values()]
-        lines.append((arm, *cells, f"{_mean(_gap(row['losses'], arm) for row in having):.0%}", f"{won:.0%}"))
-    first, last = lines[:2], sorted(lines[2:], key=lambda line: line[1])
-    head = ("arm", *(f"seed {seed}" for seed in seeds), "of the gap from base to trained", "better than uniform")
-    return table(head, [*first, *last])
+    for arm in arms:
+        by_seed = [_mean(row["losses"][arm] for row in rows if row["seed"] == seed) for seed in seeds]
+        won = _mean(float(row["losses"][arm] < row["losses"]["uniform"]) for row in rows)
+        closed = _mean(_gap(row["losses"], arm) for row in rows)
+        lines.append(
+            (arm, *(f"{each:.3f}" for each in by_seed), f"{_mean(by_seed):.3f}", f"{closed:.0%}", f"{won:.0%}")
+        )
+    lines.sort(key=lambda line: float(line[-3]))
+    head = (
+        "arm",
+        *(f"seed {seed}" for seed in seeds),
+        "mean",
+        "of the gap from base to trained",
+        "better than uniform",
+    )
+    return table(head, lines)
 
 
 def _gap(losses: Mapping[str, float], arm: str) -> float:
@@ -48,7 +66,8 @@ def _gap(losses: Mapping[str, float], arm: str) -> float:
 
 
 def _by_task(rows: Sequence[Mapping[str, Any]]) -> str:
-    arms = ("base", "uniform", "nearest", "apart", "standardised/jensen_shannon", "mlp/jensen_shannon", "trained")
+    shown = ("base", "uniform", "nearest", "apart", "standardised/jensen_shannon", "mlp/jensen_shannon", "trained")
+    arms = [arm for arm in shown if all(arm in row["losses"] for row in rows)]
     by_task: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for row in rows:
         by_task[row["task"]].append(row["losses"])

@@ -100,7 +100,7 @@ def test_a_task_is_left_out_and_trained_on_from_a_composed_adapter(
     capsys.readouterr()
     assert program.main(["--table", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
-    assert f"| base | {losses['base']:.3f} | 0% |" in printed and "| trained |" in printed
+    assert f"| base | {losses['base']:.3f} | {losses['base']:.3f} | 0% |" in printed and "| trained |" in printed
     assert f"| made-sum, composed | {curve['composed']['0']:.3f} |" in printed
 
 
