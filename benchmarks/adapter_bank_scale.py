@@ -4,8 +4,9 @@
 
 The bank is synthetic: each adapter has normal factors in bf16 on the seven linear layers of so many blocks of Llama 3
 8B, and the token counts of a data set of its own among 16 kinds. All are composed with even weights: no adapter stands
-out, so the spectrum of the sum is flat, which is the most that the iteration of `sparse_compile/bank/lowrank.py` can have
-to do. Blocks are all alike; a model of 32 takes 32 times as long, and has one adapter's tensors more to keep. A row is appended to `benchmarks/results/adapter_bank.jsonl`.
+out, so the spectrum of the sum is flat, which is the most that the iteration of `sparse_compile/bank/lowrank.py` can
+have to do. Blocks are all alike; a model of 32 takes 32 times as long, and has the tensors of one whole adapter to keep.
+A row is appended to `benchmarks/results/adapter_bank.jsonl`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = args.rank * sum(sum(sizes) for sizes in LAYERS.values()) * args.blocks
         ids = _data(0)
         near, weighed, weighing = _measured(lambda: bank.neighbours(ids))
-        even = {name: 1 / args.adapters for name in near.weights}
+        even = dict.fromkeys(near.weights, 1 / args.adapters)
         found, composed, composing = _measured(lambda: bank.combine(even, folder / "out", rank=args.rank))
     per_model = MODEL_BLOCKS / args.blocks
     row = {
