@@ -5,7 +5,7 @@
 The bank is synthetic: each adapter has normal factors in bf16 on the seven linear layers of so many blocks of Llama 3
 8B, and the token counts of a data set of its own among 16 kinds. All are composed with even weights: no adapter stands
 out, so the spectrum of the sum is flat, which is the most that the iteration of `sparse_compile/bank/lowrank.py` can
-have to do. Blocks are all alike; a model of 32 takes 32 times as long, and has the tensors of one whole adapter to keep.
+have to do. Blocks are all alike; a model of 32 takes 32 times as long, and keeps the tensors of a whole adapter.
 A row is appended to `benchmarks/results/adapter_bank.jsonl`.
 """
 
