@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparse_compile.ecosystem.checkpointing import without_input_hooks
+from sparse_compile.ecosystem.checkpointing import InputHooksOff
 from sparse_compile.ecosystem.run_numbers import RunNumbers
 from sparse_compile.ecosystem.trainer_logs import added_to_logs
 from sparse_compile.torch_private.dynamo import whole_graphs_under_ddp
@@ -37,7 +37,7 @@ class SparseLoRACallback(TrainerCallback):
     wrapped by accelerate: what ties them together is its trained parameters.
 
     With `gradient_checkpointing=True`, re-entrant or not, a hook would cut the model's graph behind the embedding. It
-    is off while a run lasts, where that changes no gradient (`checkpointing.without_input_hooks`).
+    is off while a run lasts, where that changes no gradient (`checkpointing.InputHooksOff`).
 
     With the option `token_bucket` the output tokens of a batch are counted in the labels that the model is called with:
     for nothing where they are on the CPU, and by waiting for the device once a step where the trainer has moved them.
@@ -53,6 +53,7 @@ class SparseLoRACallback(TrainerCallback):
         self._session: Session | None = None
         self._numbers: RunNumbers | None = None
         self._label_roles: LabelRoles | None = None
+        self._input_hooks: InputHooksOff | None = None
         self._undo = ExitStack()
 
     def on_train_begin(
@@ -70,9 +71,11 @@ class SparseLoRACallback(TrainerCallback):
         sharded = model if model is not None and is_sharded(model) else None
         self._session = session_for(trained, sharded=sharded) if trained else None
         self._numbers = None
+        self._input_hooks = None
         self._give_position(state)
         if model is not None and trained:
-            self._undo = without_input_hooks(model)
+            self._input_hooks = InputHooksOff(model)
+            self._undo.callback(self._input_hooks.close)
             compiled = [module for module in model.modules() if backend_name(module) == "sparselora"]
             if compiled:
                 self._undo.enter_context(whole_graphs_under_ddp())
@@ -96,6 +99,7 @@ class SparseLoRACallback(TrainerCallback):
     ) -> None:
         """Set the position before the first forward of an optimizer step."""
         self._give_position(state)
+        self._renew_input_hooks()
         if self._numbers is not None:
             self._numbers.begin()
 
@@ -109,6 +113,7 @@ class SparseLoRACallback(TrainerCallback):
     ) -> None:
         """End the roles of a batch whose gradients are accumulated."""
         self._close_roles()
+        self._renew_input_hooks()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,6 +134,10 @@ class SparseLoRACallback(TrainerCallback):
             config = None if self._session is None else self._session.config
             self._numbers.called_with(labels, -100 if config is None else config.ignore_index)
         return announced_labels(args, kwargs)
+
+    def _renew_input_hooks(self) -> None:
+        if self._input_hooks is not None:
+            self._input_hooks.renew()
 
     def _close_roles(self) -> None:
         if self._label_roles is not None:

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from sparse_compile.torch_private.modules import backend_name, forward_hooks
 
-__all__ = ["without_input_hooks"]
+__all__ = ["InputHooksOff", "without_input_hooks"]
 
 _LOGGER = logging.getLogger(__name__)
 _FUNCTION = "_gradient_checkpointing_func"
 
 
-def without_input_hooks(model: nn.Module) -> ExitStack:
+def without_input_hooks(model: nn.Module, *, tell: bool = True) -> ExitStack:
     """Take the hooks off that only make embeddings require gradients, and have checkpoints do without them.
 
     Legal because: whether an activation requires gradients changes no gradient of a parameter, but behind a re-entrant
@@ -40,6 +40,7 @@ def without_input_hooks(model: nn.Module) -> ExitStack:
 
     Args:
         model: what is about to be trained.
+        tell: whether to log what was done, or why nothing was.
 
     Returns:
         What brings all of it back when it is closed. Empty where there was nothing to do.
@@ -54,9 +55,10 @@ def without_input_hooks(model: nn.Module) -> ExitStack:
     checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing", False)]
     functions = [_non_reentrant(vars(module).get(_FUNCTION)) for module in checkpointed]
     if not all(functions):
-        _LOGGER.info(
+        _log(
+            tell,
             "sparselora: the hook that makes the embedding's output require gradients stays, because checkpoints are "
-            "run by a function that is not torch.utils.checkpoint.checkpoint: the model arrives in several graphs"
+            "run by a function that is not torch.utils.checkpoint.checkpoint: the model arrives in several graphs",
         )
         return undo
     for module, function in zip(checkpointed, functions, strict=True):
@@ -67,11 +69,40 @@ def without_input_hooks(model: nn.Module) -> ExitStack:
         for key in _input_hooks(module):
             # Under its old key, so that the handle that the model keeps can still remove it.
             undo.callback(hooks.__setitem__, key, hooks.pop(key))
-    _LOGGER.info(
+    _log(
+        tell,
         "sparselora: took off the hook that makes the embedding's output require gradients, until training ends: the "
-        "compiler would cut the graph there, and compiled checkpointing does without it"
+        "compiler would cut the graph there, and compiled checkpointing does without it",
     )
     return undo
+
+
+class InputHooksOff:
+    """Keep such hooks off a model while it trains, whoever sets them anew.
+
+    TRL's DPO computes its reference in each step with checkpointing switched off; where it is switched on again,
+    transformers hooks the embedding again and sets checkpoint functions of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._undo = without_input_hooks(model)
+
+    def renew(self) -> None:
+        """Take off what was set since; what was there before it is no more, so it is not brought back."""
+        if any(_input_hooks(module) for module in self._model.modules()):
+            undo = without_input_hooks(self._model, tell=False)
+            self._undo.pop_all()
+            self._undo = undo
+
+    def close(self) -> None:
+        """Bring back what was taken off last."""
+        self._undo.close()
+
+
+def _log(tell: bool, message: str) -> None:
+    if tell:
+        _LOGGER.info(message)
 
 
 def _input_hooks(module: nn.Module) -> list[int]:

@@ -443,6 +443,24 @@ def test_what_is_set_meanwhile_is_kept() -> None:
     assert reentrant(model) == {False}
 
 
+def test_hooks_that_a_trainer_sets_anew_in_each_step_stay_off(caplog: pytest.LogCaptureFixture) -> None:
+    # TRL's DPO switches checkpointing off and on again around the forward of its reference.
+    caplog.set_level(logging.INFO, "sparse_compile.ecosystem.checkpointing")
+    model, callback = hooked_llama(), SparseLoRACallback()
+    run = (TrainingArguments(use_cpu=True), TrainerState(max_steps=3), TrainerControl())
+    callback.on_train_begin(*run, model=model)
+    for begin in (callback.on_step_begin, callback.on_substep_end, callback.on_step_begin):
+        begin(*run)
+        assert hooks_of(model) == 0 and reentrant(model) == {False}
+        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        assert hooks_of(model) == 1
+    callback.on_step_begin(*run)
+    callback.on_train_end(*run)
+    assert hooks_of(model) == 1 and reentrant(model) == {True}
+    assert caplog.text.count("took off the hook") == 1
+
+
 # --- Activation memory budget -----------------------------------------------------------------------------------------
 
 

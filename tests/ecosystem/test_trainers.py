@@ -99,6 +99,7 @@ def for_llama_factory(folder: Path) -> dict[str, Any]:
     settings = {
         "model_name_or_path": "model", "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 4,
         "dataset_dir": ".", "dataset": "rows", "template": "default", "output_dir": "out", "report_to": "none",
+        "disable_gradient_checkpointing": True,
     }  # fmt: skip
     return {"settings": settings}
 
