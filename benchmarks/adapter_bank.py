@@ -1,13 +1,14 @@
 """Compose adapters for tasks that a bank has not seen, and compare held-out loss with training and with plain averages.
 
     python benchmarks/adapter_bank.py --model DIR --e2e e2e/train.txt,e2e/test.txt \\
-        --gsm8k gsm8k/train.jsonl,gsm8k/test.jsonl --cache DIR [--seeds 0,1] [--curves e2e-pub-words,gsm8k-add]
+        --gsm8k gsm8k/train.jsonl,gsm8k/test.jsonl --cache DIR [--seeds 0,1] [--sweep] [--curves gsm8k-add]
     python benchmarks/adapter_bank.py --table    # the tables of the rows that are there
 
 One adapter is trained for each of 14 tasks (`adapter_bank_tasks.py`) and put into a bank. Then each task is left out in
 turn: an adapter for it is composed of the others, by its training data alone, and judged by its held-out records.
 `trained` is the adapter that was left out. `apart` has the weights of the default, but sums A and B each by itself.
-`--curves` trains on some tasks from the composed adapter, and from nothing, and notes held-out loss on the way.
+`--sweep` composes at several ranks, and by several temperatures. `--curves` trains on some tasks from the composed
+adapter, and from nothing, and notes held-out loss on the way.
 
 A row for each task and seed is appended to `benchmarks/results/adapter_bank.jsonl`.
 """
@@ -46,6 +47,12 @@ from sparse_compile.calibration.losses import held_out_loss
 
 MARKS = (0, 2, 5, 10, 20)
 """Steps before which a curve notes the held-out loss; it also does at the end."""
+
+
+RANKS = (4, 8, 16, 32, 104)
+TEMPERATURES = (0.05, 0.1, 0.2, 0.4, 0.8)
+SWEPT_RANK = 32
+"""Rank at which temperatures are compared: little is left out then."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,23 @@ class Bench:
             "apart_difference": _norm({name: apart[name] - exact[name] for name in exact}) / _norm(exact),
         }
 
+    def sweep(self, task: Task) -> dict[str, dict[float, float]]:
+        """Compose adapters of several ranks, and by several temperatures; return held-out losses by each."""
+        found: dict[str, dict[float, float]] = {"ranks": {}, "temperatures": {}}
+        with tempfile.TemporaryDirectory() as made:
+
+            def judged(kind: str, value: float, near: Neighbours, rank: int) -> None:
+                composed = self.bank.combine(near, Path(made) / f"{kind}{value}", rank=rank, progress=False)
+                found[kind][value] = self.judge_changes(products(composed.folder), task)
+
+            near = self.bank.neighbours(task.sequences, without=[task.name])
+            for rank in RANKS:
+                judged("ranks", rank, near, rank)
+            for temperature in TEMPERATURES:
+                near = self.bank.neighbours(task.sequences, without=[task.name], temperature=temperature)
+                judged("temperatures", temperature, near, SWEPT_RANK)
+        return found
+
     def curves(self, task: Task) -> dict[str, dict[int, float]]:
         """Train with and without a composed start; return held-out losses by step."""
         with tempfile.TemporaryDirectory() as made:
@@ -246,9 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in args.seeds:
         bench = Bench(args, settings, seed)
         bench.fill()
-        for kind, names in (("leave-one-out", args.tasks or list(bench.tasks)), ("curve", args.curves)):
+        tasks, kinds = args.tasks or list(bench.tasks), {"sweep": bench.sweep, "curve": bench.curves}
+        for kind, names in (("leave-one-out", tasks), ("sweep", tasks if args.sweep else ()), ("curve", args.curves)):
             leave_out = functools.partial(bench.leave_out, distances=args.distances)
-            run: Callable[[Task], dict[str, Any]] = leave_out if kind == "leave-one-out" else bench.curves
+            run: Callable[[Task], dict[str, Any]] = kinds.get(kind, leave_out)
             for name in names:
                 same = {"kind": kind, "settings": dataclasses.asdict(settings), "task": name, "seed": seed}
                 if any(same.items() <= row.items() for row in rows_of(args.out)):
@@ -280,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         default=list(DISTANCES),
         help="to compose by, each with each weighting (default: all)",
     )
+    add("--sweep", action="store_true", help="compose by several ranks and temperatures as well")
     add("--curves", type=names, default=[], help="tasks to train on from a composed adapter")
     add("--steps", type=int, default=Settings.steps, help="optimizer steps of an adapter (default: %(default)s)")
     add("--table", action="store_true", help="print the tables of the rows, and run nothing")

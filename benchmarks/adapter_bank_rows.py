@@ -21,7 +21,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the held-out losses by arm and by task, the curves, and what large banks take."""
-    makers = {"leave-one-out": (_by_arm, _by_task), "curve": (_curves,), "scale": (_scale,)}
+    makers = {"leave-one-out": (_by_arm, _by_task), "sweep": (_sweep,), "curve": (_curves,), "scale": (_scale,)}
     parts = []
     for kind, each in makers.items():
         found = [row for row in rows if row["kind"] == kind]
@@ -89,6 +89,17 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
         for (task, start), found in by_start.items()
     ]
     return table(("held-out loss after steps", *steps), lines)
+
+
+def _sweep(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean losses by rank and by temperature over the same tasks."""
+    parts = []
+    for kind, name in (("ranks", "rank"), ("temperatures", "temperature")):
+        values = [*rows[0][kind]]
+        parts.append(
+            table((name, *values), [("held-out loss", *(f"{_mean(row[kind][v] for row in rows):.3f}" for v in values))])
+        )
+    return "\n\n".join(parts)
 
 
 def _scale(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -76,10 +76,10 @@ def test_a_task_is_left_out_and_trained_on_from_a_composed_adapter(
     arguments = [
         *(f"--model={tmp_path / 'model'}", f"--e2e={data / 'e2e.txt'}", f"--gsm8k={data / 'gsm8k.jsonl'}"),
         *(f"--cache={tmp_path / 'cache'}", "--steps=2", "--seeds=0", f"--out={out}", "--distances=kl"),
-        *("--tasks=made-sum", "--curves=made-sum"),
+        *("--tasks=made-sum", "--sweep", "--curves=made-sum"),
     ]
     assert program.main(arguments) == 0
-    left_out, curve = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    left_out, sweep, curve = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     losses: dict[str, Any] = left_out["losses"]
     arms = {
         "base",
@@ -92,11 +92,14 @@ def test_a_task_is_left_out_and_trained_on_from_a_composed_adapter(
     assert losses.keys() == arms and len(set(losses.values())) == len(arms)
     assert losses["trained"] < losses["base"]
     assert 0 < left_out["rank_error"] < 1 and left_out["apart_difference"] > 0
+    # The whole rank of 13 adapters of rank 8 is 104: with T as chosen, more of the sum is kept by each rank.
+    assert [*sweep["ranks"]] == ["4", "8", "16", "32", "104"] and len(set(sweep["ranks"].values())) > 2
+    assert len(set(sweep["temperatures"].values())) == 5
     assert curve["cold"].keys() == curve["composed"].keys() == {"0", "2"}
     assert curve["cold"]["0"] == losses["base"] != curve["composed"]["0"]
     assert str(tmp_path) not in json.dumps([left_out, curve]), "rows are kept, and name no folder of a machine"
     program.main(arguments)
-    assert len(out.read_text(encoding="utf-8").splitlines()) == 2, "a run that was made is not made again"
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 3, "a run that was made is not made again"
     capsys.readouterr()
     assert program.main(["--table", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
