@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator
@@ -145,8 +146,21 @@ def name_exists(name: str) -> bool:
     try:
         pkgutil.resolve_name(name)
     except (AttributeError, ImportError):
-        return False
+        return defined_in_source(name)
     return True
+
+
+def defined_in_source(name: str) -> bool:
+    """Say whether a class or function stands in a module that needs a library which is not installed."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    if spec is None or spec.origin is None:
+        return False
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    return any(isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute for node in body)
 
 
 def make_targets(root: Path) -> set[str]:
