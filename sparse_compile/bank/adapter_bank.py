@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -186,9 +187,11 @@ class AdapterBank:
         stored = stored_data(self.folder, records)
         new = count_tokens(data, index.header.vocabulary)
         ids = torch.unique(torch.cat((stored.ids, new.nonzero().squeeze(1))))
-        counts = torch.stack([*stored.counts(ids), new[ids]])
+        shares = torch.empty(len(records) + 1, len(ids))
+        for row, counts in zip(shares, itertools.chain(stored.counts(ids), [new[ids]]), strict=True):
+            row.copy_(counts / counts.sum())
         points = self._points() if distance in ON_EMBEDDINGS else None
-        found = distances(distance, counts, ids, points)
+        found = distances(distance, shares, ids, points)
         # The new data come last. KL is from the new data to those of the bank.
         own, between = found[-1, :-1], found[:-1, :-1]
         weights = weigh(weighting, own, between, stored.gram, temperature)

@@ -15,7 +15,7 @@ they occur and in nothing else; `wasserstein_ids` is there for comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -41,13 +41,14 @@ _SAMPLED = 1024
 _Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def distances(name: str, counts: Tensor, ids: Tensor, points: Tensor | None) -> Tensor:
+def distances(name: str, probabilities: Tensor, ids: Tensor, points: Tensor | None) -> Tensor:
     """Return the distances of all pairs of data sets.
 
     Args:
         name: of `DISTANCES`.
-        counts: (n, v), how often each of v tokens stands in each data set.
-        ids: (v,), these tokens.
+        probabilities: (n, v), fp32: the share of each of v tokens in each data set. They are the largest of what is in
+            memory; sums over them are in fp64.
+        ids: (v,), these tokens; each occurs in some data set.
         points: (vocabulary, d), the ground; `mmd` and `wasserstein` need it.
 
     Returns:
@@ -67,49 +68,64 @@ def distances(name: str, counts: Tensor, ids: Tensor, points: Tensor | None) -> 
         )
     else:
         places = points[ids].double()
-    counts = counts.double()
-    return DISTANCES[name](counts / counts.sum(1, keepdim=True), places)
+    return DISTANCES[name](probabilities, places)
+
+
+def _blocks(p: Tensor) -> Iterator[Tensor]:
+    """Yield the columns of p, some at a time, in fp64."""
+    for block in torch.split(p, _BLOCK, 1):
+        yield block.double()
 
 
 def _kl(p: Tensor, _: Tensor) -> Tensor:
-    mixed = (1 - _BACKGROUND) * p + _BACKGROUND * p.mean(0)
-    found: Tensor = torch.special.xlogy(mixed, mixed).sum(1, keepdim=True) - mixed @ mixed.log().t()
-    return found.clamp(min=0)
+    own, cross = p.new_zeros(len(p), 1, dtype=torch.float64), p.new_zeros(len(p), len(p), dtype=torch.float64)
+    for block in _blocks(p):
+        mixed = (1 - _BACKGROUND) * block + _BACKGROUND * block.mean(0)
+        logs = mixed.log()
+        own += (mixed * logs).sum(1, keepdim=True)
+        cross += mixed @ logs.t()
+    return (own - cross).clamp(min=0)
 
 
 def _jensen_shannon(p: Tensor, _: Tensor) -> Tensor:
-    negentropy = torch.special.xlogy(p, p).sum(1)
-    found: Tensor = (negentropy + negentropy.unsqueeze(1)) / 2
+    # Of all pairs, the sum of m log m; of a pair of one, that is the sum of p log p.
+    negentropy = p.new_zeros(len(p), len(p), dtype=torch.float64)
+    tiny = torch.finfo(p.dtype).tiny
     for block in torch.split(p, _BLOCK, 1):
         for i, row in enumerate(block):
-            middle = (row + block) / 2
-            found[i] -= torch.special.xlogy(middle, middle).sum(1)
-    return found.clamp(min=0).sqrt()
+            middle = (row + block[i:]) / 2
+            negentropy[i, i:] += (middle * middle.clamp(min=tiny).log()).sum(1, dtype=torch.float64)
+    own = negentropy.diagonal()
+    found = ((own.unsqueeze(1) + own) / 2 - negentropy).triu(1).clamp(min=0).sqrt()
+    return found + found.t()
 
 
 def _mmd(p: Tensor, places: Tensor) -> Tensor:
     sampled = places[:: -(-len(places) // _SAMPLED)]
     median = float(torch.pdist(sampled).median()) if len(sampled) > 1 else 1.0
     widths = [(scale * median) ** 2 or 1.0 for scale in _SCALES]
-    gram = p.new_zeros(len(p), len(p))
+    gram = p.new_zeros(len(p), len(p), dtype=torch.float64)
     for rows, own in zip(torch.split(places, _KERNEL_ROWS), torch.split(p, _KERNEL_ROWS, 1), strict=True):
-        squares = torch.cdist(rows, places, compute_mode="donot_use_mm_for_euclid_dist").square_()
-        kernel = torch.zeros_like(squares)
-        for width in widths:
-            kernel += width / (width + squares) / len(widths)
-        gram += own @ (kernel @ p.t())
+        smoothed = p.new_zeros(len(rows), len(p), dtype=torch.float64)
+        for others, block in zip(torch.split(places, _BLOCK), _blocks(p), strict=True):
+            squares = torch.cdist(rows, others).square_()
+            kernel = torch.zeros_like(squares)
+            for width in widths:
+                kernel += width / (width + squares) / len(widths)
+            smoothed += kernel @ block.t()
+        gram += own.double() @ smoothed
     norms = gram.diagonal()
     return (norms.unsqueeze(1) + norms - gram - gram.t()).clamp(min=0).sqrt()
 
 
 def _wasserstein(p: Tensor, places: Tensor) -> Tensor:
-    total = p.new_zeros(len(p), len(p))
+    total = p.new_zeros(len(p), len(p), dtype=torch.float64)
     for along in places.t():
         order = along.argsort()
         gaps = along[order].diff()
-        below = p.new_zeros(len(p), 1)
+        below = p.new_zeros(len(p), 1, dtype=torch.float64)
         for block, widths in zip(torch.split(order[:-1], _BLOCK), torch.split(gaps, _BLOCK), strict=True):
-            cumulative = p[:, block].cumsum(1) + below
+            cumulative = p[:, block].double().cumsum(1) + below
             below = cumulative[:, -1:]
             weighted = cumulative * widths
             total += torch.cdist(weighted, weighted, p=1)
@@ -123,7 +139,7 @@ DISTANCES: dict[str, _Distance] = {
     "wasserstein": _wasserstein,
     "wasserstein_ids": _wasserstein,
 }
-"""By name: from (n, v) probabilities and (v, d) places of the tokens, (n, n)."""
+"""By name: from (n, v) probabilities, fp32, and (v, d) places of the tokens, fp64, (n, n)."""
 
 ON_EMBEDDINGS = ("mmd", "wasserstein")
 """Those whose ground is the base's input embedding."""

@@ -18,8 +18,12 @@ POINTS = torch.zeros(8, 1)
 POINTS[IDS] = torch.tensor([[0.0], [3.0], [1.0]])
 
 
+def shares(counts: Tensor) -> Tensor:
+    return (counts.double() / counts.sum(1, keepdim=True)).float()
+
+
 def between(name: str, counts: Tensor = COUNTS) -> Tensor:
-    return distances(name, counts, IDS, POINTS)
+    return distances(name, shares(counts), IDS, POINTS)
 
 
 def test_wasserstein_of_ids_is_mass_times_way() -> None:
@@ -35,7 +39,7 @@ def test_wasserstein_goes_by_the_places_of_tokens() -> None:
 def test_wasserstein_is_a_mean_over_directions() -> None:
     points = torch.zeros(8, 2)
     points[IDS] = torch.tensor([[0.0, 0.0], [3.0, 0.0], [1.0, 10.0]])
-    assert distances("wasserstein", COUNTS, IDS, points)[0, 1].item() == pytest.approx((0.5 + 0.5 * 10) / 2)
+    assert distances("wasserstein", shares(COUNTS), IDS, points)[0, 1].item() == pytest.approx((0.5 + 0.5 * 10) / 2)
 
 
 def test_jensen_shannon() -> None:
@@ -77,23 +81,23 @@ def test_alike_data_are_at_distance_zero_and_others_are_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, ids = torch.randint(1, 9, (4, 50)), torch.arange(50)
+    p, ids = shares(torch.randint(1, 9, (4, 50))), torch.arange(50)
     points = torch.randn(50, 3)
-    whole = distances(name, counts, ids, points)
+    whole = distances(name, p, ids, points)
     monkeypatch.setattr("sparse_compile.bank.distances._BLOCK", 7)
     monkeypatch.setattr("sparse_compile.bank.distances._KERNEL_ROWS", 7)
-    torch.testing.assert_close(distances(name, counts, ids, points), whole)
+    torch.testing.assert_close(distances(name, p, ids, points), whole)
 
 
 @pytest.mark.parametrize("name", ON_EMBEDDINGS)
 def test_a_distance_that_needs_a_ground_says_so(name: str) -> None:
     with pytest.raises(BankError, match="input embedding"):
-        distances(name, COUNTS, IDS, None)
+        distances(name, shares(COUNTS), IDS, None)
 
 
 def test_one_token_is_enough() -> None:
     for name in DISTANCES:
-        assert distances(name, torch.tensor([[2], [5]]), torch.tensor([3]), POINTS).abs().max() == 0
+        assert distances(name, torch.ones(2, 1), torch.tensor([3]), POINTS).abs().max() == 0
 
 
 def test_a_wrong_name_lists_the_right_ones() -> None:
