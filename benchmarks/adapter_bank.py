@@ -2,7 +2,7 @@
 
     python benchmarks/adapter_bank.py --model DIR --e2e e2e/train.txt,e2e/test.txt \\
         --gsm8k gsm8k/train.jsonl,gsm8k/test.jsonl --cache DIR [--seeds 0,1] [--sweep] [--curves gsm8k-add]
-    python benchmarks/adapter_bank.py --table    # the tables of the rows that are there
+    python benchmarks/adapter_bank.py --table --document docs/adapter_bank.md    # the tables of the rows that are there
 
 One adapter is trained for each of 14 tasks (`adapter_bank_tasks.py`) and put into a bank. Then each task is left out in
 turn: an adapter for it is composed of the others, by its training data alone, and judged by its held-out records.
@@ -31,6 +31,7 @@ import torch
 import transformers
 from adapter_bank_rows import RESULTS, rows_of, tables
 from adapter_bank_tasks import Task, read_tasks
+from markdown import replace_tables
 from peft import LoraConfig, PeftModel, get_peft_model
 from predictor_text import load_encoder, pad
 from rows import append_rows, environment
@@ -261,7 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.table:
-        print(tables(rows_of(args.out)))
+        text = tables(rows_of(args.out))
+        print(text)
+        if args.document:
+            replace_tables(args.document, "adapter_bank", text)
         return 0
     if not (args.model and args.e2e and args.gsm8k and args.cache):
         parser.error("--model, --e2e, --gsm8k and --cache are needed, or --table alone")
@@ -309,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--curves", type=names, default=[], help="tasks to train on from a composed adapter")
     add("--steps", type=int, default=Settings.steps, help="optimizer steps of an adapter (default: %(default)s)")
     add("--table", action="store_true", help="print the tables of the rows, and run nothing")
+    add("--document", type=Path, help="also put the tables of --table into this document")
     add("--out", type=Path, default=RESULTS, help="where rows are kept (default: %(default)s)")
     return parser
 

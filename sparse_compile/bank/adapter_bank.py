@@ -35,7 +35,7 @@ PATIENCE_S = 600.0
 
 _LOCK, _GROUND = ".lock", "ground.safetensors"
 _DISTANCE, _WEIGHTING = "jensen_shannon", "standardised"
-"""What the paper found best, and so did `benchmarks/adapter_bank.py`."""
+"""What the paper found best; `docs/adapter_bank.md` has what the others give."""
 
 
 @dataclass(frozen=True)

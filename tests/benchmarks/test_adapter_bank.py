@@ -101,8 +101,11 @@ def test_a_task_is_left_out_and_trained_on_from_a_composed_adapter(
     program.main(arguments)
     assert len(out.read_text(encoding="utf-8").splitlines()) == 3, "a run that was made is not made again"
     capsys.readouterr()
-    assert program.main(["--table", f"--out={out}"]) == 0
+    document = tmp_path / "document.md"
+    document.write_text("<!-- tables of adapter_bank -->\n<!-- end of tables of adapter_bank -->\n", encoding="utf-8")
+    assert program.main(["--table", f"--out={out}", f"--document={document}"]) == 0
     printed = capsys.readouterr().out
+    assert printed in document.read_text(encoding="utf-8")
     assert f"| base | {losses['base']:.3f} | {losses['base']:.3f} | 0% |" in printed and "| trained |" in printed
     assert f"| made-sum, composed | {curve['composed']['0']:.3f} |" in printed
 
