@@ -32,7 +32,6 @@ def test_the_notebook_is_kept_without_outputs(notebook: Any) -> None:
 def test_the_notebook_runs_from_top_to_bottom(
     notebook: Any, repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(repo_root / "examples")
     monkeypatch.setenv("PYTHONPATH", str(repo_root / "examples"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
