@@ -155,10 +155,9 @@ class _Run:
 
     def exits(self, fits: Fits, cost: StepCost) -> tuple[Level, ...]:
         """Return the levels of the exit; where there is none, tell why."""
-        if reason := self.tapped.stays:
-            self.tapped.declined[EXIT] = reason
-            if self.tapped.config.context_exit != 1:
-                say(f"context is not to leave in this model: {reason}")
+        if self.tapped.stays and self.tapped.config.context_exit != 1:  # else nobody asked for it
+            self.tapped.declined[EXIT] = self.tapped.stays
+            say(f"context is not to leave in this model: {self.tapped.stays}")
         by_block = []
         for name in fits.exits:
             each = self.tapped.exits[name]

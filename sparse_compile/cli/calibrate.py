@@ -50,5 +50,5 @@ def run_calibrate(output: Output, model: ModelChoice, data: DataChoice, goal: Go
 def _data(found: Calibration) -> dict[str, Any]:
     """Return a calibration as plain data, without the maps."""
     plain = {each.name: getattr(found, each.name) for each in fields(found) if each.name != "recipe"}
-    listed = {name: [asdict(each) for each in plain[name]] for name in ("sites", "curve")}
+    listed = {name: [asdict(each) for each in plain[name]] for name in ("sites", "exits", "curve")}
     return {**plain, **listed, "goal": asdict(found.goal), "declined": dict(found.declined), "speedup": found.speedup}

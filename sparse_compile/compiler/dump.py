@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ class GraphDump(GraphTexts):
 
     def page(self, report: GraphReport, config: SparseLoRAConfig) -> None:
         """Write `index.html`, to look through the report of this graph with its texts and kernels."""
+        # Without the place of the dump, so that those of two runs can be compared.
+        config = replace(config, dump_dir=None)
         report_of([report], [self], config, "the compiled model").save(self.folder / "index.html")
 
 

@@ -118,8 +118,10 @@ class SparseLoRACallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End the roles of the last batch of an optimizer step."""
+        """End the roles of the last batch of an optimizer step, and note which function it computed."""
         self._close_roles()
+        if self._numbers is not None:
+            self._numbers.computed()
 
     def _watch_run(self, device: torch.device) -> None:
         """Measure the run, and have the trainer log it."""

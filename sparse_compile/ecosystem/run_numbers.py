@@ -96,6 +96,11 @@ class RunNumbers:
         self._graphs = len(self._session.reports)
         self._step = _Step(self._session.phase, self._clock.now())
 
+    def computed(self) -> None:
+        """Note that the gradients of the step are there: its graph is compiled, and the position is still its own."""
+        if self._step is not None:
+            self._step.phase = self._session.phase
+
     def called_with(self, labels: Tensor, ignore_index: int) -> None:
         """Note the labels of a training forward.
 

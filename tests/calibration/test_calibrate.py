@@ -200,7 +200,7 @@ def test_seconds_are_what_was_timed() -> None:
     [
         ({"speedup": 3.0}, r"the cheapest map in each of 3 blocks gives 1\.\d\dx, at \+"),
         ({"flops": 0.01}, r"the cheapest map in each of 3 blocks gives \d+\.\d% of the FLOPs, at \+"),
-        ({"loss_budget": 0.0}, r"maps of layers\.\d\.mlp cost least, \+0\.\d+"),
+        ({"loss_budget": 0.0}, r"a map of layers\.\d\.mlp costs least, \+0\.\d+"),
     ],
     ids=str,
 )
