@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bank, added = _filled(folder, args)
         one = args.rank * sum(sum(sizes) for sizes in LAYERS.values()) * args.blocks
         ids = _data(0)
-        near, weighed, weighing = _measured(lambda: bank.neighbours(ids))
+        near, weighing = _measured(lambda: bank.neighbours(ids))
         even = dict.fromkeys(near.weights, 1 / args.adapters)
-        found, composed, composing = _measured(lambda: bank.combine(even, folder / "out", rank=args.rank))
+        found, composing = _measured(lambda: bank.combine(even, folder / "out", rank=args.rank))
     per_model = MODEL_BLOCKS / args.blocks
     row = {
         "kind": "scale",
@@ -64,11 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "blocks": args.blocks,
         "adapter_mb": one * 4 / 1e6,
         "add_seconds": added,
-        "weigh_seconds": weighed,
-        "compose_seconds": composed,
-        "model_minutes": (weighed + composed * per_model) / 60,
-        "weigh_mb": weighing,
-        "compose_mb": composing,
+        **{f"weigh_{name}": value for name, value in weighing.items()},
+        **{f"compose_{name}": value for name, value in composing.items()},
+        "model_cpu_minutes": (weighing["cpu_seconds"] + composing["cpu_seconds"] * per_model) / 60,
         "exact": found.exact,
         "error": found.error,
     }
@@ -113,8 +111,8 @@ def _data(number: int) -> list[torch.Tensor]:
     return [(drawn + number % KINDS * 50) % VOCABULARY]
 
 
-def _measured(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return what a function returns, its seconds, and by how many MB the memory of the process rose meanwhile.
+def _measured(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Return what a function returns, and its seconds, those of the processor, and the MB by which memory rose.
 
     Mapped files are left out: the system takes their pages back when it needs them.
     """
@@ -122,19 +120,19 @@ def _measured(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.005):
+        while not done.wait(0.01):
             peak = max(peak, _anonymous())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     try:
         found = run()
     finally:
-        seconds = time.perf_counter() - start
+        taken = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
         done.set()
         watcher.join()
-    return found, seconds, max(0, peak - before) / 1e6
+    return found, {**taken, "mb": max(0, peak - before) / 1e6}
 
 
 def _anonymous() -> int:
