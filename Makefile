@@ -10,7 +10,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-CODE := setup.py sparse_compile passes kernels tests $(wildcard docs examples benchmarks)
+CODE := setup.py sparse_compile passes kernels tests $(wildcard docs/_site examples benchmarks)
 
 .PHONY: help setup demo test test-all test-oldest lint typecheck support docs bench kernels-report dist clean
 
