@@ -103,16 +103,8 @@ def _sweep(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _scale(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = (
-        "adapters",
-        "rank",
-        "blocks",
-        "weigh_seconds",
-        "compose_seconds",
-        "model_minutes",
-        "weigh_mb",
-        "compose_mb",
-    )
+    sizes, taken = ("adapters", "rank", "blocks"), ("cpu_seconds", "mb")
+    names = (*sizes, *(f"{part}_{each}" for part in ("weigh", "compose") for each in taken), "model_cpu_minutes")
     lines = [tuple(f"{row[name]:.1f}" if isinstance(row[name], float) else row[name] for name in names) for row in rows]
     return table([name.replace("_", " ") for name in names], lines)
 
