@@ -50,6 +50,7 @@ def test_nothing_that_two_writers_add_is_lost(bank: AdapterBank, base: Path, mad
     assert bank.check() == ()
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_the_bank_whole(bank: AdapterBank, base: Path, made: Made) -> None:
     """What it had said it added is there; what it was at is there or not; the next writer goes on."""
     delays = (0.0, 0.003, 0.007, 0.013, 0.02, 0.04)

@@ -83,6 +83,7 @@ def dense_steps(model: nn.Module, options: dict[str, Any], steps: int) -> list[i
     return found
 
 
+@pytest.mark.slow
 def test_a_recipe_of_other_weights_is_refused(tmp_path: Path) -> None:
     model, _ = trained_with_maps(6, context_exit=0.5)
     recipe_of(model).save(tmp_path)

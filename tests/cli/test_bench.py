@@ -37,6 +37,7 @@ def parameters(model: Any, *, trained: bool) -> Iterator[int]:
     return (each.data_ptr() for each in model.parameters() if each.requires_grad == trained)
 
 
+@pytest.mark.slow
 def test_the_arms_share_frozen_weights_and_batches(
     run: Callable[..., Any], checkpoint: Path, rows: Path, turns: list[dict[str, Any]]
 ) -> None:

@@ -37,6 +37,7 @@ def test_a_recipe_is_saved(
     assert "calibrate:" in result.stderr  # the bar
 
 
+@pytest.mark.slow
 def test_a_goal_out_of_reach_saves_nothing(
     run: Callable[..., Any], checkpoint: Path, rows: Path, tmp_path: Path, maps_that_pay: None
 ) -> None:

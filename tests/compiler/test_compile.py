@@ -31,6 +31,7 @@ def test_the_model_itself_is_compiled_with_the_options(options: Any, choices: di
     assert (backend_name(model), backend_options(model)) == ("sparselora", {"layer_sparsity": SITES})
 
 
+@pytest.mark.slow
 def test_it_trains_as_the_string_backend_does(aot_eager_inductor: Any) -> None:
     inputs = batch(61)
     ours = sparse_compile.compile(fp64_decoder(layers=3), layer_sparsity=SITES)

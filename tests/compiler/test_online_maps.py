@@ -230,6 +230,7 @@ def test_other_options_do_not_wait_for_what_those_before_waited_for() -> None:
     assert again.train(2) == [SPARSE, SPARSE], "the remedy that the warning names"
 
 
+@pytest.mark.slow
 def test_maps_are_not_written_between_two_forwards_of_a_step() -> None:
     run = Run(dynamic=False, start_step=0)
     for seed in range(5):
@@ -322,6 +323,7 @@ class CheckpointedLayer(decoder.DecoderLayer):
         return checkpoint(super().forward, x, cos, sin, mask, use_reentrant=False)
 
 
+@pytest.mark.slow
 def test_a_block_that_is_computed_again_hands_its_rows_on_once(
     monkeypatch: pytest.MonkeyPatch, aot_eager_inductor: Any
 ) -> None:

@@ -185,6 +185,7 @@ def through_stack(model: Fp64Decoder, stack: Callable[..., Tensor]) -> Callable[
     return forward
 
 
+@pytest.mark.slow
 def test_roles_closed_before_the_backward(aot_eager_inductor: Any) -> None:
     model = fp64_decoder(layers=2)
     inputs = batch(61)

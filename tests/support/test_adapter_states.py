@@ -47,6 +47,7 @@ def test_disabled_adapters_run_dense_and_silent(options: dict[str, Any], eager_i
     assert messages == [] and eager_inductor.runs == [2, 2]
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_told_of_once_and_train_again_once_unmerged(eager_inductor: Any) -> None:
     model, inputs = peft()(), batch(97)
     call = compiled(model)
