@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sparse_compile.bank.adapter_bank import AdapterBank
 
 VOCABULARY, HIDDEN, FFN = 20, 8, 12
 LAYERS = {"model.layers.0.mlp.up_proj": (FFN, HIDDEN), "model.layers.0.mlp.down_proj": (HIDDEN, FFN)}
@@ -48,3 +52,18 @@ def write_adapter(
     plain = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "target_modules": sorted(layers)}
     (folder / "adapter_config.json").write_text(json.dumps({**plain, **config}))
     return folder
+
+
+def add_many(folder: Path, base: Path, adapter: Path, name: str, count: int, go: Any, done: Any) -> None:
+    """Add an adapter again and again under new names, once `go` is set, and count in `done` what was added."""
+    bank = AdapterBank(folder)
+    go.wait()
+    for i in range(count):
+        bank.add(f"{name}-{i}", adapter, [[1, i % VOCABULARY]], base=base)
+        done.value = i + 1
+
+
+def die_at(place: str, folder: Path, base: Path, adapter: Path) -> None:
+    """Add an adapter, and die at the first call of a function as by `kill -9`, with nothing cleaned up."""
+    with mock.patch(place, side_effect=lambda *_, **__: os._exit(9)):
+        AdapterBank(folder).add("a", adapter, [[1]], base=base)
