@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from sparse_compile.bank.adapter_bank import AdapterBank
 from sparse_compile.cli.output import writing
+from sparse_compile.cli.parameters import Data, Json
 
 __all__ = ["bank"]
 
@@ -23,8 +24,6 @@ bank = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="Folder of the bank.")]
 Name = Annotated[str, typer.Argument(help="Name of an adapter of the bank.")]
 Base = Annotated[Path, typer.Option(help="Folder of the model whose adapters the bank is for.")]
-Data = Annotated[str, typer.Option(help="File of JSON lines (docs/command_line.md), or id of a dataset of the hub.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
 @bank.command()
