@@ -108,7 +108,9 @@ def find_exits(gm: fx.GraphModule, ctx: PassContext) -> Exits:
     last, stride = len(blocks) - 1, -(-(len(blocks) - 1) // _MOST_EXITS)
     found = [_exit(gm.graph, ctx, place) for place in range(last, 0, -stride)]
     inputs = [block_input(site, nodes) for site in blocks[1:]]
-    parts = {site.name: _part(gm, site, ctx) for site in blocks[1:]}
+    devices = {ctx.weight_kind(site.output)[1] for site in blocks[1:]}
+    casts = {device: autocast_dtypes(gm.graph, ctx.env.autocast, device) for device in devices}
+    parts = {site.name: _part(gm, site, ctx, _narrows(nodes[site.attention], casts)) for site in blocks[1:]}
     return Exits(inputs, {each.site: each for each in found}, parts)
 
 
@@ -120,24 +122,25 @@ def _exit(graph: fx.Graph, ctx: PassContext, place: int) -> Exit:
     return Exit(ctx.facts.attention_sites[place].name, tuple(weights), covered, weights)
 
 
-def _part(gm: fx.GraphModule, site: AttentionSite, ctx: PassContext) -> AttentionPart:
+def _narrows(attention: fx.Node, casts: Mapping[str, Mapping[str, torch.dtype | None]]) -> bool:
+    """Tell whether an attention is computed for some queries alone where the others have left."""
+    try:
+        queried_provider(attention, casts)
+    except Declined:
+        return False
+    return True
+
+
+def _part(gm: fx.GraphModule, site: AttentionSite, ctx: PassContext, narrows: bool) -> AttentionPart:
     # The rows of a fused layer's query cannot be left out of its one product.
     layers = [each for each in (site.query, site.output) if each.fused is None]
     differentiated = gets_gradient(gm, site, ctx)
-    dtype, device = ctx.weight_kind(site.output)
-    try:
-        queried_provider(
-            nodes_by_name(gm.graph)[site.attention], {device: autocast_dtypes(gm.graph, ctx.env.autocast, device)}
-        )
-        narrows = True
-    except Declined:
-        narrows = False
     query, output = (
         cut_block(gm, each.source, each.output, ctx) if each in layers else None for each in (site.query, site.output)
     )
     return AttentionPart(
         width=site.query.in_features,
-        dtype=dtype,
+        dtype=ctx.weight_kind(site.output)[0],
         differentiated=differentiated,
         flops=sum(projection_flops(each) for each in layers) * (1.0 if differentiated else 0.5),
         heads=site.kv_heads * site.groups,
