@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import sparse_compile
+from sparse_compile.cli.paired import paired_ratio, spread
 from sparse_compile.cli.records import IGNORE_INDEX, Collator, Example, pad_token_id
 
 from .arms import TrainedArm, TrainingPlan, adapted, trained_parameters
@@ -148,9 +148,8 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _summary(durations: list[float], dense: list[float] | None) -> StepTime:
-    p20, *_, p80 = statistics.quantiles(durations, n=5, method="inclusive") if len(durations) > 1 else durations * 2
-    speedup = None if dense is None else statistics.median(d / s for d, s in zip(dense, durations, strict=True))
-    return StepTime(statistics.median(durations), p20, p80, speedup)
+    own = spread(durations)
+    return StepTime(own.median, own.p20, own.p80, None if dense is None else paired_ratio(dense, durations).median)
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ class RunNumbers:
         self._step: _Step | None = None
         self._graphs = 0
         self._unread: list[_Step] = []
-        self._seconds: dict[Phase, deque[float]] = {DENSE: deque(maxlen=_KEPT), SPARSE: deque(maxlen=_KEPT)}
-        self._speeds: dict[Phase, deque[float]] = {DENSE: deque(maxlen=_KEPT), SPARSE: deque(maxlen=_KEPT)}
+        # Seconds and tokens of each step.
+        self._timed: dict[Phase, deque[tuple[float, int]]] = {each: deque(maxlen=_KEPT) for each in (DENSE, SPARSE)}
         self._compiling: list[float] = []
         self._steps: dict[Phase, int] = {DENSE: 0, SPARSE: 0}
         self._logged: dict[Phase, int] = {DENSE: 0, SPARSE: 0}
@@ -138,8 +138,8 @@ class RunNumbers:
             self._context.append(1 - float(self._output) / self._tokens)
             found["context"] = self._context[-1]
             self._tokens, self._output = 0, 0
-        for phase, speeds in self._speeds.items():
-            if speeds:
+        for phase, timed in self._timed.items():
+            if speeds := [tokens / seconds for seconds, tokens in timed if tokens]:
                 found[f"tokens_per_second_{phase}"] = statistics.median(speeds)
         found |= self._left()
         found["graphs"] = len(self._session.reports)
@@ -175,13 +175,11 @@ class RunNumbers:
             if step.compiled:
                 self._compiling.append(seconds)
             elif seconds > 0:
-                self._seconds[step.phase].append(seconds)
-                if step.tokens:
-                    self._speeds[step.phase].append(step.tokens / seconds)
+                self._timed[step.phase].append((seconds, step.tokens))
         self._unread.clear()
 
     def _median(self, phase: Phase) -> float | None:
-        return statistics.median(self._seconds[phase]) if self._seconds[phase] else None
+        return statistics.median(seconds for seconds, _ in self._timed[phase]) if self._timed[phase] else None
 
     def _flops_of_sparse_step(self) -> float:
         """Return the FLOPs of a sparse step, of those of the model as it is; 1 where no graph is known."""
