@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from checkpoints import save_checkpoint
+from programs import imported
 
 pytest.importorskip("peft")
 
@@ -27,13 +26,8 @@ SIGNS = ("1+2", "2*3", "2*3>> <<1+1", "2*3>> <<2-1")
 
 @pytest.fixture(scope="module")
 def modules(repo_root: Path) -> Iterator[dict[str, ModuleType]]:
-    sys.path.insert(0, str(repo_root / "benchmarks"))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(repo_root / "benchmarks"))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(repo_root / "benchmarks", MODULES) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 import sparse_compile
+from programs import imported
 from sparse_compile.cli.paired import ArmTimes
 
 pytest.importorskip("peft")
@@ -28,13 +28,8 @@ TINY = {"layers": 4, "hidden": 64, "ffn": 256, "heads": 4, "kv_heads": 2, "vocab
 @pytest.fixture(scope="module")
 def benchmarks(repo_root: Path) -> Iterator[dict[str, ModuleType]]:
     """Import the benchmark's modules as its programs do: from their own folder."""
-    sys.path.insert(0, str(repo_root / "benchmarks"))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(repo_root / "benchmarks"))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(repo_root / "benchmarks", MODULES) as found:
+        yield found
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from programs import imported
 from sparse_compile.cli.paired import training_step
 
 pytest.importorskip("peft")
@@ -26,13 +26,8 @@ MODULES = (
 
 @pytest.fixture(scope="module")
 def benchmarks(repo_root: Path) -> Iterator[dict[str, ModuleType]]:
-    sys.path.insert(0, str(repo_root / "benchmarks"))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(repo_root / "benchmarks"))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(repo_root / "benchmarks", MODULES) as found:
+        yield found
 
 
 def test_every_kernel_of_a_block_agrees_with_fp64(benchmarks: dict[str, ModuleType]) -> None:

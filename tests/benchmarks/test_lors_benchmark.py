@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from models import batch, tiny_llama, with_lora
+from programs import imported
 from sparse_compile.compiler.peft_support import lora_layers
 
 pytest.importorskip("peft")
@@ -39,13 +38,8 @@ MODULES = (
 @pytest.fixture(scope="module")
 def benchmarks(repo_root: Path) -> Iterator[dict[str, ModuleType]]:
     """Import the benchmark's modules as its program does: from their own folder."""
-    sys.path.insert(0, str(repo_root / "benchmarks"))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(repo_root / "benchmarks"))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(repo_root / "benchmarks", MODULES) as found:
+        yield found
 
 
 @pytest.fixture
