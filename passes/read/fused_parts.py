@@ -120,6 +120,9 @@ def _index_slice(node: fx.Node, stem: fx.Node) -> _Slice | None:
     if len(partial) != 1:
         return None
     part, size = parts[partial[0]], shape[partial[0]]
+    if isinstance(part, list | tuple) and len(part) == 1 and isinstance(part[0], int):
+        # `stem[..., [i], :]` keeps the dimension.
+        return _Slice(node, partial[0], part[0] % size, part[0] % size + 1, drops=False)
     if isinstance(part, int):
         return _Slice(node, partial[0], part % size, part % size + 1, drops=True)
     numbers = isinstance(part, slice) and all(isinstance(x, int | None) for x in (part.start, part.stop, part.step))

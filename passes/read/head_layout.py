@@ -26,6 +26,7 @@ from sparse_compile.torch_private.fake import size_hint
 
 MIXED = "~"
 """Suffix of an axis whose entries were mixed among themselves (rotary embedding, a norm over the head)."""
+_EXPANSIONS = ("expand", "expand_as", "broadcast_to")
 GROUP = "g"
 """Label of the axis by which key/value heads are repeated."""
 
@@ -92,11 +93,13 @@ def _layout(node: fx.Node, layouts: dict[fx.Node, Layout]) -> Layout:
         return _regroup(node, before, shape)
     if name in ("transpose", "swapaxes", "swapdims", "permute", "t"):
         return _permuted(node, before)
-    if name in ("unsqueeze", "expand", "expand_as", "repeat_interleave", "repeat"):
+    if name in ("unsqueeze", *_EXPANSIONS, "repeat_interleave", "repeat"):
         return _repeated(node, before, shape)
     if name == "getitem":
         # The parts of a split carry the layout that the split was given.
         return before if tensor_value(operands[0]) is None else _indexed(node, before, shape)
+    if name in ("view_as_complex", "view_as_real"):
+        return _complex(node, before, shape)
     if is_elementwise(node):
         return _combined(node, [layouts[operand] for operand in operands], shape)
     if name in REDUCTIONS and shape[:-1] == hinted_shape(operands[0])[:-1]:
@@ -110,8 +113,11 @@ def _split(node: fx.Node, before: Layout) -> Layout:
     """Handle a split of the last dimension into equal parts (rotary embedding); the parts share one layout."""
     parts = value_of(node)
     sizes = {size_hint(part.shape[-1]) for part in parts}
-    if int(argument(node, "dim", 0)) % len(before) != len(before) - 1 or len(sizes) != 1:
-        raise _lost(node, "splits tokens or heads, or a head unevenly")
+    dim = int(argument(node, "dim", 0)) % len(before)
+    if any(origin(axis) == "c.0" for axis in before[dim]):
+        raise _lost(node, "splits the heads, as differential attention pairs them: it stays dense")
+    if dim != len(before) - 1 or len(sizes) != 1:
+        raise _lost(node, "splits tokens, or a head unevenly")
     return (*before[:-1], _mixed(before[-1], sizes.pop()))
 
 
@@ -149,6 +155,16 @@ def _joined_parts(dim: list[Axis]) -> tuple[Axis, ...]:
     return tuple(dim)
 
 
+def _complex(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
+    """Handle pairs of a head's channels that are taken as complex numbers (rotary embedding), and back."""
+    if op_name(node) == "view_as_real":
+        return (*before, (Axis(f"c{MIXED}", shape[-1]),))
+    # The dimension of two, real and imaginary, is gone: a pair must be two channels of one head.
+    if any(not origin(axis).startswith("c") or origin(axis) == "c.0" for axis in (*before[-2], *before[-1])):
+        raise _lost(node, "makes complex numbers of more than the channels of a head")
+    return (*before[:-2], _mixed(before[-2], shape[-1]))
+
+
 def _permuted(node: fx.Node, before: Layout) -> Layout:
     rank = len(before)
     dims = list(range(rank))
@@ -178,7 +194,7 @@ def _repeated(node: fx.Node, before: Layout, shape: tuple[int, ...]) -> Layout:
             after.append(dim)
         elif size % present:
             raise _lost(node, "repeats unevenly")
-        elif name in ("expand", "expand_as") and present == 1:
+        elif name in _EXPANSIONS and present == 1:
             after.append((Axis(GROUP, size),))
         elif name == "repeat_interleave":
             after.append((*dim, Axis(GROUP, size // present)))
@@ -244,6 +260,9 @@ def _combined(node: fx.Node, operands: list[Layout], shape: tuple[int, ...]) -> 
             merged.append(())
             continue
         kinds = {tuple(origin(axis) for axis in dim) for dim in dims}
+        if len(kinds) == 2 and not any("c.0" in kind for kind in kinds):
+            # A single pair that was rotated: its halves had no axis to tell which channels of the head they are.
+            kinds.discard(("c",))
         if len(kinds) > 1:
             raise _lost(node, "combines tensors whose heads lie differently")
         mixed = [dim for dim in dims if any(axis.label.endswith(MIXED) for axis in dim)]

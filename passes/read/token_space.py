@@ -40,7 +40,7 @@ def _operands_with_the_same_tokens(node: fx.Node) -> Iterable[fx.Node]:
         return [argument(node, "input")]
     if op_name(node) in _PRODUCTS:
         # Written-out attention: the rows of `q @ k^T` are the query's, those of `weights @ v` the weights'.
-        first = argument(node, "input")
+        first = argument(node, "batch1" if op_name(node) == "baddbmm" else "input")
         return [first] if isinstance(first, fx.Node) else []
     # What `chunk` and `split` return is a tuple of tensors.
     return [operand for operand in node.all_input_nodes if isinstance(value_of(operand), Tensor | tuple | list)]

@@ -21,27 +21,16 @@ from torch import fx
 
 from sparse_compile.graph.declined import Declined
 from sparse_compile.graph.facts import Rejection
-from sparse_compile.graph.read import argument, calls_torch, hinted_shape, nodes_by_name, op_name, tensor_value
+from sparse_compile.graph.read import hinted_shape, nodes_by_name, op_name, tensor_value
 from sparse_compile.graph.sites import AttentionSite, Projection
-from sparse_compile.graph.vocabulary import CASTS, MATMULS, SOFTMAXES
+from sparse_compile.graph.vocabulary import CASTS, LINEAR
 from sparse_compile.graph.walk import reach
 from sparse_compile.passes.context import PassContext
 from sparse_compile.passes.protocol import Pass, PassOutcome
-from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
+from sparse_compile.passes.read.attention_call import AttentionCall, attention_at
 from sparse_compile.passes.read.fused_parts import fused_parts, unread_parts
 from sparse_compile.passes.read.head_layout import GROUP, Axis, Layout, follow, initial_layout, origin
 from sparse_compile.passes.read.projections import read_by, site_name
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """The operands of one attention, however it is spelt."""
-
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    result: fx.Node
-    key_transposed: bool
 
 
 class FindAttention(Pass):
@@ -64,7 +53,7 @@ class FindAttention(Pass):
         sites: list[AttentionSite] = []
         rejections: list[Rejection] = []
         for node in gm.graph.nodes:
-            attention = _sdpa(node) or _softmax_attention(node)
+            attention = attention_at(node)
             if attention is None:
                 continue
             try:
@@ -73,51 +62,6 @@ class FindAttention(Pass):
                 rejections.append(declined.by(self.name, at=node))
         ctx.facts = replace(ctx.facts, attention_sites=tuple(sites))
         return PassOutcome(False, {"sites": len(sites)}, tuple(rejections))
-
-
-def _sdpa(node: fx.Node) -> _Attention | None:
-    if op_name(node) != "scaled_dot_product_attention":
-        return None
-    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
-    return _Attention(query, key, value, node, key_transposed=False)
-
-
-def _softmax_attention(node: fx.Node) -> _Attention | None:
-    """Match `softmax(q @ k^T ...) @ v` around a softmax node: scaling, masking, casts and dropout may come between."""
-    if op_name(node) not in SOFTMAXES or not calls_torch(node):
-        return None
-    scores = argument(node, "input")
-    while isinstance(scores, fx.Node) and op_name(scores) not in MATMULS:
-        if not (is_elementwise(scores) or op_name(scores) in ("masked_fill", "where")):
-            return None
-        operands = [operand for operand in tensor_operands(scores) if operand.op != "get_attr"]
-        inner = [operand for operand in operands if hinted_shape(operand) == hinted_shape(node)]
-        if len(inner) > 1:
-            # An additive mask of full shape: the scores are the operand that a product leads to.
-            inner = [operand for operand in inner if _leads_to_product(operand)]
-        if len(inner) != 1:
-            return None
-        scores = inner[0]
-    weights = node
-    while len(weights.users) == 1 and is_elementwise(next(iter(weights.users))):
-        weights = next(iter(weights.users))
-    product = next(iter(weights.users)) if len(weights.users) == 1 else None
-    if not isinstance(scores, fx.Node) or product is None or op_name(product) not in MATMULS:
-        return None
-    if argument(product, "input") is not weights:
-        return None
-    query, key = (argument(scores, name) for name in ("input", "other"))
-    value = argument(product, "other")
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
-    return _Attention(query, key, value, product, key_transposed=True)
-
-
-def _leads_to_product(node: fx.Node) -> bool:
-    while is_elementwise(node):
-        node = tensor_operands(node)[0]
-    return op_name(node) in MATMULS
 
 
 @dataclass
@@ -132,7 +76,7 @@ class _Matcher:
         # What some projection's output reaches; rotary tables and masks are no part of it.
         self.projected = reach(self.by_output, lambda node: node.users)
 
-    def match(self, attention: _Attention, index: int) -> AttentionSite:
+    def match(self, attention: AttentionCall, index: int) -> AttentionSite:
         """Return the site around `attention`.
 
         Raises:
@@ -142,6 +86,7 @@ class _Matcher:
         (query, query_cone), (key, key_cone), (value, value_cone) = ways
         inputs = (query, key, value)
         self._check_inputs(inputs, attention)
+        beside = self._beside(inputs)
         key_heads, key_groups = self._kv_heads(key, key_cone, attention.key, transposed=attention.key_transposed)
         value_heads, value_groups = self._kv_heads(value, value_cone, attention.value, transposed=False)
         heads = self._heads(query, query_cone, attention.query)
@@ -172,35 +117,51 @@ class _Matcher:
             groups=heads // key_heads,
             head_dim=query.out_features // heads,
             value_head_dim=value.out_features // value_heads,
+            beside=beside,
         )
 
-    def _ways(self, attention: _Attention) -> list[tuple[Projection, list[fx.Node]]]:
+    def _ways(self, attention: AttentionCall) -> list[tuple[Projection, list[fx.Node]]]:
         """Return the projections of query, key and value, each with the nodes between it and the attention."""
         operands = (attention.query, attention.key, attention.value)
         ways = [self._projection_of(operand, self.by_output) for operand in operands]
-        if len({projection.base for projection, _ in ways}) < 3:
-            sources = self._with_parts([projection for projection, _ in ways])
+        bases = [projection.base for projection, _ in ways]
+        shared = [each for each, way in ways if bases.count(each.base) > 1 or self._is_part(each, way)]
+        if shared:
+            (query, _), (key, _), (value, _) = ways
+            if key.base == value.base and query.source != key.source:
+                reason = f"keys and values are made by {key.name} of latent channels, the query of others: "
+                raise Declined(attention.result, f"{reason}latent attention stays dense")
+            sources = self._with_parts(shared)
             ways = [self._projection_of(operand, sources) for operand in operands]
         return ways
 
-    def _check_inputs(self, inputs: tuple[Projection, Projection, Projection], attention: _Attention) -> None:
+    def _is_part(self, projection: Projection, way: list[fx.Node]) -> bool:
+        """Tell whether a way leads through some parts of a layer and not through all: the others are another thing."""
+        inside = [self.nodes[part.projection.output] in way for part in fused_parts(projection, self.nodes)]
+        return any(inside) and not all(inside)
+
+    def _check_inputs(self, inputs: tuple[Projection, Projection, Projection], attention: AttentionCall) -> None:
         """Decline what is not query, key and value of one tensor, and of nothing else."""
         if len({projection.source for projection in inputs}) > 1:
             reason = "query, key and value read different tensors (cross-attention stays dense)"
             raise Declined(attention.result, reason)
         if len({projection.output for projection in inputs}) < 3:
             raise Declined(attention.result, "query, key and value are not three tensors")
-        for projection in inputs:
-            if unread := unread_parts(projection.layer, inputs):
-                reason = f"{projection.layer.name} is fused with {unread} channels that are no part of it"
-                raise Declined(projection.layer.output, reason)
+
+    def _beside(self, inputs: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        """Return the parts of fused layers that are neither query, key nor value: they stay dense."""
+        found: list[Projection] = []
+        for layer in {each.layer.base: each.layer for each in inputs if each.fused is not None}.values():
+            parts = [part.projection for part in fused_parts(layer, self.nodes)]
+            found += [part for part in parts if part.output not in {each.output for each in inputs}]
+            if unread := unread_parts(layer, (*inputs, *found)):
+                raise Declined(layer.output, f"{layer.name} is fused with {unread} channels that are no part of it")
+        return tuple(found)
 
     def _with_parts(self, projections: list[Projection]) -> dict[fx.Node, Projection]:
-        """Return the outputs of projections, the parts of those that occur more than once in place of their whole."""
+        """Return the outputs of all projections, of the given ones their parts in place of the whole."""
         sources = dict(self.by_output)
-        for projection in projections:
-            if sum(other.base == projection.base for other in projections) < 2:
-                continue
+        for projection in {each.base: each for each in projections}.values():
             parts = fused_parts(projection, self.nodes)
             if not parts:
                 kind = "with a DoRA adapter" if projection.dora else "whose split into rows cannot be followed"
@@ -240,7 +201,7 @@ class _Matcher:
         self, projection: Projection, way: list[fx.Node], operand: fx.Node, *, transposed: bool
     ) -> tuple[int, int]:
         """Return the number of heads of a projection, and how often each is repeated (the copies side by side)."""
-        layout = self._layout(projection, way, operand)
+        layout = _with_heads_apart(self._layout(projection, way, operand))
         if len(layout) != 4:
             dimensions = f"{len(layout)} dimensions, not (batch, heads, tokens, channels)"
             raise Declined(operand, f"{operand.name} has {dimensions}")
@@ -255,19 +216,22 @@ class _Matcher:
             raise Declined(operand, f"the heads of {projection.name} are not its outer feature dimension")
         return heads[0].size if heads else 1, groups[0].size if groups else 1
 
-    def _output_of(self, attention: _Attention, value: Projection, heads: int) -> Projection:
+    def _output_of(self, attention: AttentionCall, value: Projection, heads: int) -> Projection:
         """Walk on from the attention to the projection that reads its merged heads."""
         shape = hinted_shape(attention.result)
-        sizes = dict(zip(("t0", "h", "t1", "d"), shape, strict=True))
-        layout: Layout = tuple((Axis(label, size),) if size != 1 else () for label, size in sizes.items())
-        layouts = {attention.result: layout}
+        # A product of three dimensions has the heads of all sequences in its first one.
+        apart = shape if len(shape) == 4 else (shape[0] // heads, heads, *shape[1:])
+        axes = dict(zip(("t0", "h", "t1", "d"), apart, strict=True))
+        layout: Layout = tuple((Axis(label, size),) if size != 1 else () for label, size in axes.items())
+        layouts = {attention.result: layout if len(shape) == 4 else ((*layout[0], *layout[1]), *layout[2:])}
         node = attention.result
         while node not in self.by_source:
             users = self._without_adapters([user for user in node.users if user.op != "output"])
-            if len(users) != 1:
+            region = users if len(users) == 1 else self._until_joined(users)
+            if not region:
                 raise Declined(node, f"the attention result {node.name} is read {len(users)} times")
-            node = users[0]
-            follow(layouts, [node])
+            follow(layouts, region)
+            node = region[-1]
         readers = self.by_source[node]
         if len(readers) != 1:
             raise Declined(node, f"{len(readers)} projections read the attention result")
@@ -275,6 +239,21 @@ class _Matcher:
         if tuple(layouts[node][-1]) != expected or readers[0].in_features != heads * shape[-1]:
             raise Declined(node, f"{readers[0].name} does not read the heads side by side")
         return readers[0]
+
+    def _until_joined(self, readers: list[fx.Node]) -> list[fx.Node]:
+        """Return what lies between readers and the call where all their ways meet (a norm); none where they do not."""
+        region: list[fx.Node] = []
+        pending = set(readers)
+        while pending:
+            node = min(pending, key=self.order.__getitem__)
+            pending.remove(node)
+            region.append(node)
+            if not pending:
+                return region
+            if node.op == "output" or node in self.by_source or node.target is LINEAR:
+                return []
+            pending.update(node.users)
+        return []
 
     def _without_adapters(self, users: list[fx.Node]) -> list[fx.Node]:
         """Return the cast that a layer alone reads, where all other readers of what is cast are its own adapters."""
@@ -284,7 +263,7 @@ class _Matcher:
         own = read_by(self.by_source[casts[0]][0], self.nodes)
         return casts if all(user in own for user in users if user is not casts[0]) else users
 
-    def _check_closed(self, ways: tuple[list[fx.Node], ...], attention: _Attention) -> None:
+    def _check_closed(self, ways: tuple[list[fx.Node], ...], attention: AttentionCall) -> None:
         inside = {node for way in ways for node in way}
         for node in inside:
             for user in node.users:
@@ -293,9 +272,24 @@ class _Matcher:
                 if not self._inside_attention(user, attention):
                     raise Declined(node, f"{node.name} is also read by {user.name}")
 
-    def _inside_attention(self, node: fx.Node, attention: _Attention) -> bool:
-        """Tell whether `node` is the score product of a written-out attention."""
-        return attention.key_transposed and {attention.query, attention.key} <= set(node.all_input_nodes)
+    def _inside_attention(self, node: fx.Node, attention: AttentionCall) -> bool:
+        """Tell whether `node` is the score product of a written-out attention, or feeds this attention alone.
+
+        Values may make a part of the mask: all that reads them reads the sparse ones, as in the masked-dense model.
+        """
+        if attention.key_transposed and {attention.query, attention.key} <= set(node.all_input_nodes):
+            return True
+        ahead = reach([node], lambda each: [] if each is attention.result else each.users)
+        return attention.result in ahead and all(each.op != "output" for each in ahead)
+
+
+def _with_heads_apart(layout: Layout) -> Layout:
+    """Split the first of three dimensions, (batch * heads, tokens, channels), into batch and heads."""
+    if len(layout) != 3:
+        return layout
+    batch = tuple(axis for axis in layout[0] if origin(axis).startswith("t"))
+    heads = layout[0][len(batch) :]
+    return (batch, heads, *layout[1:]) if heads and layout[0] == (*batch, *heads) else layout
 
 
 def tensor_or_tuple_operands(node: fx.Node) -> list[fx.Node]:

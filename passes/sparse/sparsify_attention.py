@@ -8,7 +8,8 @@
 The base outputs of q, k and v are zero outside the kept channels; the base output projection reads its input with the
 channels that are not kept zeroed. LoRA branches stay dense and untouched: only base products are replaced. A kept
 channel d of key/value head j keeps channel d of the query heads that read head j. Where query, key and value are one
-layer, its kept rows are theirs together: one product. Of a DoRA adapter the frozen product
+layer, its kept rows are theirs together: one product. A part beside them (a gate of the result) keeps all of its rows.
+Of a DoRA adapter the frozen product
 of its own is replaced in the same way, and the bias that it takes off the base output is off already where a channel is
 dropped.
 
@@ -22,7 +23,7 @@ import torch
 from torch import fx
 
 from sparse_compile.graph.facts import SitePlan
-from sparse_compile.graph.read import argument
+from sparse_compile.graph.read import argument, tensor_of
 from sparse_compile.graph.rewrite import Rewriter, take_over
 from sparse_compile.graph.sites import AttentionSite, Projection
 from sparse_compile.passes.context import PassContext
@@ -65,6 +66,9 @@ def _rewrite(plan: SitePlan, rewriter: Rewriter, ctx: PassContext) -> None:
         parts: dict[Projection, list[tuple[Projection, fx.Node]]] = {}
         for projection, kept in zip(inputs, (kept_q, kept_qk, kept_vo), strict=True):
             parts.setdefault(projection.layer, []).append((projection, kept))
+        for part in site.beside:
+            channels = rewriter.call(torch.arange, part.out_features, device=tensor_of(kept_qk).device)
+            parts[part.layer].append((part, channels))
         layers = [(layer, rows.layer_channels(pairs)) for layer, pairs in parts.items()]
     for layer, kept in layers:
         for name in layer.products:

@@ -210,6 +210,7 @@ class AttentionSite:
         groups: query heads per key/value head; query head h reads key/value head h // groups.
         head_dim: channels of a query or key head.
         value_head_dim: channels of a value head.
+        beside: parts of a fused layer that are none of these, such as a gate of the result; they stay dense.
     """
 
     name: str
@@ -224,6 +225,7 @@ class AttentionSite:
     groups: int
     head_dim: int
     value_head_dim: int
+    beside: tuple[Projection, ...] = ()
     kind: SiteKind = "attention"
 
     @property

@@ -90,7 +90,9 @@ _UNARY = {
     "square", "tanh",
 }  # fmt: skip
 _BINARY = {"add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "maximum", "minimum"}
-ELEMENTWISE: Final = frozenset(_UNARY | _BINARY | CASTS | {"contiguous", "clone", "dropout"})
+ELEMENTWISE: Final = frozenset(
+    _UNARY | _BINARY | CASTS | NOT_AFTER | NOT_BEFORE | {"contiguous", "clone", "dropout", "where"}
+)
 """Calls that map each element of their tensors on its own (dropout draws for each element: it does)."""
 
 IN_PLACE: Final = frozenset({
@@ -107,6 +109,7 @@ MODE_SWITCHES: Final = frozenset({
 
 _PARAMETERS: Final = {
     "addmm": "input mat1 mat2",
+    "baddbmm": "input batch1 batch2",
     "cat concat stack": "tensors dim",
     "chunk": "input chunks dim",
     "cross_entropy": "input target weight size_average ignore_index reduce reduction label_smoothing",

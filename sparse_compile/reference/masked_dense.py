@@ -70,6 +70,8 @@ class MaskedAttention:
         groups: Query heads per kv head; 1 for multi-head attention.
         rows: Where q, k and v are one module, the outputs of it that are the query's, the key's and the value's, each
             int64 in the order of the heads; None where they are three.
+        query_rows: Where q returns more than the query (a gate beside it), the outputs that are the query's, int64 in
+            the order of the heads; the others stay dense. None where all are.
     """
 
     q: nn.Module
@@ -81,6 +83,7 @@ class MaskedAttention:
     head_dim: int
     groups: int = 1
     rows: tuple[Tensor, Tensor, Tensor] | None = None
+    query_rows: Tensor | None = None
 
 
 @contextmanager
@@ -115,6 +118,10 @@ def masked_dense(
                 exit_context(stack, site, output_mask)
                 continue
             kept_q = expand_kv_channels(site.kept_qk, site.head_dim, site.groups)
+            if site.query_rows is not None:
+                dense = torch.ones(_base_layer(site.q).weight.shape[0], dtype=torch.bool)  # type: ignore[arg-type,index]
+                dense[site.query_rows] = False
+                kept_q = torch.cat([site.query_rows[kept_q], dense.nonzero().flatten()])
             masked = [(site.q, kept_q), (site.k, site.kept_qk), (site.v, site.kept_vo)]
             if site.rows is not None:
                 masked = [(site.q, torch.cat([r[kept] for r, (_, kept) in zip(site.rows, masked, strict=True)]))]

@@ -24,11 +24,13 @@ class Attention:
         names: query, key, value, output; three times the same name where they are fused.
         groups: query heads per key/value head.
         rows: of a fused layer, the outputs of query, key and value.
+        query_rows: of a query's layer that holds more than the query, the outputs that are the query's.
     """
 
     names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     groups: int = 1
     rows: tuple[Tensor, Tensor, Tensor] | None = None
+    query_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class ModelRow:
                 found.append(MaskedFFN(site.get_submodule(form), channels))
             else:
                 q, k, v, o = (site.get_submodule(each) for each in form.names)
-                found.append(MaskedAttention(q, k, v, o, *channels, self.head_dim, form.groups, form.rows))
+                rows = form.rows, form.query_rows
+                found.append(MaskedAttention(q, k, v, o, *channels, self.head_dim, form.groups, *rows))
         return found
 
 
@@ -126,6 +129,10 @@ def _side_by_side(kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         [HEADS * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM]
     )
     return q, k, v
+
+
+def _first_of_two(head_dim: int) -> Tensor:
+    return torch.arange(HEADS * 2 * head_dim).view(HEADS, 2, head_dim)[:, 0].flatten()
 
 
 def _images() -> dict[str, Tensor]:
@@ -226,6 +233,109 @@ MODELS: dict[str, ModelRow] = {
             use_cache=False,
         ),
         {"self_attn": Attention(("q_proj", "k_proj", "v_proj", "out_proj")), "layers.0": "fc2"},
+    ),
+    "llama4": ModelRow(
+        "Llama 4 (rotary embedding by complex numbers), dense layers",
+        _decoder(
+            "Llama4ForCausalLM",
+            "Llama4TextConfig",
+            head_dim=HEAD_DIM,
+            intermediate_size_mlp=FFN,
+            moe_layers=[],
+            num_local_experts=2,
+        ),
+        {"self_attn": GQA, "feed_forward": "down_proj"},
+        dtype=torch.float32,  # complex numbers of the rotary table are single
+    ),
+    "gpt_oss": ModelRow(
+        "gpt-oss (attention sinks)",
+        _decoder("GptOssForCausalLM", "GptOssConfig", attention="eager", head_dim=HEAD_DIM, num_local_experts=4),
+        {"self_attn": GQA},
+        stays={"mlp.experts": "holds several experts", "mlp.router": ""},
+        dtype=torch.float32,
+    ),
+    "qwen3_5": ModelRow(
+        "Qwen3.5 (gated result of attention; the gate is a part of the query's layer)",
+        _decoder(
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5TextConfig",
+            head_dim=HEAD_DIM,
+            layer_types=["full_attention"],
+        ),
+        {
+            "self_attn": Attention(groups=HEADS // KV_HEADS, query_rows=_first_of_two(HEAD_DIM)),
+            "mlp": "down_proj",
+        },
+    ),
+    "falcon": ModelRow(
+        "Falcon (one key/value head, fused qkv picked by lists)",
+        hugging_face(
+            "FalconForCausalLM",
+            "FalconConfig",
+            ("query_key_value", "dense", "dense_h_to_4h"),
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=HEADS,
+            use_cache=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        {
+            "self_attention": Attention((*("query_key_value",) * 3, "dense"), HEADS, _side_by_side(1)),
+            "mlp": "dense_4h_to_h",
+        },
+    ),
+    "bloom": ModelRow(
+        "BLOOM (ALiBi, heads of all sequences in one dimension)",
+        hugging_face(
+            "BloomForCausalLM",
+            "BloomConfig",
+            ("query_key_value", "dense"),
+            attention="eager",
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            n_layer=1,
+            n_head=HEADS,
+            use_cache=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        {"self_attention": Attention((*("query_key_value",) * 3, "dense"), 1, _interleaved(HEAD_DIM))},
+        stays={"mlp": "a gradient of its own"},
+    ),
+    "bitnet": ModelRow(
+        "BitNet (a norm before the output projection)",
+        _decoder("BitNetForCausalLM", "BitNetConfig"),
+        {"self_attn": GQA},
+        stays={"mlp": "a norm over its channels"},
+    ),
+    "apertus": ModelRow(
+        "Apertus (xIELU: an activation with learned numbers)",
+        _decoder("ApertusForCausalLM", "ApertusConfig"),
+        {"self_attn": GQA, "mlp": "down_proj"},
+    ),
+    "xglm": ModelRow(
+        "XGLM (attention written out over batch and heads as one dimension)",
+        hugging_face(
+            "XGLMForCausalLM",
+            "XGLMConfig",
+            ("q_proj", "k_proj", "v_proj", "out_proj"),
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            ffn_dim=FFN,
+            num_layers=1,
+            attention_heads=HEADS,
+            max_position_embeddings=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+            use_cache=False,
+            attention="eager",
+        ),
+        {"self_attn": Attention(("q_proj", "k_proj", "v_proj", "out_proj")), "layers.0": "fc2"},
+        dtype=torch.float32,  # its mask takes the smallest number of the dtype as a float
     ),
     "mixtral": ModelRow(
         "Mixtral",

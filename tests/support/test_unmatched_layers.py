@@ -95,12 +95,12 @@ _LATENT = {
     "kv_lora_rank": 16,
 }
 _STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "axk1": _LATENT | _GROUPS,
     "axk2": _LATENT,
-    "bamba": _STATES,
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -118,12 +118,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "gptj": {"rotary_dim": 4},
-    "granitemoehybrid": _STATES,
+    "granitemoehybrid": _STATES | {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": _LATENT,
     "mamba2": {"num_heads": 8},
     "minicpm3": _LATENT,
+    # A stack of both kinds of layers, of which two would else be recurrent.
+    "bamba": _STATES | {"attn_layer_indices": [1]},
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_next": _HYBRID,
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
+    "stablelm": {"partial_rotary_factor": 0.5},  # a quarter of 8 channels would be a single pair
     "xmod": {"default_language": "en_XX"},
     "youtu": _LATENT,
     "zamba": {"layer_types": ["hybrid", "hybrid"]},
@@ -235,7 +242,7 @@ def test_every_layer_is_in_a_site_or_named(family: str) -> None:
 
 def test_what_is_said_of_bloom() -> None:
     said = accounts(tiny("bloom"), batch(VOCAB))[1]
-    assert said["transformer.h.0.self_attention.query_key_value"].endswith("its scores are made by baddbmm")
+    assert said["transformer.h.0.self_attention.query_key_value"] == "a site"
     assert "a gradient of its own" in said["transformer.h.0.mlp.dense_4h_to_h"]
 
 

@@ -106,6 +106,32 @@ def partial_rotary(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, repeat(k), repeat(v)
 
 
+def complex_rotary(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = plain(m, x)
+    angles = torch.arange(S, dtype=x.dtype)[:, None] * torch.ones(D // 2, dtype=x.dtype)
+    table = torch.polar(torch.ones_like(angles), angles)
+    q, k = (torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * table).flatten(3) for y in (q, k))
+    return q, repeat(k), repeat(v)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(2, 3) * D**-0.5
+    scores = torch.cat((scores, scores.new_zeros(1, HEADS, 1, 1).expand(B, HEADS, S, 1)), dim=-1)
+    return (scores - scores.max(dim=-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
+
+
+def heads_of_all_sequences(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (each.reshape(B * HEADS, S, D) for each in (q, k, v))
+    bias = torch.arange(S, dtype=q.dtype).expand(B * HEADS, 1, S)
+    scores = bias.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=1.0, alpha=D**-0.5)
+    return torch.bmm(scores.view(B, HEADS, S, S).softmax(-1).view(B * HEADS, S, S), v).view(B, HEADS, S, D)
+
+
+def normed_result(m: Attention, a: Tensor, _: Tensor) -> Tensor:
+    y = a.transpose(1, 2).reshape(B, S, -1)
+    return m.o(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
 def part_of_each_head(m: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = repeated(m, x)
     return q, k, v[..., : D // 2]
@@ -135,6 +161,10 @@ FOUND: dict[str, Attention] = {
     "eager, mask added, softmax in fp32": Attention(attend=eager_added_mask),
     "rotary on a part of each head": Attention(partial_rotary),
     "norm over the head": Attention(normed),
+    "rotary, complex numbers": Attention(complex_rotary),
+    "attention sinks": Attention(attend=with_sinks),
+    "heads of all sequences in one dimension, scores by baddbmm": Attention(attend=heads_of_all_sequences),
+    "norm of the merged heads": Attention(finish=normed_result),
     "cache returned": Attention(plain, sdpa_gqa, lambda m, a, k: (merged(m, a, k), k)),
     "heads by permute and flatten": Attention(
         lambda m, x: tuple(p(x).unflatten(-1, (-1, D)).permute(0, 2, 1, 3) for p in (m.q, m.k, m.v)),
@@ -164,6 +194,25 @@ def test_found(name: str) -> None:
     assert [p.name for p in site.projections] == ["q", "k", "v", "o"]
     assert all(len(projection.branches) == 1 for projection in site.projections)
     assert site.channels == kv_heads * D
+
+
+class Gated(Attention):
+    """The query's layer has a gate beside each head; values make a bias of the scores."""
+
+    def forward(self, x: Tensor) -> object:
+        q, gate = self.fused(x).view(B, S, HEADS, 2 * D).chunk(2, dim=-1)
+        k, v = repeat(self.split(self.k(x))), repeat(self.split(self.v(x)))
+        a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=v.mean(-1)[:, :, None])
+        return self.o(a.transpose(1, 2).reshape(B, S, -1) * gate.reshape(B, S, -1).sigmoid())
+
+
+def test_a_gate_beside_the_query_and_values_that_make_the_mask() -> None:
+    model = Gated()
+    model.fused = frozen(lora(HIDDEN, 2 * HEADS * D))
+    captured, outcome = find(model)
+    assert not outcome.rejections
+    (site,) = captured.ctx.facts.attention_sites
+    assert [(p.name, p.out_features) for p in (site.query, *site.beside)] == [("fused[0]", 24), ("fused[1]", 24)]
 
 
 def test_head_geometry_is_that_of_loops() -> None:
