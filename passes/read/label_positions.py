@@ -55,7 +55,8 @@ def labels_of(loss: fx.Node) -> tuple[fx.Node, int]:
     ignored = argument(loss, "ignore_index", -100)
     labels = _replay(chain, positions, drop_last=False, ignored=ignored).reshape(-1)
     tokens = _token_of_each_row(logits, hinted_shape(root)).reshape(-1)
-    assert labels.shape == tokens.shape, "a cross-entropy has a target for each row of logits"
+    if labels.shape != tokens.shape:
+        raise Declined(loss, f"the loss has {labels.numel()} targets for {tokens.numel()} rows of logits")
     read = labels != _IGNORED
     length = hinted_shape(root)[1]
     for shift in (1, 0):

@@ -153,7 +153,8 @@ def _viewed(node: fx.Node, lead: Sizes) -> RowOperand:
 
 def _picked(node: fx.Node, lead: Sizes) -> RowOperand:
     operand, index = node.args
-    assert isinstance(operand, fx.Node)
+    if not isinstance(operand, fx.Node):
+        raise Declined(node, "getitem of what is no tensor of the graph")
     if _picks_part(node):
         return RowOperand(operand, lead)
     if tensor_value(operand) is None:

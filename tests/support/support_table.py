@@ -31,7 +31,9 @@ dense, the test shows that it trains as without this backend, and that one warni
 * **Several processes**: DDP and FSDP2, tested with two gloo processes on a CPU ([distributed.md](distributed.md)).
 * **Devices**: a CPU has providers of its own. Any other device has the reference providers, or generated Triton kernels
   (`kernels="triton"`, [kernels.md](kernels.md)). **Neither has been run on a GPU yet.**
-* **Not yet**: DoRA on a fused layer, routed experts, 8-bit bases, torchao's quantisation, labels that leave the model
+* **Not yet**: DoRA on a fused layer, routed experts, latent attention (DeepSeek), differential attention, feed-forward
+  blocks with a norm inside (BitNet) or an activation with a gradient of its own (BLOOM),
+  8-bit bases, torchao's quantisation, labels that leave the model
   (label smoothing, `compute_loss_func`), tensor parallel. These train densely, and a warning says so and why.
 
 ## Models

@@ -209,6 +209,7 @@ def accounts(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[set[str
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
         ctx = capture_context(gm, example_inputs, SparseLoRAConfig())
         result = run_pipeline(gm, ctx)
+        assert not result.failed, [each.name for each in result.failed]
         # A graph that is a part of the model names parameters from there on.
         owner = {
             parameter.path.removesuffix(".weight"): owners[id(parameter.value)]
