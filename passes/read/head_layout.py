@@ -260,9 +260,9 @@ def _combined(node: fx.Node, operands: list[Layout], shape: tuple[int, ...]) -> 
             merged.append(())
             continue
         kinds = {tuple(origin(axis) for axis in dim) for dim in dims}
-        if len(kinds) == 2 and not any("c.0" in kind for kind in kinds):
+        if all(len(kind) == 1 and kind[0].startswith("c") and kind[0] != "c.0" for kind in kinds - {("c",)}):
             # A single pair that was rotated: its halves had no axis to tell which channels of the head they are.
-            kinds.discard(("c",))
+            kinds = kinds - {("c",)} or kinds
         if len(kinds) > 1:
             raise _lost(node, "combines tensors whose heads lie differently")
         mixed = [dim for dim in dims if any(axis.label.endswith(MIXED) for axis in dim)]
