@@ -9,9 +9,8 @@ The base outputs of q, k and v are zero outside the kept channels; the base outp
 channels that are not kept zeroed. LoRA branches stay dense and untouched: only base products are replaced. A kept
 channel d of key/value head j keeps channel d of the query heads that read head j. Where query, key and value are one
 layer, its kept rows are theirs together: one product. A part beside them (a gate of the result) keeps all of its rows.
-Of a DoRA adapter the frozen product
-of its own is replaced in the same way, and the bias that it takes off the base output is off already where a channel is
-dropped.
+Of a DoRA adapter the frozen product of its own is replaced in the same way, and the bias that it takes off the base
+output is off already where a channel is dropped.
 
 Approximate by intent (SparseLoRA, arXiv 2506.16500, section 3); the gradients are the exact gradients of the sparse
 function (the authors' code passes none through the base path).

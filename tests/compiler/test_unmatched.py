@@ -67,6 +67,10 @@ FORMS: dict[str, tuple[Form, dict[str, str]]] = {
         ),
         dict.fromkeys("qkvo", "cross-attention stays dense"),
     ),
+    "a learned formula": (
+        lambda m, x: m.down(torch.where((h := m.up(x)) > 0, h * m.gate.flip(0), h.exp())),
+        dict.fromkeys(("up", "down"), "an elementwise formula with learned parameters"),
+    ),
     "a norm in the block": (
         lambda m, x: m.down(F.layer_norm(m.up(x).relu(), (8,), m.gate)),
         dict.fromkeys(("up", "down"), "a norm over its channels (layer_norm)"),

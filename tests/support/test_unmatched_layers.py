@@ -95,12 +95,14 @@ _LATENT = {
     "kv_lora_rank": 16,
 }
 _STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+# The families' own numbers would make both layers recurrent.
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "axk1": _LATENT | _GROUPS,
     "axk2": _LATENT,
+    "bamba": _STATES | {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -124,8 +126,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "longcat_flash": _LATENT,
     "mamba2": {"num_heads": 8},
     "minicpm3": _LATENT,
-    # A stack of both kinds of layers, of which two would else be recurrent.
-    "bamba": _STATES | {"attn_layer_indices": [1]},
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
