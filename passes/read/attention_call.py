@@ -12,12 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparse_compile.graph.read import argument, calls_torch, hinted_shape, op_name, tensor_value
-from sparse_compile.graph.vocabulary import MATMULS, REGROUPINGS, SOFTMAXES
+from sparse_compile.graph.read import argument, calls_torch, factors, hinted_shape, op_name, tensor_value
+from sparse_compile.graph.vocabulary import MATMULS, PRODUCTS, REGROUPINGS, SOFTMAXES
 from sparse_compile.passes.read.elementwise import is_elementwise, tensor_operands
-
-_SCORES = MATMULS | {"baddbmm"}
-"""Products that make scores; `baddbmm` adds a bias of positions (ALiBi)."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,10 @@ def _softmax_attention(node: fx.Node) -> AttentionCall | None:
     product = next(iter(weights.users)) if len(weights.users) == 1 else None
     if scores is None or product is None or op_name(product) not in MATMULS:
         return None
-    if argument(product, "input") is not weights or hinted_shape(weights)[-2:] != hinted_shape(scores)[-2:]:
+    read, value = factors(product)
+    if read is not weights or hinted_shape(weights)[-2:] != hinted_shape(scores)[-2:]:
         return None
-    names = ("batch1", "batch2") if op_name(scores) == "baddbmm" else ("input", "other")
-    query, key, value = *(argument(scores, name) for name in names), argument(product, "other")
+    query, key = factors(scores)
     if not all(isinstance(each, fx.Node) for each in (query, key, value)):
         return None
     return AttentionCall(query, key, value, product, key_transposed=True)
@@ -70,7 +67,7 @@ def _softmax_attention(node: fx.Node) -> AttentionCall | None:
 def _scores_of(softmax: fx.Node) -> fx.Node | None:
     """Walk back from a softmax to the product of queries and keys; None where the way is not clear."""
     scores = argument(softmax, "input")
-    while isinstance(scores, fx.Node) and op_name(scores) not in _SCORES:
+    while isinstance(scores, fx.Node) and op_name(scores) not in PRODUCTS:
         name, shape = op_name(scores), hinted_shape(scores)
         operands = [operand for operand in tensor_operands(scores) if operand.op != "get_attr"]
         if name in ("cat", "concat"):
@@ -113,4 +110,4 @@ def _passes_weights(node: fx.Node, weights: fx.Node) -> bool:
 def _leads_to_product(node: fx.Node) -> bool:
     while is_elementwise(node) or op_name(node) in REGROUPINGS:
         node = tensor_operands(node)[0]
-    return op_name(node) in _SCORES
+    return op_name(node) in PRODUCTS

@@ -13,11 +13,9 @@ from collections.abc import Iterable
 from torch import Tensor, fx
 
 from sparse_compile.graph.facts import TokenRoles
-from sparse_compile.graph.read import argument, nodes_by_name, op_name, value_of
-from sparse_compile.graph.vocabulary import LINEAR, MATMULS
+from sparse_compile.graph.read import argument, factors, nodes_by_name, op_name, value_of
+from sparse_compile.graph.vocabulary import LINEAR, PRODUCTS
 from sparse_compile.graph.walk import reach
-
-_PRODUCTS = MATMULS | {"baddbmm"}
 
 
 def token_space(graph: fx.Graph, roles: TokenRoles) -> set[str]:
@@ -38,9 +36,9 @@ def _operands_with_the_same_tokens(node: fx.Node) -> Iterable[fx.Node]:
         return [argument(node, "query")]
     if node.target is LINEAR:
         return [argument(node, "input")]
-    if op_name(node) in _PRODUCTS:
+    if op_name(node) in PRODUCTS:
         # Written-out attention: the rows of `q @ k^T` are the query's, those of `weights @ v` the weights'.
-        first = argument(node, "batch1" if op_name(node) == "baddbmm" else "input")
+        first, _ = factors(node)
         return [first] if isinstance(first, fx.Node) else []
     # What `chunk` and `split` return is a tuple of tensors.
     return [operand for operand in node.all_input_nodes if isinstance(value_of(operand), Tensor | tuple | list)]

@@ -22,8 +22,8 @@ from sparse_compile.graph.vocabulary import (
     CASTS,
     COPIES,
     ELEMENTWISE,
-    MATMULS,
     NORMALISATIONS,
+    PRODUCTS,
     REDUCTIONS,
     REGROUPINGS,
     SOFTMAXES,
@@ -44,7 +44,7 @@ _COMPUTED = "its weight is computed in the graph from a stored one: it is not ma
 _RECURRENCES = re.compile(r"cumsum|cumprod|logcumsumexp|conv|scan|recurr|delta_rule|ssm|wkv")
 _BY_ELEMENT = ELEMENTWISE | {"where", "gt", "lt", "ge", "le", "min", "max", "masked_fill"}
 _LOSSES = {"cross_entropy", "nll_loss"}
-_PRODUCTS = MATMULS | {"baddbmm", "einsum"}
+_PRODUCTS = PRODUCTS | {"einsum"}
 _ROUTING = ("topk", "sort", "argsort", "one_hot", "bincount", "scatter", "scatter_")
 # Calls of which nothing can be learnt: they stand in every block, around every layer.
 _PLAIN = {

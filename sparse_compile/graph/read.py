@@ -94,6 +94,12 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def factors(node: fx.Node) -> tuple[Any, Any]:
+    """Return the two operands of a call of `vocabulary.PRODUCTS`, left and right, whose matrix product it computes."""
+    left, right = ("batch1", "batch2") if op_name(node) == "baddbmm" else ("input", "other")
+    return argument(node, left), argument(node, right)
+
+
 def set_argument(node: fx.Node, name: str, value: Argument) -> None:
     """Set an argument of a call, by position where it was given so, else by name."""
     for position, spellings in enumerate(_parameters(node)):

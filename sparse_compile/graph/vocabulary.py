@@ -28,6 +28,7 @@ __all__ = [
     "NOT_AFTER",
     "NOT_BEFORE",
     "PARAMETERS",
+    "PRODUCTS",
     "REDUCTIONS",
     "REGROUPINGS",
     "SOFTMAXES",
@@ -71,6 +72,8 @@ MULTIPLICATIONS: Final = frozenset({"mul", "__mul__", "imul"})
 
 MATMULS: Final = frozenset({"matmul", "__matmul__", "mm", "bmm"})
 """Matrix products of two operands."""
+PRODUCTS: Final = MATMULS | {"baddbmm"}
+"""Matrix products; `baddbmm` adds a tensor to one, such as the bias of positions (ALiBi)."""
 
 SOFTMAXES: Final = frozenset({"softmax", "_softmax", "_safe_softmax"})
 NORMALISATIONS: Final = frozenset({"layer_norm", "rms_norm"})

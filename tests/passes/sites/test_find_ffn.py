@@ -55,6 +55,7 @@ UNGATED: dict[str, Callable[[MLP, Tensor], object]] = {
     "mish, dropout": lambda m, x: m.down(F.dropout(F.mish(m.up(x)), 0.1)),
     "softplus": lambda m, x: m.down(F.softplus(m.up(x))),
     "tanh": lambda m, x: m.down(m.up(x).tanh().contiguous()),
+    "two branches": lambda m, x: m.down(torch.where((h := m.up(x)) > 0, h.square(), h.exp())),
 }
 
 
